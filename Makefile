@@ -1,0 +1,37 @@
+# `make` lists the targets. Everything is installed into .venv, once, and again when pyproject.toml changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# What deepspeed starts (python, and ninja where it builds) must be .venv's too.
+WITH_PATH = PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo teacher test check
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+install: $(INSTALLED) ## create .venv and install the project into it
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: add PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+demo: install ## convert the embedded teacher, all stages, and show what the hybrid remembers
+	$(WITH_PATH) deepspeed launcher/demo.py
+
+teacher: install ## remake the embedded teacher from its preset
+	$(WITH_PATH) deepspeed launcher/pretrain.py --preset tiny --run runs/tiny-teacher
+
+test: install ## run the tests
+	$(WITH_PATH) OMP_NUM_THREADS=1 python -m pytest
+
+check: install ## lint, format check and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,282 @@
+"""What a conversion is made of: one TOML preset, a table for each stage, overrides on top.
+
+    config = load_config("tiny", overrides=["--distill.lr", "5e-5"])
+
+A preset names only what differs from the defaults below, which are the paper's (Tables 5 and 12). Unknown keys
+are refused with a suggestion. In a preset, a path that starts with "./" or "../" is relative to the preset's file.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from halo.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+Schedule = Literal["cosine", "constant", "wsd"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Where a stage's text comes from, and how it becomes samples."""
+
+    source: str = ""
+    """A folder or file of .txt, .jsonl or .parquet documents."""
+    samples: int = 0
+    """How many samples to prepare; 0 takes all the source gives, once."""
+    needles: float = 0.0
+    """The fraction of samples that hold a RULER-style needle and its question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One run of the trainer's loop. A batch counts whole sequences, over all ranks and accumulation steps."""
+
+    seq_len: int
+    batch: int
+    micro_batch: int
+    """Sequences a rank takes at once. The accumulation follows: batch / (micro_batch x ranks)."""
+    steps: int
+    lr: float
+    min_lr: float = 1e-5
+    """Where a cosine or wsd schedule ends."""
+    schedule: Schedule = "cosine"
+    warmup: int = 50
+    """Steps of linear warm-up from 0 (Appendix B)."""
+    decay: int = 0
+    """The last steps of a wsd schedule, in which the LR falls to min_lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 500
+    """Steps between checkpoints; the stage's end is always saved."""
+    corpus: Corpus = field(default_factory=Corpus)
+    shards: str = ""
+    """A folder of prepared MDS shards. Empty: the stage prepares its own from `corpus`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Training):
+    """Training from scratch (Table 12), here for the embedded teacher."""
+
+    vocab_size: int = 50_304
+    hidden_size: int = 1024
+    layers: int = 28
+    heads: int = 16
+    kv_heads: int = 8
+    head_dim: int = 128
+    ffn: int = 3072
+    rope_theta: float = 50_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Training):
+    teacher_placement: Literal["replicated", "sharded"] = "replicated"
+    """Whether each rank holds a whole teacher, or the ranks of a node share one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """Layer selection (Sec. 4.3)."""
+
+    attention_layers: int = 0
+    """How many attention layers to keep; 0 is the paper's floor(L / 4)."""
+    epsilon: float = 1e-6
+    """Eq. 8's guard against division by zero. At the CSR's sampling error it also keeps noise from ranking layers."""
+    needles: int = 500
+    """Recall questions of each variant."""
+    questions: int = 1000
+    """Common-sense (CSR) questions."""
+    seq_len: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The choice of the logits-scaling base a (Eq. 11), by loss on held-out documents."""
+
+    candidates: tuple[float, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
+    seq_len: int = 65_536
+    documents: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Needle in a haystack over lengths (Table 2)."""
+
+    lengths: tuple[int, ...] = (32_768, 65_536, 131_072, 262_144)
+    samples: tuple[int, ...] = (500, 500, 500, 500)
+    """Needle samples a cell, one number a length."""
+    yarn_from: int = 40_960
+    """The teacher's own length: beyond it YaRN's factor is length / yarn_from."""
+    batch_tokens: int = 16_384
+    """Tokens of one forward; a single longer sample goes alone."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str
+    """The preset's name; runs/<name> is the default run folder."""
+    teacher: str
+    """A Hugging Face id or folder of a causal language model."""
+    rnn_mixer: str = "lightning-attn"
+    heldout: str = ""
+    """Text whose held-out documents serve selection, the choice of a, and evaluation."""
+    pretrain: Pretrain | None = None
+    align: Training
+    select: Select = field(default_factory=Select)
+    distill: Distill
+    finetune: Training
+    scale: Scale = field(default_factory=Scale)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a preset, apply `--table.key value` overrides, check every key and type.
+
+    Args:
+        preset: the name of a shipped preset, or the path of a TOML file.
+        overrides: alternating `--table.key` (or `--key`) and value, as left over by a command line.
+
+    Raises:
+        UserError: an unknown preset or key (with the nearest that exists), or a value of the wrong type.
+    """
+    path = Path(preset)
+    if path.suffix != ".toml":
+        path = PRESETS / f"{preset}.toml"
+    if not path.is_file():
+        names = sorted(p.stem for p in PRESETS.glob("*.toml"))
+        raise UserError(f"no preset '{preset}'{_suggest(str(preset), names)}; presets: {', '.join(names)}")
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    for key, value in _pairs(overrides):
+        _assign(table, key, value)
+    table.setdefault("name", path.stem)
+    return _build(Config, _anchor(table, path.parent), where=str(path.name))
+
+
+def config_table(config: Any) -> dict[str, Any]:
+    """The configuration as TOML has it (tables, lists, no key that is None): what a run records."""
+    table = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            table[f.name] = config_table(value)
+        elif value is not None:
+            table[f.name] = list(value) if isinstance(value, tuple) else value
+    return table
+
+
+def to_toml(table: dict[str, Any], prefix: str = "") -> str:
+    """Plain tables as TOML text; the inverse of tomllib for what a Config holds."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{prefix}{key}]", to_toml(value, f"{prefix}{key}.").strip()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """`["--a.b", "1", "--c=2"]` -> `[("a.b", "1"), ("c", "2")]`."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"cannot read '{word}': overrides are written --table.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"--{key} has no value")
+            value = rest.pop(0)
+        pairs.append((key.replace("-", "_"), value))
+    return pairs
+
+
+def _assign(table: dict[str, Any], key: str, text: str) -> None:
+    *tables, last = key.split(".")
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--{key}: '{name}' is a value, not a table")
+    try:
+        table[last] = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text
+
+
+def _anchor(value: Any, folder: Path) -> Any:
+    """Make "./x" and "../x" absolute, from the preset's folder."""
+    if isinstance(value, dict):
+        return {k: _anchor(v, folder) for k, v in value.items()}
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str((folder / value).resolve())
+    return value
+
+
+def _build(cls: type[T], table: dict[str, Any], where: str) -> T:
+    hints = get_type_hints(cls)
+    for key in table:
+        if key not in hints:
+            raise UserError(f"{where}: unknown key '{key}'{_suggest(key, list(hints))}")
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.name not in table and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}: missing key '{missing[0]}'")
+    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in table.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a table, not {value!r}")
+        return _build(kind, value, where)  # type: ignore[arg-type]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            near = _suggest(str(value), get_args(kind))
+            raise UserError(f"{where} must be one of {', '.join(get_args(kind))}, not {value!r}{near}")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where} must be a list, not {value!r}")
+        return tuple(_convert(get_args(kind)[0], v, where) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
+    return value
+
+
+def _article(kind: str) -> str:
+    return {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}[kind]
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,90 @@
+"""What a stage is given: the run's settings, its folders, and where the stages before it left their work."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halo.config import Config, config_table
+from halo.errors import UserError
+from halo.run import StageFolder
+
+INPUTS: dict[str, tuple[str, ...]] = {
+    "align": (),
+    "selection": ("align",),
+    "distill": ("align", "selection"),
+    "finetune": ("distill",),
+    "scaling": ("finetune",),
+    "export": ("finetune", "scaling"),
+    "eval": ("export",),
+}
+"""Each stage, in order, and the stages whose results it reads."""
+
+LAUNCHERS = {
+    "align": "align.py",
+    "selection": "select_layers.py",
+    "distill": "kd.py",
+    "finetune": "finetune.py",
+    "scaling": "choose_scaling.py",
+    "export": "export_hybrid.py",
+    "eval": "evaluate_needles.py",
+}
+
+TABLES = {"selection": "select", "scaling": "scale", "eval": "evaluate"}
+"""The preset's table of a stage, where it is not the stage's own name."""
+
+FREE = ("micro_batch", "save_every", "activation_checkpointing", "teacher_placement", "batch_tokens")
+"""Settings that change how a result is reached, not the result: they may change when a run goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    config: Config
+    run: Path
+    teacher: Path
+    """The teacher's local folder."""
+    fingerprint: str
+    """The teacher's."""
+    ds_config: dict[str, Any]
+    _checked: set[str] = field(default_factory=set)
+
+    def settings(self, stage: str) -> Any:
+        """The preset's table of a stage; None for one that has no settings."""
+        return getattr(self.config, TABLES.get(stage, stage), None)
+
+    def folder(self, stage: str) -> StageFolder:
+        """A stage's folder, knowing what it must have been made from."""
+        made_from: dict[str, Any] = {"teacher": self.fingerprint, "rnn_mixer": self.config.rnn_mixer}
+        settings = self.settings(stage)
+        if settings is not None:
+            made_from |= {key: value for key, value in config_table(settings).items() if key not in FREE}
+        for before in INPUTS[stage]:
+            made_from[before] = self.folder(before).digest()
+        return StageFolder(self.run / stage, made_from)
+
+    def is_complete(self, stage: str) -> bool:
+        """Whether `stage` and all that it reads are done, for these settings. Files are verified once.
+
+        Raises:
+            UserError: one of them was made from something else, or is damaged.
+        """
+        if stage not in self._checked:
+            if not (all(self.is_complete(before) for before in INPUTS[stage]) and self.folder(stage).is_complete()):
+                return False
+            self._checked.add(stage)
+        return True
+
+    def require_inputs(self, stage: str) -> None:
+        """Check that all `stage` reads is there.
+
+        Raises:
+            UserError: naming the first stage that is missing, and the command that makes it.
+        """
+        for before in INPUTS:
+            if before == stage:
+                return
+            if not self.is_complete(before):
+                state = "was interrupted" if (self.run / before).is_dir() else "is missing"
+                raise UserError(
+                    f"{stage} needs {self.run / before}, which {state}: run launcher/{LAUNCHERS[before]} first, "
+                    "or pass --prepare"
+                )

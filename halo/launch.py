@@ -1,0 +1,120 @@
+"""What every launcher does: read the command line, join the ranks, run, and end all ranks together.
+
+    launch(job, description="...")   # job(Job)
+
+Works under `deepspeed`, torchrun, srun with torchrun, and as a plain `python launcher/x.py`.
+"""
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from halo.config import Config, load_config
+from halo.errors import UserError
+
+EXIT_USER_ERROR = 2
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another: the longest rank 0 works alone is preparing a corpus."""
+DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command line, read."""
+
+    config: Config
+    run: Path
+    ds_config: Path
+    prepare: bool
+    """Whether to run the stages before this one where they are missing."""
+
+
+def launch(job: Callable[[Job], object], *, description: str, argv: Sequence[str] | None = None) -> None:
+    """Parse, join the ranks, run `job`, leave.
+
+    A UserError ends every rank: the first rank to meet it prints one line, and each exits with status 2.
+    """
+    arguments, overrides = _parser(description).parse_known_args(argv)
+    _fill_environment()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    try:
+        config = load_config(arguments.preset or "tiny", overrides)
+        _join(store, rank, world_size)
+        job(
+            Job(
+                config=config,
+                run=Path(arguments.run or Path("runs") / config.name),
+                ds_config=Path(arguments.ds_config),
+                prepare=arguments.prepare or arguments.preset is None,
+            )
+        )
+    except UserError as error:
+        if store.add("halo/errors", 1) == 1:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(store, rank, world_size)
+    dist.destroy_process_group()
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Any setting of the preset can be overridden: --distill.lr 5e-5",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset", help="a shipped preset or the path of a TOML file (default: tiny, the embedded one)"
+    )
+    parser.add_argument("--run", help="the run's folder (default: runs/<preset>)")
+    parser.add_argument("--ds_config", default=str(DS_CONFIG), help="DeepSpeed JSON (default: %(default)s)")
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="first run the stages before this one where they are missing (always so without --preset)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    return parser
+
+
+def _fill_environment() -> None:
+    """What launchers leave out: a plain python sets nothing, DeepSpeed sets LOCAL_SIZE for LOCAL_WORLD_SIZE."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def _join(store: dist.Store, rank: int, world_size: int) -> None:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def _leave(store: dist.Store, rank: int, world_size: int) -> NoReturn:
+    """End this rank. Rank 0 may hold the store: it stays a moment, so that the others learn what is already printed."""
+    if rank != 0:
+        store.set(f"halo/left/{rank}", "")
+    elif world_size > 1:
+        with contextlib.suppress(dist.DistError):
+            store.wait([f"halo/left/{r}" for r in range(1, world_size)], timedelta(seconds=5))
+    # Not sys.exit: a rank must not wait in an exit handler for a collective that will never come.
+    os._exit(EXIT_USER_ERROR)

@@ -1,0 +1,159 @@
+"""RULER's single-needle tests, in RULER's wording, at an exact length in tokens of any tokenizer.
+
+    A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the
+    number afterwards.
+    <haystack, and in it: One of the special magic numbers for quiet-river is: 7310554.>
+    What is the special magic number for quiet-river mentioned in the provided text? The special magic number for
+    quiet-river mentioned in the provided text is| 7310554
+
+The pieces are tokenized one by one and their ids joined, in training and in evaluation alike. Each piece ends where
+byte-level tokenizers cut anyway (before a space, after a line end), so the answer's first token starts with its space.
+"""
+
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+VARIANTS = ("niah_single_1", "niah_single_2", "niah_single_3")
+
+
+def _keys(adjectives: str, nouns: str) -> tuple[str, ...]:
+    return tuple(f"{adjective}-{noun}" for adjective, noun in product(adjectives.split(), nouns.split()))
+
+
+# 400 keys each. No word is in both, and both are of the same mix of common and rare words.
+TRAIN_KEYS = _keys(
+    "happy poor old fine early full strong open large cold silent late easy perfect eager light quick rich sweet tired",
+    "sister room father house wish brother letter party aunt lady door town voice uncle dinner table face dance ball "
+    "tea",
+)
+EVAL_KEYS = _keys(
+    "young kind pretty ready new true small round pleasant wrong high fair quiet warm strange useful safe fresh plain "
+    "deep",
+    "mother friend heart morning evening word visit walk hand carriage head cousin smile child journey money window "
+    "fire book garden",
+)
+
+_HEADER = (
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind} afterwards.\n"
+)
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+_NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
+_QUESTION = (
+    "\nWhat is the special magic {kind} for {key} mentioned in the provided text? "
+    "The special magic {kind} for {key} mentioned in the provided text is"
+)
+
+# A sentence ends at . ! or ? (and a closing quote) before a space and a capital, unless after a title or an initial.
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)(\"?) (?=\"?[A-Z])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleSample:
+    variant: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    answer: str
+    depth: float
+    """Where the needle stands in the haystack: 0 at its start, towards 1 at its end."""
+
+
+class Prose:
+    """Text to hide needles in: the sentences of `documents` as one stream of token ids, in memory."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]):
+        sentences = [" " + sentence for document in documents for sentence in _sentences(document)]
+        if not sentences:
+            raise ValueError("no prose: there are no documents")
+        ids = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+        self._ids = np.concatenate([np.asarray(sentence, dtype=np.int64) for sentence in ids])
+        self._starts = np.cumsum([0, *(len(sentence) for sentence in ids[:-1])])
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self._ids)
+
+    def span(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """`length` ids in a row from a random sentence on, and where sentences start among them (the first at 0).
+
+        Raises:
+            ValueError: the prose is shorter than that.
+        """
+        choices = np.searchsorted(self._starts, len(self) - length, side="right")
+        if choices == 0:
+            raise ValueError(f"a haystack of {length} tokens is longer than the whole prose ({len(self)} tokens)")
+        begin = self._starts[rng.integers(choices)]
+        first, last = np.searchsorted(self._starts, [begin, begin + length])
+        return self._ids[begin : begin + length], self._starts[first:last] - begin
+
+
+def build_needle(
+    tokenizer: PreTrainedTokenizerBase,
+    variant: str,
+    length: int,
+    rng: np.random.Generator,
+    keys: Sequence[str],
+    prose: Prose,
+) -> NeedleSample:
+    """One test of `variant`, its prompt and answer together exactly `length` tokens.
+
+    niah_single_1 hides a 7-digit number in noise (one line repeated), niah_single_2 in prose, niah_single_3 a UUID in
+    prose. The needle stands before a random sentence (in noise: line) of the haystack, whose end is cut to the length.
+
+    Raises:
+        ValueError: an unknown variant, `length` leaves no room for a haystack, or the prose is shorter than `length`.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
+    noise = variant == "niah_single_1"
+    kind = "uuid" if variant == "niah_single_3" else "number"
+    value = str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == "uuid" else str(rng.integers(10**6, 10**7))
+    fields = {"kind": kind, "key": keys[rng.integers(len(keys))], "value": value}
+    needle = _NEEDLE.format(**fields)
+    pieces = [
+        _HEADER.format(**fields),
+        needle + "\n" if noise else " " + needle,
+        _QUESTION.format(**fields),
+        " " + value,
+        _NOISE,
+    ]
+    header_ids, needle_ids, question_ids, answer_ids, line_ids = tokenizer(pieces, add_special_tokens=False)[
+        "input_ids"
+    ]
+    taken = len(header_ids) + len(needle_ids) + len(question_ids) + len(answer_ids)
+    room = length - taken
+    if room < 1:
+        raise ValueError(f"a {variant} sample of {length} tokens has no room for a haystack: {taken} are taken")
+
+    if noise:
+        haystack, starts = np.resize(np.asarray(line_ids), room), np.arange(0, room, len(line_ids))
+    else:
+        haystack, starts = prose.span(room, rng)
+    at = int(starts[rng.integers(len(starts))])
+    haystack_ids = haystack.tolist()
+    return NeedleSample(
+        variant=variant,
+        prompt_ids=[*header_ids, *haystack_ids[:at], *needle_ids, *haystack_ids[at:], *question_ids],
+        answer_ids=answer_ids,
+        answer=value,
+        depth=at / room,
+    )
+
+
+def template_texts(copies: int) -> Iterator[str]:
+    """The wording alone, without keys and values: what a tokenizer must have seen for it to be short."""
+    for _ in range(copies):
+        for kind in ("number", "uuid"):
+            fields = {"kind": kind, "key": "", "value": ""}
+            yield _HEADER.format(**fields) + _NOISE + _NEEDLE.format(**fields) + _QUESTION.format(**fields)
+
+
+def _sentences(text: str) -> list[str]:
+    """RULER's haystack is one line: all white space becomes a single space."""
+    return _SENTENCE_END.sub("\\1\n", " ".join(text.split())).split("\n")

@@ -1,0 +1,98 @@
+"""What each stage trains: a model and a loss."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halo.losses import IGNORE, linear_cross_entropy, linear_kl, relative_mse
+from halo.teacher import Teacher
+from halo.trainer import Objective
+
+
+class Alignment(Objective):
+    """Stage 1 (Sec. 4.2): every RNN layer learns to give what its attention layer gives, on the teacher's states.
+
+    Args:
+        mixers: layer index -> the RNN layer that may replace it.
+        teacher: the frozen Transformer.
+    """
+
+    def __init__(self, mixers: Mapping[int, nn.Module], teacher: Teacher):
+        super().__init__()
+        self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
+        self._teacher = [teacher]  # in a list: not a submodule
+
+    def teach(self, input_ids: Tensor) -> dict[str, Any]:
+        """Run the teacher once; note each attention layer's input, rotary embedding and output."""
+        calls: dict[str, tuple[Tensor, Any, Tensor]] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                calls[name] = (kwargs["hidden_states"], kwargs["position_embeddings"], output[0])
+
+            return hook
+
+        layers = self._teacher[0].layers
+        handles = [
+            layers[int(name)].get_submodule("self_attn").register_forward_hook(note(name), with_kwargs=True)
+            for name in self.mixers
+        ]
+        try:
+            self._teacher[0].hidden_states(input_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {"calls": calls}
+
+    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the layers' losses (Eq. 7): each layer's gradient is its own. Logs the mean and each layer's."""
+        losses = {}
+        for name, mixer in self.mixers.items():
+            hidden, position_embeddings, target = taught["calls"][name]
+            output, _ = mixer(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None)
+            losses[f"layer/{name}"] = relative_mse(output, target)
+        total = torch.stack(list(losses.values())).sum()
+        return total, {"mean": total.detach() / len(losses)} | {k: v.detach() for k, v in losses.items()}
+
+
+class _Headed(Objective):
+    """A causal language model whose loss reads the head in place of applying it."""
+
+    def __init__(self, student: PreTrainedModel):
+        super().__init__()
+        self.student = student
+
+    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        return [(self, self.student.lm_head.weight)]
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]."""
+        return self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+class Distillation(_Headed):
+    """Stage 2 (Sec. 4.4): the hybrid learns the teacher's distribution over every next token."""
+
+    def __init__(self, student: PreTrainedModel, teacher: Teacher):
+        super().__init__(student)
+        self._teacher = [teacher]
+
+    def teach(self, input_ids: Tensor) -> dict[str, Any]:
+        return {"teacher": self._teacher[0].logits(input_ids)}
+
+    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.hidden_states(input_ids).flatten(0, 1)
+        teacher = taught["teacher"]
+        return linear_kl(hidden, self.student.lm_head.weight, teacher.hidden, teacher.head)
+
+
+class NextToken(_Headed):
+    """Stage 3 (Sec. 4.5) and training from scratch: next-token cross entropy."""
+
+    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.hidden_states(input_ids).flatten(0, 1)
+        labels = nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE).flatten()
+        return linear_cross_entropy(hidden, self.student.lm_head.weight, labels), {}

@@ -1,0 +1,63 @@
+"""From a command line to finished stages: check everything on rank 0, then run what is missing, in order."""
+
+import time
+from collections.abc import Callable
+
+from halo.context import INPUTS, Context
+from halo.distributed import on_rank0, rank
+from halo.engine import read_ds_config
+from halo.launch import Job
+from halo.models import find_teacher
+from halo.run import Run, teacher_fingerprint
+from halo.stages import align, distill, evaluate, export, finetune, scale, select
+
+STAGES: dict[str, Callable[[Context], None]] = {
+    "align": align.run,
+    "selection": select.run,
+    "distill": distill.run,
+    "finetune": finetune.run,
+    "scaling": scale.run,
+    "export": export.run,
+    "eval": evaluate.run,
+}
+
+
+def run_stage(job: Job, stage: str) -> Context:
+    """Run `stage`; with `job.prepare`, first every stage before it that is missing.
+
+    Raises:
+        UserError: bad settings, teacher or folder, or a missing predecessor; on every rank, before anything is written.
+    """
+    context = on_rank0(lambda: _open(job))
+    names = list(INPUTS)[: list(INPUTS).index(stage) + 1] if job.prepare else [stage]
+    if not job.prepare:
+        on_rank0(lambda: context.require_inputs(stage))
+    for name in names:
+        if on_rank0(lambda name=name: context.is_complete(name)):  # type: ignore[misc]
+            say(f"{name}: done already, in {context.run / name}")
+            continue
+        if name != stage:
+            say(f"{name}: missing, preparing it for {stage}")
+        began = time.perf_counter()
+        STAGES[name](context)
+        say(f"{name}: {time.perf_counter() - began:.0f} s -> {context.run / name}")
+    return context
+
+
+def say(line: str) -> None:
+    """One line of plain words, from rank 0."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
+def _open(job: Job) -> Context:
+    ds_config = read_ds_config(job.ds_config)
+    teacher = find_teacher(job.config.teacher)
+    Run(job.run, job.config).open()
+    return Context(
+        config=job.config,
+        run=job.run,
+        teacher=teacher,
+        fingerprint=teacher_fingerprint(teacher),
+        ds_config=ds_config,
+    )

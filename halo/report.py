@@ -1,0 +1,190 @@
+"""What a conversion shows: the long-context table (the paper's Table 2 in small), each stage's cost, layer selection.
+
+Pure functions from results to Markdown, JSON and PNG; the caller writes them.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+TASKS = {
+    "niah_single_1": "a number in noise",
+    "niah_single_2": "a number in prose",
+    "niah_single_3": "a UUID in prose",
+}
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes repeat what the colour says.
+LINES = [("#000000", "o", "-"), ("#E69F00", "s", "--"), ("#56B4E9", "^", "-."), ("#D55E00", "D", "-")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The needle recall of every model on the same samples: one variant at one length."""
+
+    variant: str
+    length: int
+    """Tokens in a sample, the answer included."""
+    samples: int
+    recall: dict[str, float]
+    """Model name to recall in [0, 1]; its order is the order of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What one stage of the conversion took."""
+
+    name: str
+    tokens: int
+    parameters: int
+    """How many were trained; 0 where the stage only ran models."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All that a report shows.
+
+    Raises:
+        ValueError: there are no cells, or they name different models.
+    """
+
+    training_length: int
+    """The context length, in tokens, of the teacher's training."""
+    cells: Sequence[Cell]
+    stages: Sequence[StageCost]
+
+    def __post_init__(self) -> None:
+        if not self.cells:
+            raise ValueError("a report needs at least one cell of results")
+        for cell in self.cells:
+            if list(cell.recall) != self.models:
+                raise ValueError(f"{cell.variant} at {cell.length} has models {list(cell.recall)}, not {self.models}")
+
+    @property
+    def models(self) -> list[str]:
+        return list(self.cells[0].recall)
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(cell.variant for cell in self.cells))
+
+    def of(self, variant: str) -> list[Cell]:
+        """The cells of one variant, shortest length first."""
+        return sorted((cell for cell in self.cells if cell.variant == variant), key=lambda cell: cell.length)
+
+
+def to_json(results: Results) -> str:
+    """Everything in `results`, unrounded."""
+    return json.dumps(asdict(results), indent=2) + "\n"
+
+
+def to_markdown(results: Results) -> str:
+    """The recall table (rows are models, columns lengths, variants side by side), and below it the stages."""
+    columns = [cell for variant in results.variants for cell in results.of(variant)]
+    header = ["Recall, %"]
+    for variant in results.variants:
+        multiples = [f"{cell.length / results.training_length:g}x" for cell in results.of(variant)]
+        header += [f"{_title(variant)}, {multiples[0]}", *multiples[1:]]
+    recall = [
+        header,
+        ["*tokens*", *(f"{cell.length:,}" for cell in columns)],
+        *([model, *(_percent(cell.recall[model]) for cell in columns)] for model in results.models),
+        ["*samples*", *(str(cell.samples) for cell in columns)],
+    ]
+    stages = [
+        ["Stage", "Tokens", "Trained parameters", "Seconds"],
+        *([s.name, f"{s.tokens:,}", f"{s.parameters:,}", f"{s.seconds:,.0f}"] for s in results.stages),
+        ["**all**", f"{sum(s.tokens for s in results.stages):,}", "", f"{sum(s.seconds for s in results.stages):,.0f}"],
+    ]
+    return f"{_table(recall)}\n{_table(stages)}"
+
+
+def to_png(results: Results) -> bytes:
+    """Recall over length, one panel a variant and one line a model, to be read at a width of 900 pixels."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(results.variants), sharey=True, squeeze=False)[0]
+    for panel, variant in zip(panels, results.variants, strict=True):
+        _draw(panel, results, variant)
+    panels[0].set_ylabel("exact-match recall, %")
+    figure.supxlabel("context length, tokens", fontsize=10)
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        lines, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9, columnspacing=1.4
+    )
+    return _png(figure)
+
+
+def selection_png(recall: Sequence[float], csr: Sequence[float], kept: Sequence[int]) -> bytes:
+    """Recall and CSR in [0, 1] of the teacher with each one layer replaced, and which layers stay attention."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panel = figure.subplots()
+    for number, layer in enumerate(kept):
+        panel.axvspan(layer - 0.4, layer + 0.4, color="0.88", label="stays attention" if number == 0 else None)
+    for scores, label, (color, marker, linestyle) in [(recall, "recall", LINES[3]), (csr, "CSR", LINES[2])]:
+        panel.plot(
+            [100 * score for score in scores],
+            color=color,
+            marker=marker,
+            linestyle=linestyle,
+            label=label,
+            clip_on=False,
+        )
+    panel.set_xticks(range(len(recall)))
+    panel.tick_params(axis="x", labelsize=8)
+    panel.set_xlabel("the one layer replaced by an RNN")
+    panel.set_ylabel("score, %")
+    _tidy(panel)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _draw(panel: Axes, results: Results, variant: str) -> None:
+    cells = results.of(variant)
+    lengths = [cell.length for cell in cells]
+    for model, (color, marker, linestyle) in zip(results.models, itertools.cycle(LINES), strict=False):
+        recall = [100 * cell.recall[model] for cell in cells]
+        panel.plot(lengths, recall, color=color, marker=marker, linestyle=linestyle, label=model, clip_on=False)
+    panel.axvline(
+        results.training_length, color="0.5", linestyle="--", linewidth=1, label="teacher's training length", zorder=1
+    )
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [_short(length) for length in lengths])
+    panel.set_title(_title(variant) + (f"\n{TASKS[variant]}" if variant in TASKS else ""), fontsize=10)
+    _tidy(panel)
+
+
+def _tidy(panel: Axes) -> None:
+    panel.set_ylim(-3, 103)
+    panel.grid(color="0.9")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
+    return png.getvalue()
+
+
+def _title(variant: str) -> str:
+    """RULER's own name of a variant: NIAH-Single-1."""
+    return variant.replace("niah_single_", "NIAH-Single-")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0")
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first row is the header, and every column but the first is aligned right."""
+    rules = [":--", *["--:"] * (len(rows[0]) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rules, *rows[1:]])

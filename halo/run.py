@@ -1,0 +1,184 @@
+"""A run is a folder; a stage is a folder in it, complete when its stage.json is there.
+
+    runs/<name>/config.toml            the resolved configuration, written once
+    runs/<name>/<stage>/stage.json     written last: what the stage was made from, what it wrote, what it cost
+
+stage.json names every file that the stage hands on, with size and SHA-256. A stage that lacks it was interrupted. A
+stage whose record no longer fits (another teacher, other settings, an altered file) is refused, never overwritten.
+"""
+
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from halo.config import Config, config_table, to_toml
+from halo.errors import UserError
+
+IDENTITY = ("name", "teacher", "rnn_mixer")
+"""The settings that make a run what it is: a folder with others belongs to another run."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it becomes `path` in one step, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What stage.json holds."""
+
+    made_from: dict[str, Any]
+    """The teacher's fingerprint, the stage's settings, and the digests of the stages it read."""
+    files: dict[str, dict[str, Any]]
+    """File name -> {"bytes", "sha256"}."""
+    summary: dict[str, Any]
+    """Tokens, trained parameters, seconds, and the stage's own results."""
+
+
+class StageFolder:
+    """One stage's folder: write the outputs, then `complete` it."""
+
+    def __init__(self, path: Path, made_from: dict[str, Any]):
+        self.path = path
+        self.made_from = made_from
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def record_path(self) -> Path:
+        return self.path / "stage.json"
+
+    def is_complete(self) -> bool:
+        """Whether the stage is done, for just these settings.
+
+        Raises:
+            UserError: it is done, but was made from something else, or its files are not what it recorded.
+        """
+        if not self.record_path.is_file():
+            return False
+        record = self.record()
+        if record.made_from != self.made_from:
+            raise UserError(
+                f"{self.path} was made from another {_difference(record.made_from, self.made_from)}: "
+                "remove that folder to make it again, or choose another --run"
+            )
+        for name, expected in record.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(
+                    f"{file} is missing although its stage was complete: remove {self.path} to make it again"
+                )
+            if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+                raise UserError(f"{file} is damaged (not what its stage wrote): remove {self.path} to make it again")
+        return True
+
+    def record(self) -> Record:
+        try:
+            return Record(**json.loads(self.record_path.read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(
+                f"{self.record_path} cannot be read ({error}): remove {self.path} to make it again"
+            ) from error
+
+    def digest(self) -> str:
+        """One line that stands for everything the stage hands on."""
+        return sha256(self.record_path)
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        with atomic(self.path / name) as partial:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.path / name)
+
+    def save_json(self, name: str, value: Any) -> None:
+        with atomic(self.path / name) as partial:
+            partial.write_text(json.dumps(value, indent=2) + "\n")
+
+    def load_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    def complete(self, files: list[str], summary: dict[str, Any]) -> None:
+        """Declare the stage done: record the files it hands on. The last thing a stage does, on rank 0."""
+        listed = {
+            name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)} for name in files
+        }
+        self.save_json("stage.json", {"made_from": self.made_from, "files": listed, "summary": summary})
+
+
+class Run:
+    """A run's folder and its configuration.
+
+    Raises:
+        UserError: the folder belongs to another run, or holds files but no run.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder = folder
+        self.config = config
+
+    def open(self) -> None:
+        """Claim the folder, on rank 0, before anything expensive."""
+        path = self.folder / "config.toml"
+        table = config_table(self.config)
+        if path.is_file():
+            recorded = tomllib.loads(path.read_text())
+            for key in IDENTITY:
+                if recorded.get(key) != table[key]:
+                    raise UserError(
+                        f"{self.folder} belongs to another run ({key} = {recorded.get(key)!r}, now {table[key]!r}): "
+                        "choose another --run"
+                    )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds files but no run (no config.toml): choose another --run")
+        with atomic(path) as partial:
+            partial.write_text(to_toml(table))
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first thing that differs, in words: `teacher`, or `lr (0.001, now 0.002)`."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if a != b:
+            if isinstance(a, dict) and isinstance(b, dict):
+                return _difference(a, b)
+            long = any(isinstance(v, str) and len(v) == 64 for v in (a, b))
+            return key if long else f"{key} ({a!r}, now {b!r})"
+    return "version"
+
+
+def teacher_fingerprint(folder: Path) -> str:
+    """A digest of a teacher's folder: its config, and of each weight file the size, the head and the tail."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()

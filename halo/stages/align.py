@@ -1,0 +1,55 @@
+"""Stage 1: each RNN layer, made from its attention layer's weights, learns to give what that layer gives (Eq. 7).
+
+Writes `mixers.safetensors`: every layer's RNN mixer, keys `<layer>.<parameter>`, and nothing of the teacher.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halo.context import Context
+from halo.distributed import on_rank0
+from halo.models import load_teacher
+from halo.objectives import Alignment
+from halo.run import StageFolder
+from halo.stages.data import shards_for
+from halo.teacher import Teacher
+from halo.trainer import train
+from hypenet.transfer import hybrid_config, mixer_from_attention
+
+MIXERS = "mixers.safetensors"
+
+
+def run(context: Context) -> None:
+    folder, training = context.folder("align"), context.config.align
+    shards = shards_for(context, "align")
+    teacher = load_teacher(context.teacher)
+    torch.manual_seed(training.seed)
+    objective = Alignment(new_mixers(teacher, context.config.rnn_mixer), Teacher(teacher))
+    result = train(objective, training, shards=shards, folder=folder.path, ds_config=context.ds_config)
+
+    def finish() -> None:
+        folder.save_tensors(MIXERS, {name.removeprefix("mixers."): w for name, w in result.weights.items()})
+        folder.complete([MIXERS], result.summary())
+
+    on_rank0(finish)
+
+
+def new_mixers(teacher: PreTrainedModel, rnn_mixer: str) -> dict[int, nn.Module]:
+    """An RNN mixer for every attention layer of the teacher, initialised from its weights (Sec. 4.1)."""
+    config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=rnn_mixer)
+    return {
+        index: mixer_from_attention(layer.self_attn, config, index).to(teacher.dtype)
+        for index, layer in enumerate(teacher.model.layers)
+    }
+
+
+def load_mixers(folder: StageFolder) -> Mapping[int, dict[str, Tensor]]:
+    """Stage 1's result: layer index -> that mixer's state dict."""
+    mixers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in folder.load_tensors(MIXERS).items():
+        layer, _, parameter = name.partition(".")
+        mixers.setdefault(int(layer), {})[parameter] = tensor
+    return mixers

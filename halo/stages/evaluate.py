@@ -1,0 +1,91 @@
+"""Needle in a haystack over lengths (Table 2): teacher, teacher with YaRN, hybrid with and without logits scaling.
+
+Writes `niah.json`, `niah.md` and `niah.png`.
+"""
+
+import time
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from halo.context import Context
+from halo.distributed import device, on_rank0
+from halo.errors import UserError
+from halo.evaluation import needle_recall
+from halo.metrics import progress_bar
+from halo.models import apply_yarn, load_hybrid, load_teacher
+from halo.needle import VARIANTS
+from halo.report import Cell, Results, StageCost, to_json, to_markdown, to_png
+from halo.stages.export import MODEL
+from halo.stages.held_out import HeldOut
+from halo.tokenizer import load_tokenizer
+
+COSTED = ("align", "selection", "distill", "finetune", "scaling")
+
+
+def run(context: Context) -> None:
+    began = time.perf_counter()
+    settings = context.config.evaluate
+    if len(settings.samples) != len(settings.lengths):
+        raise UserError("evaluate.samples must hold one number for each of evaluate.lengths")
+    held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
+    rows = _rows(context)
+    cells = []
+    with progress_bar(len(rows) * len(VARIANTS) * sum(settings.samples), "evaluate", unit="sample") as bar:
+        for length, count in zip(settings.lengths, settings.samples, strict=True):
+            samples = {variant: held_out.needles(variant, length, count, settings.seed) for variant in VARIANTS}
+            recall: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS}
+            for name, model_at in rows.items():
+                model = model_at(length)
+                for variant in VARIANTS:
+                    batch = max(1, settings.batch_tokens // length)
+                    recall[variant][name] = needle_recall(model, samples[variant], batch=batch, progress=bar.update)
+            cells += [Cell(variant=v, length=length, samples=count, recall=recall[v]) for v in VARIANTS]
+
+    def finish() -> None:
+        folder = context.folder("eval")
+        results = Results(training_length=settings.yarn_from, cells=cells, stages=_costs(context))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / "niah.json").write_text(to_json(results))
+        (folder.path / "niah.md").write_text(to_markdown(results))
+        (folder.path / "niah.png").write_bytes(to_png(results))
+        folder.complete(["niah.json", "niah.md", "niah.png"], {"seconds": round(time.perf_counter() - began, 1)})
+
+    on_rank0(finish)
+
+
+def _rows(context: Context) -> dict[str, Callable[[int], PreTrainedModel]]:
+    """The table's rows: name -> the model as it is run at a length."""
+    teacher = load_teacher(context.teacher).to(device())
+    hybrid = load_hybrid(context.run / "export" / MODEL).to(device())
+    scaling, original = hybrid.config.attn_logits_scaling, context.config.evaluate.yarn_from
+
+    def teacher_plain(length: int) -> PreTrainedModel:
+        apply_yarn(teacher, original, original)
+        return teacher
+
+    def teacher_yarn(length: int) -> PreTrainedModel:
+        apply_yarn(teacher, length, original)
+        return teacher
+
+    def hybrid_with(spec: str | None) -> Callable[[int], PreTrainedModel]:
+        def at(length: int) -> PreTrainedModel:
+            hybrid.config.attn_logits_scaling = spec
+            return hybrid
+
+        return at
+
+    return {
+        "teacher": teacher_plain,
+        "teacher + YaRN": teacher_yarn,
+        "hybrid, no scaling": hybrid_with(None),
+        "hybrid": hybrid_with(scaling),
+    }
+
+
+def _costs(context: Context) -> list[StageCost]:
+    costs = []
+    for stage in COSTED:
+        summary = context.folder(stage).record().summary
+        costs.append(StageCost(name=stage, **{k: summary[k] for k in ("tokens", "parameters", "seconds")}))
+    return costs

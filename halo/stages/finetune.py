@@ -1,0 +1,19 @@
+"""Stage 3: next-token training at long context and a small learning rate (Sec. 4.5). Writes `hybrid/`."""
+
+from halo.context import Context
+from halo.distributed import on_rank0
+from halo.models import load_hybrid
+from halo.objectives import NextToken
+from halo.stages.data import shards_for
+from halo.stages.distill import HYBRID, save_hybrid
+from halo.trainer import train
+
+
+def run(context: Context) -> None:
+    folder, training = context.folder("finetune"), context.config.finetune
+    shards = shards_for(context, "finetune")
+    student = load_hybrid(context.run / "distill" / HYBRID)
+    if training.activation_checkpointing:
+        student.gradient_checkpointing_enable()
+    result = train(NextToken(student), training, shards=shards, folder=folder.path, ds_config=context.ds_config)
+    on_rank0(lambda: save_hybrid(folder, student, result))

@@ -1,0 +1,56 @@
+"""The held-out part of a run's text: what selection, the choice of a, and evaluation measure on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from halo.corpus import read_documents
+from halo.errors import UserError
+from halo.needle import EVAL_KEYS, NeedleSample, Prose, build_needle
+
+
+class HeldOut:
+    """Held-out documents, as text and as token ids.
+
+    Raises:
+        UserError: no source is set, or nothing in it is held out.
+    """
+
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase):
+        if not source:
+            raise UserError(
+                "the preset's `heldout` is empty: name a folder of text whose held-out documents to measure on"
+            )
+        self.tokenizer = tokenizer
+        self.documents = list(read_documents(source, "held_out"))
+        if not self.documents:
+            raise UserError(f"{source} has too few documents to hold any out: name a larger one as `heldout`")
+        self.prose = Prose(tokenizer, self.documents)
+
+    def needles(self, variant: str, length: int, count: int, seed: int) -> list[NeedleSample]:
+        """`count` needle samples with keys and haystacks that no training sample has."""
+        rng = np.random.default_rng([seed, length])
+        try:
+            return [build_needle(self.tokenizer, variant, length, rng, EVAL_KEYS, self.prose) for _ in range(count)]
+        except ValueError as error:
+            raise UserError(f"no {variant} samples of {length} tokens from `heldout`: {error}") from error
+
+    def token_ids(self) -> Sequence[np.ndarray]:
+        """Each document's token ids."""
+        ids = self.tokenizer(self.documents, add_special_tokens=False)["input_ids"]
+        return [np.asarray(document) for document in ids]
+
+    def windows(self, length: int, count: int) -> Tensor:
+        """[count, length] consecutive windows over the documents, EOS between them.
+
+        Raises:
+            UserError: the documents are too short for one window.
+        """
+        stream = np.concatenate([np.append(ids, self.tokenizer.eos_token_id) for ids in self.token_ids()])
+        count = min(count, len(stream) // length)
+        if count == 0:
+            raise UserError(f"`heldout` has {len(stream)} held-out tokens, fewer than one window of {length}")
+        return torch.from_numpy(stream[: count * length].reshape(count, length))

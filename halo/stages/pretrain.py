@@ -1,0 +1,99 @@
+"""Training a small Transformer from scratch: how the embedded teacher was made.
+
+Writes `teacher/`: a Hugging Face folder, its tokenizer trained on the same text.
+"""
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from halo.config import Pretrain, config_table
+from halo.context import FREE
+from halo.corpus import read_documents
+from halo.distributed import on_rank0
+from halo.engine import read_ds_config
+from halo.errors import UserError
+from halo.launch import Job
+from halo.needle import template_texts
+from halo.objectives import NextToken
+from halo.run import Run, StageFolder
+from halo.stages.data import ensure_shards
+from halo.tokenizer import load_tokenizer, train_tokenizer
+from halo.trainer import train
+
+TEACHER = "teacher"
+TEMPLATE_COPIES = 200
+"""How often the needle's wording is in the tokenizer's training text: enough for its words to be single tokens."""
+
+
+def run(job: Job) -> Path:
+    """Pretrain, unless it is done; returns the teacher's folder."""
+    training = job.config.pretrain
+    if training is None:
+        raise UserError(f"preset '{job.config.name}' has no [pretrain] table")
+    made_from = {k: v for k, v in config_table(training).items() if k not in FREE}
+    folder = StageFolder(job.run / "pretrain", made_from)
+
+    def prepare() -> tuple[bool, dict[str, Any], Path, Path]:
+        ds_config = read_ds_config(job.ds_config)
+        Run(job.run, job.config).open()
+        tokenizer = _tokenizer(training, folder.path / "tokenizer")
+        shards = ensure_shards(training, "pretrain", job.run / "data" / "pretrain", load_tokenizer(tokenizer))
+        return folder.is_complete(), ds_config, tokenizer, shards
+
+    done, ds_config, tokenizer, shards = on_rank0(prepare)
+    if not done:
+        torch.manual_seed(training.seed)
+        model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
+        result = train(NextToken(model), training, shards=shards, folder=folder.path, ds_config=ds_config)
+        on_rank0(lambda: _save(folder, model, result.weights, tokenizer, result.summary()))
+    return folder.path / TEACHER
+
+
+def model_config(training: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """A Qwen3 of the preset's shape, with tied embeddings."""
+    return Qwen3Config(
+        vocab_size=training.vocab_size,
+        hidden_size=training.hidden_size,
+        intermediate_size=training.ffn,
+        num_hidden_layers=training.layers,
+        num_attention_heads=training.heads,
+        num_key_value_heads=training.kv_heads,
+        head_dim=training.head_dim,
+        max_position_embeddings=training.seq_len,
+        rope_theta=training.rope_theta,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _tokenizer(training: Pretrain, folder: Path) -> Path:
+    """Train the tokenizer on the corpus and on the needle's wording, once."""
+    if not folder.is_dir():
+        texts = itertools.chain(read_documents(training.corpus.source, "train"), template_texts(TEMPLATE_COPIES))
+        partial = folder.with_suffix(".partial")
+        train_tokenizer(texts, training.vocab_size).save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def _save(
+    folder: StageFolder, model: Qwen3ForCausalLM, weights: dict[str, Tensor], tokenizer: Path, summary: dict[str, Any]
+) -> None:
+    """Write the teacher in bfloat16, in one step."""
+    final, partial = folder.path / TEACHER, folder.path / f"{TEACHER}.partial"
+    for leftover in (final, partial):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(
+        partial, state_dict={name.removeprefix("student."): w.to(torch.bfloat16) for name, w in weights.items()}
+    )
+    load_tokenizer(tokenizer).save_pretrained(partial)
+    partial.rename(final)
+    folder.complete(sorted(f"{TEACHER}/{path.name}" for path in final.iterdir()), summary)

@@ -1,0 +1,88 @@
+"""Layer selection: replace one attention layer at a time, and keep those that recall needs (Sec. 4.3, Eq. 8 and 9).
+
+Writes `scores.json` (recall and CSR of every one-layer replacement, importance, ranking, the layers to keep) and
+`scores.png`.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from halo.context import Context
+from halo.distributed import device, on_rank0
+from halo.errors import UserError
+from halo.evaluation import build_questions, continuation_accuracy, needle_recall
+from halo.importance import default_k, importance, ranking
+from halo.metrics import progress_bar
+from halo.models import load_teacher
+from halo.needle import VARIANTS
+from halo.report import selection_png
+from halo.stages.align import load_mixers, new_mixers
+from halo.stages.held_out import HeldOut
+from halo.tokenizer import load_tokenizer
+
+SCORES = "scores.json"
+
+
+def run(context: Context) -> None:
+    began = time.perf_counter()
+    settings = context.config.select
+    teacher = load_teacher(context.teacher).eval().to(device())
+    layers = len(teacher.model.layers)
+    keep = settings.attention_layers or default_k(layers)
+    if not 1 <= keep <= layers:
+        raise UserError(f"select.attention_layers = {keep}, but the teacher has {layers} layers")
+    measured = _measure(context, teacher)
+    scores = importance(measured["recall"], measured["csr"], settings.epsilon)
+    order = ranking(scores)
+    report = {"attention_layers": sorted(order[:keep]), "ranking": order, "importance": scores, **measured}
+
+    def finish() -> None:
+        folder = context.folder("selection")
+        folder.save_json(SCORES, report)
+        (folder.path / "scores.png").write_bytes(selection_png(measured["recall"], measured["csr"], order[:keep]))
+        seconds = round(time.perf_counter() - began, 1)
+        folder.complete([SCORES], {"tokens": measured["tokens"], "parameters": 0, "seconds": seconds})
+
+    on_rank0(finish)
+
+
+def _measure(context: Context, teacher: PreTrainedModel) -> dict[str, Any]:
+    """Recall and CSR of the teacher with each layer replaced, in [0, 1], and the tokens that this took."""
+    settings = context.config.select
+    held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
+    needles = [
+        sample
+        for variant in VARIANTS
+        for sample in held_out.needles(variant, settings.seq_len, settings.needles, settings.seed)
+    ]
+    ask, answer = settings.seq_len // 2, settings.seq_len // 8
+    questions = build_questions(
+        held_out.token_ids(), count=settings.questions, context=ask, continuation=answer, seed=settings.seed
+    )
+    mixers, weights = new_mixers(teacher, context.config.rnn_mixer), load_mixers(context.folder("align"))
+    recall, csr = [], []
+    batch = max(1, context.config.evaluate.batch_tokens // settings.seq_len)
+    with progress_bar(len(mixers) * (len(needles) + len(questions)), "select", unit="sample") as bar:
+        for layer, mixer in mixers.items():
+            mixer.load_state_dict(weights[layer])
+            with replaced(teacher, layer, mixer):
+                recall.append(needle_recall(teacher, needles, batch=batch, progress=bar.update))
+                csr.append(continuation_accuracy(teacher, questions, batch=max(1, batch // 4), progress=bar.update))
+    tokens = len(mixers) * (len(needles) * settings.seq_len + len(questions) * 4 * (ask + answer))
+    return {"recall": recall, "csr": csr, "tokens": tokens}
+
+
+@contextmanager
+def replaced(teacher: PreTrainedModel, layer: int, mixer: nn.Module) -> Iterator[None]:
+    """M^(i): the teacher with one attention layer replaced by `mixer`, for as long as the block lasts."""
+    original = teacher.model.layers[layer].self_attn
+    teacher.model.layers[layer].self_attn = mixer.eval().to(teacher.device)
+    try:
+        yield
+    finally:
+        teacher.model.layers[layer].self_attn = original

@@ -1,0 +1,71 @@
+"""The frozen teacher, in a process group of its own.
+
+The teacher belongs to no engine: it has no gradients, no optimizer state, and enters no checkpoint. It runs forward
+only. `replicated` puts a whole teacher on each rank. `sharded` cuts every decoder layer over the ranks of one node
+(FSDP2) and gathers a layer just before its forward, over the teacher's own communicator.
+
+What it supplies is its logits, in factored form: final hidden states and the frozen head (docs/design.md).
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from halo.distributed import device, world_size
+
+
+@dataclass(frozen=True)
+class FactoredLogits:
+    """Logits as `hidden @ head.T`: [N, E] final hidden states and the [V, E] head, both without gradient."""
+
+    hidden: Tensor
+    head: Tensor
+
+
+class Teacher:
+    """A frozen causal language model.
+
+    Args:
+        model: the whole model, on any device.
+        placement: `replicated` or `sharded`. One rank alone always holds a whole teacher.
+    """
+
+    def __init__(self, model: PreTrainedModel, placement: Literal["replicated", "sharded"] = "replicated"):
+        self.model = model.eval().requires_grad_(False)
+        if placement == "sharded" and world_size() > 1:
+            mesh = DeviceMesh.from_group(_node_group(), device().type)
+            for layer in self.layers:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        self.model.to(device())
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.model.layers
+
+    @property
+    def head(self) -> Tensor:
+        """[V, E]."""
+        return self.model.lm_head.weight
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """input_ids [B, T] -> final hidden states [B, T, E], after the last norm."""
+        return self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logits(self, input_ids: Tensor) -> FactoredLogits:
+        """input_ids [B, T] -> factored logits of its B x T tokens."""
+        return FactoredLogits(self.hidden_states(input_ids).flatten(0, 1), self.head)
+
+
+def _node_group() -> dist.ProcessGroup:
+    """A new group of the ranks of this node. Every rank creates every node's group, in the same order."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    mine, _ = dist.new_subgroups(per_node)
+    return mine

@@ -1,0 +1,92 @@
+"""The hybrid cache: keys and values for attention layers, a state of fixed size for RNN layers."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .configuration_hypenet import ATTENTION, HypeNetConfig
+
+
+class StateLayer(CacheLayerMixin):
+    """What one RNN layer remembers: `state`, [B, ...] in float32, or None before the first token.
+
+    It counts the tokens it has seen, so that transformers may ask any layer for the length of the cache.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: Tensor | None = None
+        self.length = 0
+        self.is_initialized = False
+
+    def advance(self, state: Tensor, tokens: int) -> None:
+        """Keep `state`, the one after `tokens` more tokens."""
+        self.state = state
+        self.length += tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query: Tensor | int) -> tuple[int, int]:
+        """(length of the keys, offset of the first). transformers 4 passes the queries' positions, 5 their number."""
+        return self.length + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.index_select(0, indices.to(self.state.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+    def crop(self, *_: Any) -> None:
+        raise ValueError("The state of an RNN layer cannot be rolled back: it does not keep the tokens it has seen.")
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """Nothing to prepare: the first state comes from the layer."""
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise TypeError("An RNN layer keeps a state, not keys and values: use HypeNetCache.update_state.")
+
+
+class HypeNetCache(Cache):
+    """One cache layer for each layer of a model, by its mixer."""
+
+    layers: list[CacheLayerMixin]
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        super().__init__(layers=[DynamicLayer() if m == ATTENTION else StateLayer() for m in config.mixer_types])
+
+    def state(self, layer_idx: int) -> Tensor | None:
+        """The state of RNN layer `layer_idx`, None before the first token."""
+        return self._state_layer(layer_idx).state
+
+    def update_state(self, state: Tensor, layer_idx: int, tokens: int) -> None:
+        """Keep the state of RNN layer `layer_idx` after `tokens` more tokens."""
+        self._state_layer(layer_idx).advance(state, tokens)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers = [type(layer)() for layer in self.layers]
+
+    def _state_layer(self, layer_idx: int) -> StateLayer:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, StateLayer), f"layer {layer_idx} is an attention layer"
+        return layer

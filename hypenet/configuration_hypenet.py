@@ -1,0 +1,103 @@
+"""The configuration of a HypeNet model: Qwen3's, and which mixer each layer has."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+ATTENTION = "attn"
+
+
+def hype_scaling(base: float) -> str:
+    """The `attn_logits_scaling` of Eq. 11 with base a, e.g. "hype 500"."""
+    return f"hype {base:.12g}"
+
+
+def _rope_of_this_version(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 reads the keys of 4, but 4 would ignore the `rope_parameters` that 5 writes: translate them."""
+    rope = kwargs.get("rope_parameters")
+    if rope is None or not transformers.__version__.startswith("4."):
+        return kwargs
+    kwargs = {name: value for name, value in kwargs.items() if name != "rope_parameters"}
+    scaling = None if rope["rope_type"] == "default" else {n: v for n, v in rope.items() if n != "rope_theta"}
+    return {**kwargs, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+class HypeNetConfig(Qwen3Config):
+    """Qwen3's keys, and those of the published HypeNet checkpoints.
+
+    Attributes:
+        mixer_types: one name of `MIXERS` a layer, e.g. "attn" or "lightning-attn". None: "attn" everywhere.
+        attn_use_rope: RoPE in attention layers. HyPE has none there (paper Sec. 5.1).
+        attn_use_output_gate: the sigmoid gate of Eq. 17, on the attention output itself.
+        attn_logits_scaling: Eq. 11, in evaluation only. None: none. "hype 500": s_t = log_a(t + a) with a = 500.
+            A number: that constant.
+        expand_kv_proj: RNN layers have a key and value head for every query head (Eq. 13).
+        lightning_use_rope, lightning_use_qk_norm, lightning_use_output_norm, lightning_use_output_gate:
+            the parts of Eq. 18.
+        lightning_nh, lightning_nkv, lightning_head_dim: heads, key and value heads, and their width in RNN
+            layers. None: as in the attention layers, after `expand_kv_proj`.
+        lightning_scale: "1/sqrt(d)" is the only one there is.
+        lightning_use_short_conv: False; kept because published configurations have it.
+    """
+
+    model_type = "hypenet"
+    base_model_tp_plan = None  # Qwen3's would split the heads that `o_norm` norms together
+
+    def __init__(
+        self,
+        *,
+        mixer_types: Sequence[str] | None = None,
+        attn_use_rope: bool = False,
+        attn_use_output_gate: bool = True,
+        attn_logits_scaling: str | float | None = None,
+        expand_kv_proj: bool = True,
+        lightning_use_rope: bool = True,
+        lightning_use_qk_norm: bool = True,
+        lightning_use_output_norm: bool = True,
+        lightning_use_output_gate: bool = True,
+        lightning_nh: int | None = None,
+        lightning_nkv: int | None = None,
+        lightning_head_dim: int | None = None,
+        lightning_scale: str = "1/sqrt(d)",
+        lightning_use_short_conv: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.pop("layer_types", None)  # a view of mixer_types, below
+        super().__init__(**_rope_of_this_version(kwargs))
+        self.mixer_types = list(mixer_types) if mixer_types is not None else [ATTENTION] * self.num_hidden_layers
+        # What transformers' masks and caches ask of a layer.
+        self.layer_types = [
+            "full_attention" if mixer == ATTENTION else "linear_attention" for mixer in self.mixer_types
+        ]
+        self.attn_use_rope = attn_use_rope
+        self.attn_use_output_gate = attn_use_output_gate
+        self.attn_logits_scaling = attn_logits_scaling
+        self.expand_kv_proj = expand_kv_proj
+        self.lightning_use_rope = lightning_use_rope
+        self.lightning_use_qk_norm = lightning_use_qk_norm
+        self.lightning_use_output_norm = lightning_use_output_norm
+        self.lightning_use_output_gate = lightning_use_output_gate
+        self.lightning_nh = lightning_nh or self.num_attention_heads
+        self.lightning_nkv = lightning_nkv or (self.lightning_nh if expand_kv_proj else self.num_key_value_heads)
+        self.lightning_head_dim = lightning_head_dim or self.head_dim
+        self.lightning_scale = lightning_scale
+        self.lightning_use_short_conv = lightning_use_short_conv
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixer_types names {len(self.mixer_types)} mixers, but num_hidden_layers is {self.num_hidden_layers}."
+            )
+        if self.lightning_nh % self.lightning_nkv:
+            raise ValueError(f"lightning_nh {self.lightning_nh} is no multiple of lightning_nkv {self.lightning_nkv}.")
+        if self.lightning_scale != "1/sqrt(d)":
+            raise ValueError(f"lightning_scale must be '1/sqrt(d)', not {self.lightning_scale!r}.")
+        if self.lightning_use_short_conv:
+            raise ValueError("lightning_use_short_conv must be False: HypeNet has no short convolutions (App. D).")
+        if self.attention_bias:
+            raise ValueError("attention_bias must be False: HypeNet has no biases.")
+        if self.use_sliding_window:
+            raise ValueError("use_sliding_window must be False: HypeNet's attention layers see the whole context.")

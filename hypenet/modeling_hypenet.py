@@ -1,0 +1,198 @@
+"""HypeNet: Qwen3 with a mixer of its own in every layer (paper Appendix A). Only what differs from Qwen3 is here."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import GenerationConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3MLP,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
+
+# Also the files that only other files use: transformers 4 loads exported code with no more than is named here.
+from .cache import HypeNetCache
+from .configuration_hypenet import HypeNetConfig
+from .lightning import lightning_attention  # noqa: F401
+from .mixer_attention import HypeNetAttention  # noqa: F401
+from .mixer_lightning import LightningAttention  # noqa: F401
+from .mixers import build_mixer
+
+_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+
+
+def causal_mask(
+    config: HypeNetConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: HypeNetCache | None
+) -> Any:
+    """The mask of the attention layers, in the form that `config._attn_implementation` takes.
+
+    The one call whose arguments differ between the versions of transformers.
+    """
+    seen = 0 if cache is None else cache.get_seq_length()
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "input_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "cache_position": torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device),
+        "past_key_values": cache,
+    }
+    return create_causal_mask(**{name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS})
+
+
+class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):
+    """Qwen3's, with frequencies that stay in float32 when the model is cast.
+
+    `model.bfloat16()`, which DeepSpeed calls too, casts buffers as well; a frequency in bfloat16 is off by a
+    radian after a few hundred tokens.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class HypeNetDecoderLayer(Qwen3DecoderLayer):
+    """Eq. 15 and 16: Qwen3's layer around the mixer that the configuration names."""
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        nn.Module.__init__(self)  # Qwen3's own would build an attention only to throw it away
+        self.hidden_size = config.hidden_size
+        self.attention_type = config.layer_types[layer_idx]
+        self.self_attn = build_mixer(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
+    config: HypeNetConfig
+    _no_split_modules = ["HypeNetDecoderLayer"]  # noqa: RUF012
+    _can_compile_fullgraph = False
+    _is_stateful = True  # a state cannot be rolled back, as assisted generation would
+
+
+class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
+    """The decoder without its head."""
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([HypeNetDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = HypeNetRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HypeNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Qwen3Model's, with a mask for each kind of mixer.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds`, [B, T, hidden].
+            attention_mask: [B, S], 1 at tokens and 0 at padding, over all S tokens seen with these T.
+            position_ids: [B, T] or [1, T], 0-based. By default counted from the mask, so padding has no position.
+            past_key_values: the cache to continue.
+            use_cache: whether to return a cache. By default as `config.use_cache` says, and never in training.
+
+        Raises:
+            ValueError: an argument does not fit the others.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
+            raise ValueError(f"past_key_values must be a HypeNetCache, not a {type(past_key_values).__name__}.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = HypeNetCache(self.config)
+
+        tokens = inputs_embeds.shape[1]
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and attention_mask.shape[1:] != (seen + tokens,):
+            raise ValueError(
+                f"attention_mask must be [batch, {seen + tokens}], one entry for every token seen so far, "
+                f"not {list(attention_mask.shape)}."
+            )
+        if position_ids is None:
+            position_ids = _positions(attention_mask, seen, tokens, inputs_embeds.device)
+
+        # Qwen3's own forward picks a layer's mask by `config.layer_types`.
+        masks = {
+            "full_attention": causal_mask(self.config, inputs_embeds, attention_mask, past_key_values),
+            "linear_attention": None if attention_mask is None else attention_mask[:, -tokens:],
+        }
+        return super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+def _positions(attention_mask: Tensor | None, seen: int, tokens: int, device: torch.device) -> Tensor:
+    """0-based positions of the last `tokens` tokens: [1, T], or [B, T] where a mask says what is padding."""
+    if attention_mask is None:
+        return torch.arange(seen, seen + tokens, device=device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
+    """HypeNet with its language-model head. `forward` is Qwen3's: labels, logits_to_keep, tied or untied head."""
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = HypeNetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """Have `generate` begin with the hybrid cache.
+
+        Raises:
+            ValueError: `cache_implementation` asks for another one.
+        """
+        if generation_config.cache_implementation is not None:
+            raise ValueError("HypeNet has one cache, HypeNetCache: leave cache_implementation unset.")
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HypeNetCache(self.config)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As for any model, but positions are left to `forward`, which counts them from the mask.
+
+        transformers 4 counts padding too where it prefills in chunks.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs

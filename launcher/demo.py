@@ -1,0 +1,22 @@
+"""All of HALO on the embedded default: from a small Transformer to a hybrid that remembers, and a Table 2 in small.
+
+deepspeed launcher/demo.py
+"""
+
+import dataclasses
+
+from halo.launch import Job, launch
+from halo.pipeline import run_stage, say
+
+
+def demo(job: Job) -> None:
+    context = run_stage(dataclasses.replace(job, prepare=True), "eval")
+    evaluation = context.run / "eval"
+    say("\n" + (evaluation / "niah.md").read_text())
+    say(f"table  {evaluation / 'niah.md'}   plot  {evaluation / 'niah.png'}   numbers  {evaluation / 'niah.json'}")
+    say(f"model  {context.run / 'export' / 'model'}   (AutoModelForCausalLM.from_pretrained, trust_remote_code=True)")
+    say(f"curves tensorboard --logdir {context.run}")
+
+
+if __name__ == "__main__":
+    launch(demo, description=__doc__)

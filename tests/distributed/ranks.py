@@ -1,0 +1,85 @@
+"""Run a function on several gloo ranks, each in a process of its own, and get their results back."""
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(*args)` on every rank of a gloo world and return each rank's result, by rank.
+
+    `function` must be importable (a module's own), and arguments and results picklable.
+
+    Raises:
+        Whatever the first rank to fail raised, with its rank and traceback as a note; TimeoutError after `timeout`
+        seconds; RuntimeError where a rank's process died. The other ranks are ended.
+    """
+    # The parent holds the store, so that its port is free for certain.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        context.Process(
+            target=_rank, args=(rank, world_size, store.port, pipes[rank][1], timeout, function, args), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()  # the child's copy is the only one left: the pipe ends when the child does
+        return _collect({receiver: rank for rank, (receiver, _) in enumerate(pipes)}, timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _collect(ranks: dict[Connection, int], timeout: float) -> list[Any]:
+    results: list[Any] = [None] * len(ranks)
+    deadline = time.monotonic() + timeout
+    pending = set(ranks)
+    while pending:
+        ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = sorted(ranks[receiver] for receiver in pending)
+            raise TimeoutError(f"ranks {late} gave no result within {timeout} s")
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            try:
+                result, error = receiver.recv()
+            except EOFError as eof:
+                raise RuntimeError(f"rank {ranks[receiver]} died without a result") from eof
+            if error is not None:
+                raise error
+            results[ranks[receiver]] = result
+            pending.remove(receiver)
+    return results
+
+
+def _rank(
+    rank: int, world_size: int, port: int, sender: Connection, timeout: float, function: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    try:
+        sender.send((function(*args), None))
+    except Exception as error:
+        error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
+        sender.send((None, error))
+        time.sleep(timeout)  # stay until the parent ends all: no other rank shall fail for want of this one
+    dist.destroy_process_group()

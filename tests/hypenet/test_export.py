@@ -1,0 +1,80 @@
+"""An exported folder loads with nothing but transformers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hypenet.configuration_hypenet import hype_scaling
+from hypenet.export import export_pretrained
+
+# A process in which the package cannot be imported, although it is installed here.
+LOAD = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("hypenet", "halo", "fla"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, tokens, result = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokens = torch.load(tokens)
+torch.save(
+    {
+        "logits": model(tokens).logits.detach(),
+        "generated": model.generate(tokens, max_new_tokens=8, do_sample=False),
+        "scaling": model.config.attn_logits_scaling,
+        "vocabulary": AutoTokenizer.from_pretrained(folder).get_vocab(),
+        "modules": [name for name in sys.modules if name.partition(".")[0] == "hypenet"],
+    },
+    result,
+)
+"""
+
+
+@pytest.fixture
+def tokenizer():
+    words = {f"w{i}": i for i in range(61)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0")
+
+
+def test_export_loads_where_the_package_is_not(make_hybrid, tokenizer, tokens, tmp_path):
+    model, folder, result = make_hybrid(), tmp_path / "some-model_1.0", tmp_path / "result.pt"
+    export_pretrained(model, tokenizer, folder, logits_scaling=hype_scaling(16))
+    assert model.config.attn_logits_scaling is None
+    torch.save(tokens, tmp_path / "tokens.pt")
+    subprocess.run(
+        [sys.executable, "-c", LOAD, folder, tmp_path / "tokens.pt", result],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    loaded = torch.load(result)
+    model.config.attn_logits_scaling = "hype 16"
+    torch.testing.assert_close(loaded["logits"], model(tokens).logits)
+    assert torch.equal(loaded["generated"], model.generate(tokens, max_new_tokens=8, do_sample=False))
+    assert (loaded["scaling"], loaded["modules"]) == ("hype 16", [])
+    assert loaded["vocabulary"] == tokenizer.get_vocab()
+
+
+def test_exported_folder_is_of_the_published_form(make_hybrid, tokenizer, tmp_path):
+    export_pretrained(make_hybrid(attn_logits_scaling="hype 7"), tokenizer, tmp_path, logits_scaling=None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("hypenet", ["HypeNetForCausalLM"])
+    assert config["attn_logits_scaling"] is None
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_hypenet.HypeNetConfig",
+        "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM",
+    }
+    assert (tmp_path / "model.safetensors").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
