@@ -40,7 +40,7 @@ class Training:
     seq_len: int
     batch: int
     micro_batch: int
-    """Sequences a rank takes at once. The accumulation follows: batch / (micro_batch x ranks)."""
+    """The most sequences a rank takes at once: it takes the largest part of its share of the batch up to this."""
     steps: int
     lr: float
     min_lr: float = 1e-5
@@ -89,6 +89,8 @@ class Select:
 
     attention_layers: int = 0
     """How many attention layers to keep; 0 is the paper's floor(L / 4)."""
+    layers: tuple[int, ...] = ()
+    """Keep these layers (0-based) and measure nothing, e.g. a row of Table 7."""
     epsilon: float = 1e-6
     """Eq. 8's guard against division by zero. At the CSR's sampling error it also keeps noise from ranking layers."""
     needles: int = 500
@@ -169,7 +171,7 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_table(config: Any) -> dict[str, Any]:
     """The configuration as TOML has it (tables, lists, no key that is None): what a run records."""
-    table = {}
+    table: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):

@@ -43,27 +43,30 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def accumulation_steps(training: Training) -> int:
-    """Micro-batches a rank accumulates for one optimizer step: batch / (micro_batch x ranks).
+def split_batch(training: Training) -> tuple[int, int]:
+    """How a batch is taken: (sequences a rank takes at once, times it does so for one optimizer step).
 
     Raises:
-        UserError: the ranks and the micro-batch do not divide the batch.
+        UserError: the ranks do not divide the batch.
     """
-    together = training.micro_batch * world_size()
-    if training.batch % together:
+    share, rest = divmod(training.batch, world_size())
+    if share == 0:
+        raise UserError(f"{world_size()} ranks are more than the {training.batch} samples of a batch: use fewer ranks")
+    if rest:
         raise UserError(
-            f"a batch of {training.batch} does not divide into {world_size()} ranks x micro_batch "
-            f"{training.micro_batch}; set micro_batch to a divisor of {training.batch / world_size():g}"
+            f"{world_size()} ranks do not divide a batch of {training.batch}: use a number of ranks that does"
         )
-    return training.batch // together
+    micro = max(n for n in range(1, share + 1) if share % n == 0 and n <= training.micro_batch)
+    return micro, share // micro
 
 
 def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, Any]:
     """The JSON's settings with the preset's batch, clipping and precision filled in."""
+    micro_batch, accumulation = split_batch(training)
     ours = {
         "train_batch_size": training.batch,
-        "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": accumulation_steps(training),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.clip,
         "bf16": {"enabled": torch.cuda.is_available()},
         "zero_allow_untested_optimizer": True,

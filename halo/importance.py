@@ -5,24 +5,8 @@ Scores come from one-layer replacements: M^(i) is the teacher whose layer i is t
 
 from collections.abc import Sequence
 
+
 # fmt: off
-PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {
-    "Qwen3-1.7B": (
-        3, 21, 2, 9, 25, 6, 8, 19, 16, 24, 12, 26, 23, 11, 27, 14, 18, 4, 7, 17, 13, 15, 20, 10, 22, 1, 0, 5,
-    ),
-    "Qwen3-4B": (
-        0, 7, 1, 33, 24, 15, 34, 22, 14, 31, 5, 21, 23, 16, 20, 2, 18, 19, 32, 27, 13, 25, 30, 6, 29, 17, 11, 35, 8,
-        12, 9, 10, 26, 28, 4, 3,
-    ),
-    "Qwen3-8B": (
-        10, 6, 7, 24, 33, 2, 4, 1, 34, 22, 13, 26, 35, 20, 31, 15, 9, 29, 14, 5, 3, 17, 23, 28, 30, 21, 25, 18, 8,
-        11, 32, 12, 0, 19, 27, 16,
-    ),
-}
-# fmt: on
-"""Table 7's HALO rows: every layer of a teacher (0-based), most important first."""
-
-
 def importance(recall: Sequence[float], csr: Sequence[float], epsilon: float = 1e-6) -> list[float]:
     """Eq. 8: s_i = (max R - R_i) / (max C - C_i + epsilon), high where recall drops much and CSR little.
 

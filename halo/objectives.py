@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halo.losses import IGNORE, linear_cross_entropy, linear_kl, relative_mse
+from halo.losses import IGNORE, alignment_mse, linear_cross_entropy, linear_kl
 from halo.teacher import Teacher
 from halo.trainer import Objective
 
@@ -48,14 +48,17 @@ class Alignment(Objective):
         return {"calls": calls}
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the layers' losses (Eq. 7): each layer's gradient is its own. Logs the mean and each layer's."""
-        losses = {}
+        """The sum of the layers' losses (Eq. 7): each layer's gradient is its own.
+
+        Logs each layer's loss in units of its target's mean square (1: no better than silence), and their mean.
+        """
+        losses, relative = [], {}
         for name, mixer in self.mixers.items():
             hidden, position_embeddings, target = taught["calls"][name]
             output, _ = mixer(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None)
-            losses[f"layer/{name}"] = relative_mse(output, target)
-        total = torch.stack(list(losses.values())).sum()
-        return total, {"mean": total.detach() / len(losses)} | {k: v.detach() for k, v in losses.items()}
+            losses.append(alignment_mse(output, target))
+            relative[f"relative/{name}"] = losses[-1].detach() / target.float().square().mean()
+        return torch.stack(losses).sum(), {"relative": torch.stack(list(relative.values())).mean()} | relative
 
 
 class _Headed(Objective):

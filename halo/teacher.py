@@ -57,7 +57,9 @@ class Teacher:
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> final hidden states [B, T, E], after the last norm."""
-        return self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        # Without the mask of ones, transformers 4 builds one of [T, T].
+        mask = torch.ones_like(input_ids)
+        return self.model.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def logits(self, input_ids: Tensor) -> FactoredLogits:
         """input_ids [B, T] -> factored logits of its B x T tokens."""

@@ -41,7 +41,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=bytes_alone, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=EOS,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )
     if len(tokenizer) != vocab_size:
         raise UserError(f"the text gives a vocabulary of {len(tokenizer)} tokens, {vocab_size} were asked for")

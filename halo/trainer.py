@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from halo.checkpoint import Checkpoints
 from halo.config import Training
 from halo.distributed import device, rank, world_size
-from halo.engine import Engine, accumulation_steps
+from halo.engine import Engine, split_batch
 from halo.errors import UserError
 from halo.metrics import Metrics, mean_over_ranks
 from halo.stream import TokenStream
@@ -78,10 +78,8 @@ def train(objective: Objective, training: Training, *, shards: Path, folder: Pat
     Raises:
         UserError: settings that do not fit the ranks or the data, an unreadable checkpoint, a loss that is not finite.
     """
-    accumulation = accumulation_steps(training)
-    stream = TokenStream(
-        shards, micro_batch=training.micro_batch, seed=training.seed, rank=rank(), world_size=world_size()
-    )
+    micro_batch, accumulation = split_batch(training)
+    stream = TokenStream(shards, micro_batch=micro_batch, seed=training.seed, rank=rank(), world_size=world_size())
     torch.manual_seed(training.seed)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     engine = Engine(objective.train(), training, ds_config, objective.external_parameters())

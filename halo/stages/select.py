@@ -36,17 +36,23 @@ def run(context: Context) -> None:
     keep = settings.attention_layers or default_k(layers)
     if not 1 <= keep <= layers:
         raise UserError(f"select.attention_layers = {keep}, but the teacher has {layers} layers")
-    measured = _measure(context, teacher)
-    scores = importance(measured["recall"], measured["csr"], settings.epsilon)
-    order = ranking(scores)
-    report = {"attention_layers": sorted(order[:keep]), "ranking": order, "importance": scores, **measured}
+    if not set(settings.layers) <= set(range(layers)):
+        raise UserError(f"select.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
+    report: dict[str, Any] = {"attention_layers": sorted(settings.layers), "tokens": 0}
+    if not settings.layers:
+        report = _measure(context, teacher)
+        report["importance"] = importance(report["recall"], report["csr"], settings.epsilon)
+        report["ranking"] = ranking(report["importance"])
+        report["attention_layers"] = sorted(report["ranking"][:keep])
 
     def finish() -> None:
         folder = context.folder("selection")
         folder.save_json(SCORES, report)
-        (folder.path / "scores.png").write_bytes(selection_png(measured["recall"], measured["csr"], order[:keep]))
+        if not settings.layers:
+            kept = report["attention_layers"]
+            (folder.path / "scores.png").write_bytes(selection_png(report["recall"], report["csr"], kept))
         seconds = round(time.perf_counter() - began, 1)
-        folder.complete([SCORES], {"tokens": measured["tokens"], "parameters": 0, "seconds": seconds})
+        folder.complete([SCORES], {"tokens": report["tokens"], "parameters": 0, "seconds": seconds})
 
     on_rank0(finish)
 

@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks, each in a process of its own, and get their results back."""
 
 import os
+import pickle  # not the pipe's own, which passes tensors as file handles that end with their process
 import time
 import traceback
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def _collect(ranks: dict[Connection, int], timeout: float) -> list[Any]:
         for receiver in ready:
             assert isinstance(receiver, Connection)
             try:
-                result, error = receiver.recv()
+                result, error = pickle.loads(receiver.recv_bytes())
             except EOFError as eof:
                 raise RuntimeError(f"rank {ranks[receiver]} died without a result") from eof
             if error is not None:
@@ -77,9 +78,9 @@ def _rank(
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
-        sender.send((function(*args), None))
+        sender.send_bytes(pickle.dumps((function(*args), None)))
     except Exception as error:
         error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
-        sender.send((None, error))
+        sender.send_bytes(pickle.dumps((None, error)))
         time.sleep(timeout)  # stay until the parent ends all: no other rank shall fail for want of this one
     dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from halo.importance import PUBLISHED_LAYERS, default_k, importance, ranking
+from halo.importance import default_k, importance, ranking
 
 
 def test_importance_by_hand() -> None:
@@ -48,8 +48,3 @@ def test_a_quarter_of_the_layers_stays_attention(layers: int, k: int) -> None:
 def test_bad_scores(recall: list[float], csr: list[float], epsilon: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         importance(recall, csr, epsilon)
-
-
-@pytest.mark.parametrize(("teacher", "layers"), [("Qwen3-1.7B", 28), ("Qwen3-4B", 36), ("Qwen3-8B", 36)])
-def test_published_rankings_name_every_layer_once(teacher: str, layers: int) -> None:
-    assert sorted(PUBLISHED_LAYERS[teacher]) == list(range(layers))

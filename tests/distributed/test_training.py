@@ -1,0 +1,92 @@
+"""Every stage under ZeRO on gloo ranks gives what one process gives."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from halo import trainer
+from tests.distributed import jobs
+from tests.distributed.ranks import run_ranks
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every step; of a step that ran twice, the later one."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return list({line["step"]: line["loss"] for line in lines}.values())
+
+
+def run(tmp_path: Path, name: str, ranks: int, job, shards: Path, zero: str, settings, *args):
+    folder = tmp_path / name
+    weights = run_ranks(ranks, job, shards, folder, zero, settings, *args)[0].weights
+    return losses(folder), weights
+
+
+def assert_same(one, two):
+    (losses_one, weights_one), (losses_two, weights_two) = one, two
+    assert len(losses_one) == 6
+    assert losses_two == pytest.approx(losses_one, rel=1e-5)
+    assert weights_one.keys() == weights_two.keys()
+    for name, weight in weights_one.items():
+        torch.testing.assert_close(weights_two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("zero", ["zero1.json", "zero3.json"])
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_distillation_on_two_ranks_equals_one_rank_with_twice_the_micro_batch(tmp_path, shards, zero, placement):
+    one = run(tmp_path, "one", 1, jobs.distill, shards, "zero1.json", jobs.training(micro_batch=8))
+    settings = jobs.training(micro_batch=4, teacher_placement=placement)
+    assert_same(one, run(tmp_path, "two", 2, jobs.distill, shards, zero, settings))
+
+
+def test_an_untied_head_trains_under_zero3(tmp_path, shards):
+    one = run(tmp_path, "one", 1, jobs.distill, shards, "zero1.json", jobs.training(), False)
+    two = run(tmp_path, "two", 2, jobs.distill, shards, "zero3.json", jobs.training(), False)
+    assert "student.lm_head.weight" in one[1]
+    assert_same(one, two)
+
+
+def test_accumulation_and_activation_checkpointing_change_nothing(tmp_path, shards):
+    one = run(tmp_path, "one", 1, jobs.distill, shards, "zero1.json", jobs.training())
+    small = run(
+        tmp_path,
+        "small",
+        1,
+        jobs.distill,
+        shards,
+        "zero3.json",
+        jobs.training(micro_batch=2, activation_checkpointing=True),
+    )
+    assert_same(one, small)
+
+
+@pytest.mark.parametrize("job", [jobs.align, jobs.finetune], ids=["align", "finetune"])
+def test_the_other_stages_on_two_ranks_equal_one(tmp_path, shards, job):
+    one = run(tmp_path, "one", 1, job, shards, "zero1.json", jobs.training())
+    assert_same(one, run(tmp_path, "two", 2, job, shards, "zero3.json", jobs.training()))
+
+
+def test_a_run_that_is_interrupted_goes_on_exactly(tmp_path, shards):
+    whole = run(tmp_path, "whole", 2, jobs.distill, shards, "zero3.json", jobs.training(save_every=2))
+    parts = tmp_path / "parts"
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_ranks(2, interrupted_distill, shards, parts, jobs.training(save_every=2))
+    resumed = run_ranks(2, jobs.distill, shards, parts, "zero3.json", jobs.training(save_every=2))[0].weights
+    # Step 4 came after the last checkpoint, and so ran twice.
+    assert losses(parts) == whole[0]
+    for name, weight in whole[1].items():
+        assert torch.equal(resumed[name], weight), name
+
+
+def interrupted_distill(shards: Path, folder: Path, settings) -> None:
+    """Stage 2 that is stopped as step 5 begins."""
+    plain = trainer.learning_rate
+
+    def stop(training, step):
+        if step == 5:
+            raise RuntimeError("stopped")
+        return plain(training, step)
+
+    trainer.learning_rate = stop
+    jobs.distill(shards, folder, "zero3.json", settings)

@@ -1,0 +1,108 @@
+"""Presets: what ships parses and builds; what is wrong is named, with the right key suggested."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from halo.config import PRESETS, Training, config_table, load_config, to_toml
+from halo.errors import UserError
+from halo.trainer import learning_rate
+from hypenet import HypeNetForCausalLM
+from hypenet.transfer import hybrid_config
+from tests.halo.teachers import teacher_config
+
+SHIPPED = sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def test_the_presets_of_the_paper_ship():
+    assert SHIPPED == ["hypenet-2b", "hypenet-5b", "hypenet-9b", "tiny"]
+
+
+@pytest.mark.parametrize("preset", SHIPPED)
+def test_every_preset_parses_and_survives_toml(preset):
+    config = load_config(preset)
+    assert config.name == preset
+    assert tomllib.loads(to_toml(config_table(config))) == config_table(config)
+
+
+@pytest.mark.parametrize("preset", SHIPPED)
+def test_every_preset_builds(preset):
+    """The hybrid of the preset, at full size, on the meta device."""
+    teacher = teacher_config(load_config(preset).teacher)
+    layers = teacher.num_hidden_layers
+    config = hybrid_config(teacher, attention_layers=list(range(layers // 4)))
+    with torch.device("meta"):
+        hybrid = HypeNetForCausalLM(config)
+    assert config.mixer_types.count("attn") == layers // 4
+    billions = sum(p.numel() for p in hybrid.parameters()) / 1e9
+    assert billions == pytest.approx(
+        {"hypenet-2b": 1.9, "hypenet-5b": 4.7, "hypenet-9b": 9.3, "tiny": 0.002}[preset], rel=0.1
+    )
+
+
+@pytest.mark.parametrize("preset", ["hypenet-2b", "hypenet-5b", "hypenet-9b"])
+def test_the_paper_presets_train_on_the_papers_tokens(preset):
+    """Table 5: 320M, 1B and 1B tokens."""
+    config = load_config(preset)
+    tokens = [t.steps * t.batch * t.seq_len for t in (config.align, config.distill, config.finetune)]
+    assert tokens == pytest.approx([320e6, 1e9, 1e9], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--distil.lr", "1"], "unknown key 'distil' (did you mean 'distill'?)"),
+        (["--distill.learning_rate", "1"], "unknown key 'learning_rate'"),
+        (["--distill.stesp", "1"], "unknown key 'stesp' (did you mean 'steps'?)"),
+        (["--distill.steps", "many"], "steps must be a whole number, not 'many'"),
+        (["--distill.steps", "1.5"], "steps must be a whole number, not 1.5"),
+        (["--distill.schedule", "cosin"], "must be one of cosine, constant, wsd, not 'cosin' (did you mean 'cosine'?)"),
+        (["--distill", "3"], "distill must be a table, not 3"),
+        (["--teacher.path", "x"], "'teacher' is a value, not a table"),
+        (["--evaluate.lengths", "7"], "lengths must be a list, not 7"),
+        (["--distill.lr"], "--distill.lr has no value"),
+        (["distill.lr", "1"], "overrides are written --table.key value"),
+    ],
+)
+def test_bad_overrides_are_named(overrides, message):
+    with pytest.raises(UserError) as error:
+        load_config("tiny", overrides)
+    assert message in str(error.value)
+
+
+def test_overrides_take_effect():
+    config = load_config("tiny", ["--distill.lr", "5e-5", "--distill.steps=7", "--name", "mine"])
+    assert (config.distill.lr, config.distill.steps, config.name) == (5e-5, 7, "mine")
+
+
+def test_unknown_preset_is_named():
+    with pytest.raises(UserError, match=r"no preset 'tiney' \(did you mean 'tiny'\?\)"):
+        load_config("tiney")
+
+
+def test_a_preset_of_ones_own(tmp_path: Path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text((PRESETS / "tiny.toml").read_text().replace('"./tiny/teacher"', '"./here"'))
+    assert load_config(preset).teacher == str(tmp_path / "here")
+    preset.write_text("teacher = [")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config(preset)
+    preset.write_text('teacher = "x"')
+    with pytest.raises(UserError, match="missing key 'align'"):
+        load_config(preset)
+
+
+def test_schedules():
+    base = {"seq_len": 8, "batch": 1, "micro_batch": 1, "steps": 100, "lr": 1.0, "min_lr": 0.1, "warmup": 10}
+    cosine = Training(**base)
+    assert learning_rate(cosine, 0) == pytest.approx(0.1)
+    assert learning_rate(cosine, 9) == learning_rate(cosine, 10) == pytest.approx(1.0)
+    assert learning_rate(cosine, 55) == pytest.approx(0.55)
+    assert learning_rate(cosine, 99) == pytest.approx(0.1, abs=1e-3)
+    constant = Training(**base, schedule="constant")
+    assert learning_rate(constant, 99) == 1.0
+    wsd = Training(**base, schedule="wsd", decay=20)
+    assert learning_rate(wsd, 79) == 1.0
+    assert learning_rate(wsd, 90) == pytest.approx(0.55)

@@ -1,0 +1,202 @@
+"""Everything a user can get wrong ends all ranks with one line and status 2, and leaves earlier results untouched."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from halo.config import load_config
+from halo.errors import UserError
+from halo.launch import Job
+from halo.pipeline import run_stage
+from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
+
+TEACHER = Path(load_config("tiny").teacher)
+
+
+def refusal(stage: str, run: Path, *overrides: str, ds_config: str = "zero3.json", prepare: bool = False) -> str:
+    """The one line that `stage` is refused with. Nothing in the run's folder changes."""
+    before = snapshot(run)
+    with pytest.raises(UserError) as error:
+        config = load_config("tiny", [*SMALL, *overrides])
+        job = Job(config=config, run=run, ds_config=ROOT / "ds_configs" / ds_config, prepare=prepare)
+        run_stage(job, stage)
+    assert snapshot(run).items() >= before.items()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.toml"}
+
+
+@pytest.fixture
+def finished(demo, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(demo[0], tmp_path / "run")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A copy of the embedded teacher."""
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# The teacher
+
+
+def test_a_missing_teacher(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "no teacher at '/no/such/folder'" in refusal("align", tmp_path / "run", "--teacher", "/no/such/folder")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refusal("align", tmp_path / "run", "--teacher", str(tmp_path / "empty"))
+
+
+def test_a_teacher_that_is_no_causal_language_model(tmp_path, teacher):
+    edit(teacher / "config.json", architectures=["Qwen3ForSequenceClassification"])
+    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert "no causal language model" in message
+    assert "Qwen3ForSequenceClassification" in message
+
+
+def test_a_teacher_of_another_family(tmp_path, teacher):
+    edit(teacher / "config.json", model_type="llama")
+    assert "is a 'llama'; supported: qwen3" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
+
+
+def test_a_tokenizer_larger_than_the_embedding(tmp_path, teacher):
+    edit(teacher / "config.json", vocab_size=1000)
+    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert "has 1024 tokens, more than the teacher's embedding (1000)" in message
+
+
+# The data
+
+
+def test_a_truncated_and_an_altered_shard(finished):
+    shutil.rmtree(finished / "distill")
+    shard = next((finished / "data" / "distill").glob("*.mds"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    assert f"{shard} is truncated or altered" in refusal("distill", finished)
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{shard} is truncated or altered" in refusal("distill", finished)
+    shard.unlink()
+    assert f"{shard} is missing" in refusal("distill", finished)
+    assert not (finished / "distill").exists()
+
+
+def test_shards_of_another_length_or_corpus(finished):
+    shutil.rmtree(finished / "distill")
+    other = str(finished / "data" / "finetune")
+    assert "samples of 256 tokens, not 128" in refusal(
+        "distill", finished, "--distill.shards", other, "--distill.seq_len", "128"
+    )
+    assert "was prepared with samples = 16, now 24" in refusal("distill", finished, "--distill.corpus.samples", "24")
+
+
+def test_no_data_at_all(tmp_path):
+    message = refusal("align", tmp_path / "run", "--align.corpus.source", "")
+    assert "align has no data" in message
+    assert "--align.shards" in message
+
+
+def test_fewer_samples_than_a_batch(tmp_path):
+    message = refusal("align", tmp_path / "run", "--align.corpus.samples", "3")
+    assert "holds 3 samples, fewer than one batch of 4" in message
+
+
+# The stages before
+
+
+def test_a_missing_predecessor(tmp_path):
+    message = refusal("distill", tmp_path / "run")
+    assert "distill needs" in message
+    assert "align, which is missing: run launcher/align.py first" in message
+
+
+def test_a_half_written_predecessor(finished):
+    (finished / "align" / "stage.json").unlink()
+    assert "align, which was interrupted" in refusal("distill", finished)
+    (finished / "align" / "stage.json").write_text("{")
+    assert "stage.json cannot be read" in refusal("distill", finished)
+
+
+def test_a_damaged_predecessor(finished):
+    weights = finished / "align" / "mixers.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "mixers.safetensors is damaged" in refusal("distill", finished)
+    weights.unlink()
+    assert "mixers.safetensors is missing" in refusal("distill", finished)
+
+
+def test_a_predecessor_made_for_another_teacher(finished):
+    record = json.loads((finished / "align" / "stage.json").read_text())
+    record["made_from"]["teacher"] = "0" * 64
+    (finished / "align" / "stage.json").write_text(json.dumps(record))
+    assert "align was made from another teacher" in refusal("distill", finished)
+
+
+def test_a_stage_made_with_other_settings(finished):
+    assert "align was made from another lr (0.003, now 0.5)" in refusal("distill", finished, "--align.lr", "0.5")
+
+
+# The folder and the settings
+
+
+def test_a_folder_of_another_run(finished, teacher, tmp_path):
+    message = refusal("align", finished, "--teacher", str(teacher))
+    assert "belongs to another run (teacher = " in message
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("precious")
+    assert "holds files but no run" in refusal("align", tmp_path / "papers")
+
+
+def test_a_deepspeed_config_that_says_what_the_preset_says(tmp_path):
+    for settings, message in [
+        ({"train_batch_size": 7}, "train_batch_size = 7, the preset 4"),
+        ({"optimizer": {"type": "Adam"}}, "sets 'optimizer', which HALO's preset decides"),
+    ]:
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 1}} | settings))
+        assert message in refusal("align", tmp_path / "run", ds_config=str(path))
+    path.write_text("{")
+    assert "is not valid JSON" in refusal("align", tmp_path / "run", ds_config=str(path))
+    assert "no DeepSpeed config at" in refusal("align", tmp_path / "run", ds_config=str(tmp_path / "none.json"))
+
+
+def test_a_choice_of_layers_that_do_not_exist(finished):
+    shutil.rmtree(finished / "selection")
+    assert "the teacher's layers are 0 to 7" in refusal("selection", finished, "--select.layers", "[3, 8]")
+
+
+# Every rank ends
+
+
+def errors(done) -> list[str]:
+    assert "Traceback" not in done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_a_misspelt_key_ends_a_plain_process_with_one_line():
+    done = python("launcher/kd.py", "--distil.lr", "1")
+    assert done.returncode == 2
+    assert errors(done) == ["error: tiny.toml: unknown key 'distil' (did you mean 'distill'?)"]
+
+
+def test_both_ranks_end_with_one_line_and_a_status(tmp_path):
+    done = deepspeed("launcher/kd.py", "--preset", "tiny", "--run", str(tmp_path / "run"), ranks=2)
+    assert done.returncode != 0
+    assert len(errors(done)) == 1
+    assert "which is missing: run launcher/align.py first" in errors(done)[0]
+
+
+def test_more_ranks_than_samples_end_both_ranks(tmp_path):
+    done = deepspeed("launcher/align.py", "--run", str(tmp_path / "run"), *SMALL, "--align.batch", "1", ranks=2)
+    assert done.returncode != 0
+    assert errors(done) == ["error: 2 ranks are more than the 1 samples of a batch: use fewer ranks"]

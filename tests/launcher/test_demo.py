@@ -1,0 +1,107 @@
+"""The whole of HALO in small: what it leaves behind, and what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halo.config import load_config
+from halo.run import sha256
+from tests.launcher.conftest import SMALL, deepspeed
+
+TEACHER = Path(load_config("tiny").teacher)
+
+
+def test_every_stage_leaves_its_record(demo):
+    run, _ = demo
+    for stage in ("align", "selection", "distill", "finetune", "scaling", "export", "eval"):
+        record = json.loads((run / stage / "stage.json").read_text())
+        for name, expected in record["files"].items():
+            assert sha256(run / stage / name) == expected["sha256"]
+    assert not list(run.rglob("*.partial"))
+
+
+def test_stage_1_leaves_rnn_mixers_and_nothing_of_the_teacher(demo):
+    run, _ = demo
+    names = load_file(run / "align" / "mixers.safetensors")
+    assert {name.split(".")[0] for name in names} == {str(layer) for layer in range(8)}
+    assert {name.split(".", 1)[1] for name in names} == {
+        *(f"{p}_proj.weight" for p in "qkvoz"),
+        *(f"{n}_norm.weight" for n in "qko"),
+    }
+
+
+def test_selection_keeps_a_quarter_of_the_layers(demo):
+    run, _ = demo
+    scores = json.loads((run / "selection" / "scores.json").read_text())
+    assert len(scores["attention_layers"]) == 2
+    assert sorted(scores["attention_layers"]) == sorted(scores["ranking"][:2])
+    config = json.loads((run / "export" / "model" / "config.json").read_text())
+    kept = [layer for layer, mixer in enumerate(config["mixer_types"]) if mixer == "attn"]
+    assert kept == scores["attention_layers"]
+
+
+def test_the_export_generates_with_its_base_set(demo):
+    run, _ = demo
+    folder = run / "export" / "model"
+    base = json.loads((run / "scaling" / "scaling.json").read_text())["a"]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert model.config.attn_logits_scaling == f"hype {base:g}"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("It is a truth universally acknowledged", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_training_is_watched(demo):
+    run, _ = demo
+    for stage in ("align", "distill", "finetune"):
+        lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 1]
+        assert all(line["loss"] > 0 and line["gradient_norm"] > 0 and line["tokens_per_s"] > 0 for line in lines)
+        assert list((run / stage / "tensorboard").glob("events.*"))
+
+
+def test_the_table_has_all_rows_and_variants(demo):
+    run, printed = demo
+    table = (run / "eval" / "niah.md").read_text()
+    for row in ("| teacher |", "| teacher + YaRN |", "| hybrid, no scaling |", "| hybrid |", "| *samples* |"):
+        assert row in table
+    assert table in printed
+    assert "tensorboard --logdir" in printed
+    assert (run / "eval" / "niah.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_start_finds_everything_done(demo):
+    run, _ = demo
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.toml"}
+    again = deepspeed("launcher/demo.py", "--run", str(run), "--ds_config", "ds_configs/zero3.json", *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done already") == 7
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_kd_as_typed_prepares_what_is_missing(tmp_path):
+    run = tmp_path / "typed"
+    done = deepspeed("launcher/kd.py", "--ds_config", "ds_configs/zero3.json", "--run", str(run), *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "align: missing, preparing it for distill" in done.stdout
+    assert (run / "distill" / "hybrid" / "model.safetensors").is_file()
+    assert not (run / "finetune").exists()
+
+
+@pytest.mark.parametrize("variant", ["niah_single_1", "niah_single_2"])
+def test_the_embedded_teacher_recalls_at_its_training_length_and_not_beyond(variant):
+    """On keys, values and haystacks that it was not trained on."""
+    from halo.evaluation import needle_recall
+    from halo.models import load_teacher
+    from halo.stages.held_out import HeldOut
+    from halo.tokenizer import load_tokenizer
+
+    teacher = load_teacher(TEACHER)
+    held_out = HeldOut(load_config("tiny").heldout, load_tokenizer(TEACHER))
+    assert needle_recall(teacher, held_out.needles(variant, 256, 100, seed=7), batch=50) >= 0.95
+    assert needle_recall(teacher, held_out.needles(variant, 512, 50, seed=7), batch=25) <= 0.05
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) < 10e6
