@@ -21,6 +21,8 @@ from halo.distributed import device, rank, world_size
 from halo.errors import UserError
 
 deepspeed_logger.setLevel(logging.WARNING)
+# On a CPU, DeepSpeed would compile a collective of its own at the first start, which needs a compiler. Gloo does.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 OURS = ("optimizer", "scheduler", "fp16", "amp", "activation_checkpointing", "tensorboard")
 

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable
 
+from halo.config import Training
 from halo.context import INPUTS, Context
 from halo.distributed import on_rank0, rank
-from halo.engine import read_ds_config
+from halo.engine import complete_ds_config, read_ds_config
 from halo.launch import Job
 from halo.models import find_teacher
 from halo.run import Run, teacher_fingerprint
@@ -28,8 +29,8 @@ def run_stage(job: Job, stage: str) -> Context:
     Raises:
         UserError: bad settings, teacher or folder, or a missing predecessor; on every rank, before anything is written.
     """
-    context = on_rank0(lambda: _open(job))
     names = list(INPUTS)[: list(INPUTS).index(stage) + 1] if job.prepare else [stage]
+    context = on_rank0(lambda: _open(job, names))
     if not job.prepare:
         on_rank0(lambda: context.require_inputs(stage))
     for name in names:
@@ -50,8 +51,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _open(job: Job) -> Context:
+def _open(job: Job, stages: list[str]) -> Context:
     ds_config = read_ds_config(job.ds_config)
+    for stage in stages:
+        training = getattr(job.config, stage, None)
+        if isinstance(training, Training):
+            complete_ds_config(ds_config, training)
     teacher = find_teacher(job.config.teacher)
     Run(job.run, job.config).open()
     return Context(

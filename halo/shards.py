@@ -74,7 +74,7 @@ def prepare_shards(
     needles = _needles(source, part, tokenizer, seq_len, dtype, needle_rng) if needle_fraction else iter(())
 
     def mixed() -> Iterator[np.ndarray]:
-        with tqdm(total=samples, desc=f"prepare {Path(folder).name}", unit=" samples") as bar:
+        with tqdm(total=samples, desc=f"prepare {Path(folder).name}", unit=" samples", leave=False) as bar:
             for _ in count() if samples is None else range(samples):
                 if needle_rng.random() < needle_fraction:
                     sample = next(needles)
