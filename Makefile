@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: install ## convert the embedded teacher, all stages, and show what the hybrid remembers
-	$(WITH_PATH) deepspeed --quiet launcher/demo.py
+	$(WITH_PATH) deepspeed --quiet --num_gpus 1 launcher/demo.py
 
 teacher: install ## remake the embedded teacher from its preset
 	$(WITH_PATH) deepspeed launcher/pretrain.py --preset tiny --run runs/tiny-teacher

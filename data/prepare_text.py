@@ -3,7 +3,7 @@
     python data/prepare_text.py --source fineweb_edu/ --tokenizer Qwen3-1.7B/ --out shards/distill --seq_len 512
 
 The source is a file or a folder of .txt, .jsonl (key "text") or .parquet (column "text"; FineWeb-Edu's own files).
-Give each stage a seed of its own, so that it sees other documents first.
+Give each stage files of its own: two stages that take the first N samples of one source take the same text.
 """
 
 import argparse

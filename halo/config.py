@@ -32,6 +32,9 @@ class Corpus:
     needles: float = 0.0
     """The fraction of samples that hold a RULER-style needle and its question."""
 
+    def __post_init__(self) -> None:
+        _check(0 <= self.needles <= 1, "needles", self.needles, "from 0 to 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -62,6 +65,14 @@ class Training:
     shards: str = ""
     """A folder of prepared MDS shards. Empty: the stage prepares its own from `corpus`."""
 
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch", "micro_batch", "steps", "save_every"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("lr", "min_lr", "warmup", "decay", "weight_decay", "clip"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _check(len(self.betas) == 2, "betas", self.betas, "two numbers")
+        _check(self.schedule != "wsd" or self.decay > 0, "decay", self.decay, "at least 1 for a wsd schedule")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Training):
@@ -84,7 +95,7 @@ class Distill(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select:
+class Selection:
     """Layer selection (Sec. 4.3)."""
 
     attention_layers: int = 0
@@ -100,19 +111,31 @@ class Select:
     seq_len: int = 512
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("needles", "questions", "seq_len"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.epsilon > 0, "epsilon", self.epsilon, "more than 0")
+        _check(len(set(self.layers)) == len(self.layers), "layers", self.layers, "without repeats")
+        alone = not (self.layers and self.attention_layers)
+        _check(alone, "attention_layers", self.attention_layers, "0 beside layers")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Scaling:
     """The choice of the logits-scaling base a (Eq. 11), by loss on held-out documents."""
 
     candidates: tuple[float, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
     seq_len: int = 65_536
     documents: int = 32
-    seed: int = 0
+    """How many windows of seq_len tokens."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.candidates) and min(self.candidates) > 1, "candidates", self.candidates, "numbers above 1")
+        _check(self.documents >= 1, "documents", self.documents, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluation:
     """Needle in a haystack over lengths (Table 2)."""
 
     lengths: tuple[int, ...] = (32_768, 65_536, 131_072, 262_144)
@@ -123,6 +146,11 @@ class Evaluate:
     batch_tokens: int = 16_384
     """Tokens of one forward; a single longer sample goes alone."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        same = len(self.samples) == len(self.lengths) > 0
+        _check(same, "samples", self.samples, "one number for each of lengths")
+        _check(min(self.samples) >= 1, "samples", self.samples, "at least 1 each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,19 +164,20 @@ class Config:
     """Text whose held-out documents serve selection, the choice of a, and evaluation."""
     pretrain: Pretrain | None = None
     align: Training
-    select: Select = field(default_factory=Select)
+    selection: Selection = field(default_factory=Selection)
     distill: Distill
     finetune: Training
-    scale: Scale = field(default_factory=Scale)
-    evaluate: Evaluate = field(default_factory=Evaluate)
+    scaling: Scaling = field(default_factory=Scaling)
+    eval: Evaluation = field(default_factory=Evaluation)
 
 
-def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset, apply `--table.key value` overrides, check every key and type.
+def load_config(preset: str | Path, overrides: Sequence[str] = (), recorded: Path | None = None) -> Config:
+    """Read a preset, apply `--table.key value` overrides, check every key, type and value.
 
     Args:
         preset: the name of a shipped preset, or the path of a TOML file.
         overrides: alternating `--table.key` (or `--key`) and value, as left over by a command line.
+        recorded: a run's config.toml. Where it exists, it stands in for the preset: a run remembers its settings.
 
     Raises:
         UserError: an unknown preset or key (with the nearest that exists), or a value of the wrong type.
@@ -159,14 +188,22 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.toml"))
         raise UserError(f"no preset '{preset}'{_suggest(str(preset), names)}; presets: {', '.join(names)}")
-    try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    table = {"name": path.stem} | _anchor(read_toml(path), path.parent)
+    if recorded is not None and recorded.is_file():
+        path, table = recorded, read_toml(recorded) | {"name": table["name"]}
     for key, value in _pairs(overrides):
         _assign(table, key, value)
-    table.setdefault("name", path.stem)
-    return _build(Config, _anchor(table, path.parent), where=str(path.name))
+    return _build(Config, table, where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises:
+    UserError: the file is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
 def config_table(config: Any) -> dict[str, Any]:
@@ -249,7 +286,11 @@ def _build(cls: type[T], table: dict[str, Any], where: str) -> T:
     ]
     if missing:
         raise UserError(f"{where}: missing key '{missing[0]}'")
-    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in table.items()})
+    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in table.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -273,6 +314,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise UserError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
     return value
+
+
+def _check(holds: bool, name: str, value: Any, must_be: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {must_be}, not {list(value) if isinstance(value, tuple) else value}")
 
 
 def _article(kind: str) -> str:

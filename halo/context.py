@@ -29,8 +29,8 @@ LAUNCHERS = {
     "eval": "evaluate_needles.py",
 }
 
-TABLES = {"selection": "select", "scaling": "scale", "eval": "evaluate"}
-"""The preset's table of a stage, where it is not the stage's own name."""
+MEASURING = ("selection", "scaling", "eval")
+"""The stages that measure on held-out text."""
 
 FREE = ("micro_batch", "save_every", "activation_checkpointing", "teacher_placement", "batch_tokens")
 """Settings that change how a result is reached, not the result: they may change when a run goes on."""
@@ -49,11 +49,13 @@ class Context:
 
     def settings(self, stage: str) -> Any:
         """The preset's table of a stage; None for one that has no settings."""
-        return getattr(self.config, TABLES.get(stage, stage), None)
+        return getattr(self.config, stage, None)
 
     def folder(self, stage: str) -> StageFolder:
         """A stage's folder, knowing what it must have been made from."""
         made_from: dict[str, Any] = {"teacher": self.fingerprint, "rnn_mixer": self.config.rnn_mixer}
+        if stage in MEASURING:
+            made_from["heldout"] = self.config.heldout
         settings = self.settings(stage)
         if settings is not None:
             made_from |= {key: value for key, value in config_table(settings).items() if key not in FREE}

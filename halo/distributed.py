@@ -1,11 +1,14 @@
 """The few collectives that HALO needs beside DeepSpeed's own. Every function also works in one plain process."""
 
 import os
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from halo.errors import UserError
 
 T = TypeVar("T")
 
@@ -34,14 +37,20 @@ def on_rank0(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 alone and hand its result to every rank.
 
     Raises:
-        Whatever `function` raises, on every rank, so that all end together.
+        UserError: `function` raised it; on every rank, so that all end together.
+        RuntimeError: `function` raised anything else (in one plain process: that itself).
     """
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if rank() == 0:
         try:
             outcome = [(function(), None)]
-        except Exception as error:
+        except UserError as error:
             outcome = [(None, error)]
+        except Exception as error:
+            if world_size() == 1:
+                raise
+            # As text: not every exception survives pickling.
+            outcome = [(None, RuntimeError("".join(traceback.format_exception(error))))]
     if world_size() > 1:
         dist.broadcast_object_list(outcome, src=0, device=device() if torch.cuda.is_available() else None)
     result, failure = outcome[0]

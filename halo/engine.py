@@ -55,9 +55,8 @@ def split_batch(training: Training) -> tuple[int, int]:
     if share == 0:
         raise UserError(f"{world_size()} ranks are more than the {training.batch} samples of a batch: use fewer ranks")
     if rest:
-        raise UserError(
-            f"{world_size()} ranks do not divide a batch of {training.batch}: use a number of ranks that does"
-        )
+        most = max(n for n in range(1, world_size()) if training.batch % n == 0)
+        raise UserError(f"{world_size()} ranks do not divide a batch of {training.batch}: use {most} ranks")
     micro = max(n for n in range(1, share + 1) if share % n == 0 and n <= training.micro_batch)
     return micro, share // micro
 
@@ -108,7 +107,11 @@ class Engine:
             fused=True,
         )
         settings = complete_ds_config(ds_config, training)
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
+        # DeepSpeed casts buffers with the weights: RoPE's frequencies in bf16 are off by radians at long context.
+        for name, buffer in self.module.named_buffers():
+            buffer.data = buffers[name]
         self._sharded = self._engine.zero_optimization_partition_weights()
         if self._sharded:
             for owner, parameter in external:
@@ -117,6 +120,10 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+
+    def partition(self) -> dict[str, int]:
+        """How the state is cut: only the same cut can load it again."""
+        return {"ranks": world_size(), "zero_stage": self._engine.zero_optimization_stage()}
 
     def accumulate(self, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward and backward of one micro-batch. Returns its loss and metrics, detached."""
@@ -149,9 +156,13 @@ class Engine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore what `save` wrote; returns its `state`."""
-        path, state = self._engine.load_checkpoint(str(folder), tag="engine")
+        try:
+            path, state = self._engine.load_checkpoint(str(folder), tag="engine")
+        except Exception as error:  # torch, zip and DeepSpeed each have their own for a file that is cut short
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{folder} is damaged ({reason}): remove it to start the stage again") from error
         if path is None:
-            raise UserError(f"{folder} cannot be read as a checkpoint: remove it to go on from the one before")
+            raise UserError(f"{folder} is not whole: remove it to start the stage again")
         return state
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ Scores come from one-layer replacements: M^(i) is the teacher whose layer i is t
 from collections.abc import Sequence
 
 
-# fmt: off
 def importance(recall: Sequence[float], csr: Sequence[float], epsilon: float = 1e-6) -> list[float]:
     """Eq. 8: s_i = (max R - R_i) / (max C - C_i + epsilon), high where recall drops much and CSR little.
 

@@ -50,12 +50,14 @@ def launch(job: Callable[[Job], object], *, description: str, argv: Sequence[str
     warnings.filterwarnings("ignore", category=FutureWarning)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     try:
-        config = load_config(arguments.preset or "tiny", overrides)
+        preset = arguments.preset or "tiny"
+        run = Path(arguments.run or Path("runs") / load_config(preset, overrides).name)
+        config = load_config(preset, overrides, recorded=run / "config.toml")
         _join(store, rank, world_size)
         job(
             Job(
                 config=config,
-                run=Path(arguments.run or Path("runs") / config.name),
+                run=run,
                 ds_config=Path(arguments.ds_config),
                 prepare=arguments.prepare or arguments.preset is None,
             )
@@ -97,8 +99,6 @@ def _fill_environment() -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if "LOCAL_WORLD_SIZE" not in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def _join(store: dist.Store, rank: int, world_size: int) -> None:

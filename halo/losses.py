@@ -1,5 +1,7 @@
 """The losses of the three stages. No tensor of [tokens, vocabulary] exists at once: the head is applied in chunks.
 
+Logits are products in the operands' precision (bf16 on a GPU, accumulated in fp32 and rounded); all after is fp32.
+
 N tokens, V words, D student width, E teacher width.
 """
 
@@ -25,7 +27,7 @@ def alignment_mse(output: Tensor, target: Tensor) -> Tensor:
 def linear_kl(
     hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, *, chunk: int = 1024
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Stage 2's loss (Eq. 10): KL(teacher || student) at temperature 1, mean over tokens, logits in fp32.
+    """Stage 2's loss (Eq. 10): KL(teacher || student) at temperature 1, mean over tokens.
 
     Args:
         hidden: [N, D] the student's final hidden states.
@@ -42,7 +44,7 @@ def linear_kl(
 
 
 def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, chunk: int = 1024) -> Tensor:
-    """Stage 3's loss: next-token cross entropy, mean over the labels that are not IGNORE, logits in fp32.
+    """Stage 3's loss: next-token cross entropy, mean over the labels that are not IGNORE.
 
     Args:
         hidden: [N, D] final hidden states.

@@ -40,7 +40,7 @@ class Metrics:
         folder: the stage's folder; TensorBoard's files go into `tensorboard/` in it.
         name: the bar's title.
         steps: the stage's length.
-        step: where it starts, after a resume.
+        step: where it starts, after a resume; what was recorded from there on is dropped.
     """
 
     def __init__(self, folder: Path, *, name: str, steps: int, step: int = 0):
@@ -50,7 +50,10 @@ class Metrics:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-            self._lines = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, closed in close()
+            path = folder / "metrics.jsonl"
+            before = path.read_text().splitlines(keepends=True)[:step] if path.is_file() else []
+            self._lines = open(path, "w", buffering=1)  # noqa: SIM115, closed in close()
+            self._lines.writelines(before)
 
     def log(self, step: int, values: dict[str, float], *, tokens: int) -> None:
         """Record the step that just ended. `tokens` are its own, over all ranks."""

@@ -64,23 +64,28 @@ class Alignment(Objective):
 class _Headed(Objective):
     """A causal language model whose loss reads the head in place of applying it."""
 
-    def __init__(self, student: PreTrainedModel):
+    def __init__(self, student: PreTrainedModel, *, activation_checkpointing: bool = False):
         super().__init__()
         self.student = student
+        if activation_checkpointing:
+            # Reentrant: the other kind compares what backward recomputes with what ZeRO-3 had gathered in forward.
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self, self.student.lm_head.weight)]
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
-        return self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        # Without the mask of ones, transformers 4 builds one of [T, T] for Qwen3.
+        mask = torch.ones_like(input_ids)
+        return self.student.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 class Distillation(_Headed):
     """Stage 2 (Sec. 4.4): the hybrid learns the teacher's distribution over every next token."""
 
-    def __init__(self, student: PreTrainedModel, teacher: Teacher):
-        super().__init__(student)
+    def __init__(self, student: PreTrainedModel, teacher: Teacher, *, activation_checkpointing: bool = False):
+        super().__init__(student, activation_checkpointing=activation_checkpointing)
         self._teacher = [teacher]
 
     def teach(self, input_ids: Tensor) -> dict[str, Any]:

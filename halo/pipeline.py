@@ -7,10 +7,13 @@ from halo.config import Training
 from halo.context import INPUTS, Context
 from halo.distributed import on_rank0, rank
 from halo.engine import complete_ds_config, read_ds_config
+from halo.errors import UserError
 from halo.launch import Job
 from halo.models import find_teacher
-from halo.run import Run, teacher_fingerprint
+from halo.run import claim, record_config, teacher_fingerprint
 from halo.stages import align, distill, evaluate, export, finetune, scale, select
+from hypenet.configuration_hypenet import ATTENTION
+from hypenet.mixers import MIXERS
 
 STAGES: dict[str, Callable[[Context], None]] = {
     "align": align.run,
@@ -30,9 +33,7 @@ def run_stage(job: Job, stage: str) -> Context:
         UserError: bad settings, teacher or folder, or a missing predecessor; on every rank, before anything is written.
     """
     names = list(INPUTS)[: list(INPUTS).index(stage) + 1] if job.prepare else [stage]
-    context = on_rank0(lambda: _open(job, names))
-    if not job.prepare:
-        on_rank0(lambda: context.require_inputs(stage))
+    context = on_rank0(lambda: _open(job, stage, names))
     for name in names:
         if on_rank0(lambda name=name: context.is_complete(name)):  # type: ignore[misc]
             say(f"{name}: done already, in {context.run / name}")
@@ -51,18 +52,27 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _open(job: Job, stages: list[str]) -> Context:
+def _open(job: Job, stage: str, names: list[str]) -> Context:
+    """Every check that needs no model, and only then the run's config.toml."""
     ds_config = read_ds_config(job.ds_config)
-    for stage in stages:
-        training = getattr(job.config, stage, None)
+    if job.config.rnn_mixer not in MIXERS:
+        raise UserError(f"no RNN mixer '{job.config.rnn_mixer}'; there are: {', '.join(MIXERS.keys() - {ATTENTION})}")
+    for name in names:
+        training = getattr(job.config, name, None)
         if isinstance(training, Training):
             complete_ds_config(ds_config, training)
+    claim(job.run, job.config)
     teacher = find_teacher(job.config.teacher)
-    Run(job.run, job.config).open()
-    return Context(
+    context = Context(
         config=job.config,
         run=job.run,
         teacher=teacher,
         fingerprint=teacher_fingerprint(teacher),
         ds_config=ds_config,
     )
+    if not job.prepare:
+        context.require_inputs(stage)
+    for name in names:
+        context.is_complete(name)  # refuses what was made from something else
+    record_config(job.run, job.config)
+    return context

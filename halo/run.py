@@ -1,6 +1,6 @@
 """A run is a folder; a stage is a folder in it, complete when its stage.json is there.
 
-    runs/<name>/config.toml            the resolved configuration, written once
+    runs/<name>/config.toml            the resolved configuration, which later commands start from
     runs/<name>/<stage>/stage.json     written last: what the stage was made from, what it wrote, what it cost
 
 stage.json names every file that the stage hands on, with size and SHA-256. A stage that lacks it was interrupted. A
@@ -10,7 +10,7 @@ stage whose record no longer fits (another teacher, other settings, an altered f
 import hashlib
 import json
 import os
-import tomllib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halo.config import Config, config_table, to_toml
+from halo.config import Config, config_table, read_toml, to_toml
 from halo.errors import UserError
 
 IDENTITY = ("name", "teacher", "rnn_mixer")
@@ -39,6 +39,24 @@ def atomic(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of `path`, on failure it is removed."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -84,7 +102,7 @@ class StageFolder:
         record = self.record()
         if record.made_from != self.made_from:
             raise UserError(
-                f"{self.path} was made from another {_difference(record.made_from, self.made_from)}: "
+                f"{self.path} was made from another {difference(record.made_from, self.made_from)}: "
                 "remove that folder to make it again, or choose another --run"
             )
         for name, expected in record.files.items():
@@ -116,57 +134,64 @@ class StageFolder:
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         return load_file(self.path / name)
 
-    def save_json(self, name: str, value: Any) -> None:
+    def save_bytes(self, name: str, content: bytes) -> None:
         with atomic(self.path / name) as partial:
-            partial.write_text(json.dumps(value, indent=2) + "\n")
+            partial.write_bytes(content)
+
+    def save_json(self, name: str, value: Any) -> None:
+        self.save_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def load_json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())
 
+    def files_in(self, name: str) -> list[str]:
+        """The files of a subfolder, as `complete` takes them."""
+        return sorted(f"{name}/{path.name}" for path in (self.path / name).iterdir())
+
     def complete(self, files: list[str], summary: dict[str, Any]) -> None:
-        """Declare the stage done: record the files it hands on. The last thing a stage does, on rank 0."""
+        """Declare the stage done: record the files it hands on. The last thing a stage does, on rank 0.
+
+        Its checkpoints go: a finished stage keeps its weights, not its optimizer.
+        """
         listed = {
             name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)} for name in files
         }
         self.save_json("stage.json", {"made_from": self.made_from, "files": listed, "summary": summary})
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
 
-class Run:
-    """A run's folder and its configuration.
+def claim(folder: Path, config: Config) -> None:
+    """Check that a run's folder is this run's, or is free. Writes nothing.
 
     Raises:
         UserError: the folder belongs to another run, or holds files but no run.
     """
-
-    def __init__(self, folder: Path, config: Config):
-        self.folder = folder
-        self.config = config
-
-    def open(self) -> None:
-        """Claim the folder, on rank 0, before anything expensive."""
-        path = self.folder / "config.toml"
-        table = config_table(self.config)
-        if path.is_file():
-            recorded = tomllib.loads(path.read_text())
-            for key in IDENTITY:
-                if recorded.get(key) != table[key]:
-                    raise UserError(
-                        f"{self.folder} belongs to another run ({key} = {recorded.get(key)!r}, now {table[key]!r}): "
-                        "choose another --run"
-                    )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} holds files but no run (no config.toml): choose another --run")
-        with atomic(path) as partial:
-            partial.write_text(to_toml(table))
+    path = folder / "config.toml"
+    if path.is_file():
+        recorded, table = read_toml(path), config_table(config)
+        for key in IDENTITY:
+            if recorded.get(key) != table[key]:
+                raise UserError(
+                    f"{folder} belongs to another run ({key} = {recorded.get(key)!r}, now {table[key]!r}): "
+                    "choose another --run"
+                )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files but no run (no config.toml): choose another --run")
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def record_config(folder: Path, config: Config) -> None:
+    """Write the run's config.toml, which later commands on this run start from."""
+    with atomic(folder / "config.toml") as partial:
+        partial.write_text(to_toml(config_table(config)))
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first thing that differs, in words: `teacher`, or `lr (0.001, now 0.002)`."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if a != b:
             if isinstance(a, dict) and isinstance(b, dict):
-                return _difference(a, b)
+                return difference(a, b)
             long = any(isinstance(v, str) and len(v) == 64 for v in (a, b))
             return key if long else f"{key} ({a!r}, now {b!r})"
     return "version"

@@ -4,10 +4,7 @@ A folder is written beside its final place and renamed when it is complete, so t
 `manifest.json` says what it was made from and holds the SHA-256 of every other file.
 """
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count, islice
 from pathlib import Path
@@ -21,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from halo.corpus import HELD_OUT_EVERY, Part, read_documents
 from halo.errors import UserError
 from halo.needle import EVAL_KEYS, TRAIN_KEYS, VARIANTS, Prose, build_needle
+from halo.run import atomic_folder, sha256
+from halo.tokenizer import separator_id
 from halo.tokenizer import tokenizer_hash as hash_of
 
 COLUMN = "input_ids"
@@ -70,7 +69,7 @@ def prepare_shards(
         "tokens_left_over": 0,
     }
     documents = _tokenized(source, part, tokenizer, order_rng, endless=samples is not None)
-    packed = pack_documents(documents, seq_len=seq_len, eos=tokenizer.eos_token_id, dtype=dtype)
+    packed = pack_documents(documents, seq_len=seq_len, eos=separator_id(tokenizer), dtype=dtype)
     needles = _needles(source, part, tokenizer, seq_len, dtype, needle_rng) if needle_fraction else iter(())
 
     def mixed() -> Iterator[np.ndarray]:
@@ -116,24 +115,20 @@ def write_shards(folder: str | Path, samples: Iterable[np.ndarray], meta: Mappin
     first = next(remaining, None)
     if first is None:
         raise UserError(f"not one full sample to write to {folder}: the source is too small")
-    partial = folder.with_name(f"{folder.name}.partial")
-    if partial.exists():  # left by a killed run
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    written = 0
-    with MDSWriter(out=str(partial), columns={COLUMN: f"ndarray:{first.dtype.name}:{len(first)}"}) as writer:
-        for sample in chain([first], remaining):
-            writer.write({COLUMN: sample})
-            written += 1
-    manifest = {
-        **meta,
-        "samples": written,
-        "seq_len": len(first),
-        "dtype": first.dtype.name,
-        "sha256": {path.name: _sha256(path) for path in sorted(partial.iterdir())},
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder)
+    count = 0
+    with atomic_folder(folder) as partial:
+        with MDSWriter(out=str(partial), columns={COLUMN: f"ndarray:{first.dtype.name}:{len(first)}"}) as writer:
+            for sample in chain([first], remaining):
+                writer.write({COLUMN: sample})
+                count += 1
+        manifest = {
+            **meta,
+            "samples": count,
+            "seq_len": len(first),
+            "dtype": first.dtype.name,
+            "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir())},
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -159,7 +154,7 @@ def verify_shards(folder: str | Path, tokenizer_hash: str, seq_len: int) -> dict
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing; remove {folder} and prepare it anew")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise UserError(f"{path} is truncated or altered; remove {folder} and prepare it anew")
     return manifest
 
@@ -196,8 +191,3 @@ def _needles(
         except ValueError as error:
             raise UserError(f"no needle samples of {seq_len} tokens from {source}: {error}") from error
         yield np.asarray(needle.prompt_ids + needle.answer_ids, dtype)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""The frozen teacher, in a process group of its own.
+"""The frozen teacher, apart from the student's engine.
 
-The teacher belongs to no engine: it has no gradients, no optimizer state, and enters no checkpoint. It runs forward
-only. `replicated` puts a whole teacher on each rank. `sharded` cuts every decoder layer over the ranks of one node
-(FSDP2) and gathers a layer just before its forward, over the teacher's own communicator.
+It has no gradients, no optimizer state, and enters no checkpoint. It runs forward only. `replicated`: each rank holds a
+whole teacher. `sharded`: it has a process group of its own, the ranks of one node; every decoder layer is cut over them
+(FSDP2) and gathered just before its forward, over the teacher's own communicator.
 
 What it supplies is its logits, in factored form: final hidden states and the frozen head (docs/design.md).
 """
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from halo.distributed import device, world_size
+from halo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,9 @@ class Teacher:
 def _node_group() -> dist.ProcessGroup:
     """A new group of the ranks of this node. Every rank creates every node's group, in the same order."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if world_size() % per_node:
+        raise UserError(
+            f"a sharded teacher needs the same number of ranks on every node, not {per_node} of {world_size()} here"
+        )
     mine, _ = dist.new_subgroups(per_node)
     return mine

@@ -69,6 +69,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between documents: <|endoftext|> where there is one (Qwen's chat models end a turn with another)."""
+    return tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of all that decides which ids a text becomes; the same before and after saving."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())

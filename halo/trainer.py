@@ -19,6 +19,7 @@ from halo.distributed import device, rank, world_size
 from halo.engine import Engine, split_batch
 from halo.errors import UserError
 from halo.metrics import Metrics, mean_over_ranks
+from halo.run import StageFolder
 from halo.stream import TokenStream
 
 
@@ -72,7 +73,9 @@ def learning_rate(training: Training, step: int) -> float:
     return t.lr if left > t.decay else t.min_lr + (t.lr - t.min_lr) * left / t.decay
 
 
-def train(objective: Objective, training: Training, *, shards: Path, folder: Path, ds_config: dict[str, Any]) -> Result:
+def train(
+    objective: Objective, training: Training, *, shards: Path, folder: StageFolder, ds_config: dict[str, Any]
+) -> Result:
     """Train `objective` on the samples in `shards`, from the last checkpoint in `folder` or from the start.
 
     Raises:
@@ -83,11 +86,11 @@ def train(objective: Objective, training: Training, *, shards: Path, folder: Pat
     torch.manual_seed(training.seed)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     engine = Engine(objective.train(), training, ds_config, objective.external_parameters())
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from)
     state = checkpoints.resume(engine) or {"step": 0, "seconds": 0.0, "loss": math.nan}
     if "stream" in state:
         stream.load_state_dict(state["stream"])
-    metrics = Metrics(folder, name=folder.name, steps=training.steps, step=state["step"])
+    metrics = Metrics(folder.path, name=folder.name, steps=training.steps, step=state["step"])
     began, earlier = time.perf_counter(), state["seconds"]
     try:
         for step in range(state["step"], training.steps):

@@ -1,1 +1,1 @@
-"""The stages of HALO, one module each, and what every one of them gets."""
+"""The stages of HALO, one module each: `run(context)` does the work and completes the stage's folder."""

@@ -28,7 +28,7 @@ def run(context: Context) -> None:
     teacher = load_teacher(context.teacher)
     torch.manual_seed(training.seed)
     objective = Alignment(new_mixers(teacher, context.config.rnn_mixer), Teacher(teacher))
-    result = train(objective, training, shards=shards, folder=folder.path, ds_config=context.ds_config)
+    result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
 
     def finish() -> None:
         folder.save_tensors(MIXERS, {name.removeprefix("mixers."): w for name, w in result.weights.items()})

@@ -3,9 +3,6 @@
 Writes `hybrid/`: the model as transformers saves it.
 """
 
-import shutil
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,7 +11,7 @@ from halo.context import Context
 from halo.distributed import on_rank0
 from halo.models import load_teacher
 from halo.objectives import Distillation
-from halo.run import StageFolder
+from halo.run import StageFolder, atomic_folder
 from halo.stages.align import load_mixers
 from halo.stages.data import shards_for
 from halo.teacher import Teacher
@@ -32,21 +29,18 @@ def run(context: Context) -> None:
     config = hybrid_config(teacher.config, attention_layers=kept, rnn_mixer=context.config.rnn_mixer)
     torch.manual_seed(training.seed)
     student = hybrid_from_teacher(teacher, config, load_mixers(context.folder("align")))
-    if training.activation_checkpointing:
-        student.gradient_checkpointing_enable()
-    objective = Distillation(student, Teacher(teacher, training.teacher_placement))
-    result = train(objective, training, shards=shards, folder=folder.path, ds_config=context.ds_config)
+    objective = Distillation(
+        student,
+        Teacher(teacher, training.teacher_placement),
+        activation_checkpointing=training.activation_checkpointing,
+    )
+    result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(lambda: save_hybrid(folder, student, result))
 
 
 def save_hybrid(folder: StageFolder, student: PreTrainedModel, result: Result) -> None:
     """Write the trained weights as a transformers folder, in one step, and complete the stage."""
     weights: dict[str, Tensor] = {name.removeprefix("student."): w for name, w in result.weights.items()}
-    final: Path = folder.path / HYBRID
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
-    student.save_pretrained(partial, state_dict=weights)
-    partial.rename(final)
-    files = sorted(f"{HYBRID}/{path.name}" for path in final.iterdir())
-    folder.complete(files, result.summary())
+    with atomic_folder(folder.path / HYBRID) as partial:
+        student.save_pretrained(partial, state_dict=weights)
+    folder.complete(folder.files_in(HYBRID), result.summary())

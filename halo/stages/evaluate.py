@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from halo.context import Context
 from halo.distributed import device, on_rank0
-from halo.errors import UserError
 from halo.evaluation import needle_recall
 from halo.metrics import progress_bar
 from halo.models import apply_yarn, load_hybrid, load_teacher
@@ -25,9 +24,7 @@ COSTED = ("align", "selection", "distill", "finetune", "scaling")
 
 def run(context: Context) -> None:
     began = time.perf_counter()
-    settings = context.config.evaluate
-    if len(settings.samples) != len(settings.lengths):
-        raise UserError("evaluate.samples must hold one number for each of evaluate.lengths")
+    settings = context.config.eval
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
     rows = _rows(context)
     cells = []
@@ -45,10 +42,9 @@ def run(context: Context) -> None:
     def finish() -> None:
         folder = context.folder("eval")
         results = Results(training_length=settings.yarn_from, cells=cells, stages=_costs(context))
-        folder.path.mkdir(parents=True, exist_ok=True)
-        (folder.path / "niah.json").write_text(to_json(results))
-        (folder.path / "niah.md").write_text(to_markdown(results))
-        (folder.path / "niah.png").write_bytes(to_png(results))
+        folder.save_bytes("niah.json", to_json(results).encode())
+        folder.save_bytes("niah.md", to_markdown(results).encode())
+        folder.save_bytes("niah.png", to_png(results))
         folder.complete(["niah.json", "niah.md", "niah.png"], {"seconds": round(time.perf_counter() - began, 1)})
 
     on_rank0(finish)
@@ -58,7 +54,7 @@ def _rows(context: Context) -> dict[str, Callable[[int], PreTrainedModel]]:
     """The table's rows: name -> the model as it is run at a length."""
     teacher = load_teacher(context.teacher).to(device())
     hybrid = load_hybrid(context.run / "export" / MODEL).to(device())
-    scaling, original = hybrid.config.attn_logits_scaling, context.config.evaluate.yarn_from
+    scaling, original = hybrid.config.attn_logits_scaling, context.config.eval.yarn_from
 
     def teacher_plain(length: int) -> PreTrainedModel:
         apply_yarn(teacher, original, original)

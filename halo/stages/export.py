@@ -1,11 +1,11 @@
 """The finished hybrid as a Hugging Face folder: config, safetensors, tokenizer, model code, the chosen base a."""
 
-import shutil
 import time
 
 from halo.context import Context
 from halo.distributed import on_rank0
 from halo.models import load_hybrid
+from halo.run import atomic_folder
 from halo.stages.distill import HYBRID
 from halo.stages.scale import SCALING
 from halo.tokenizer import load_tokenizer
@@ -23,15 +23,12 @@ def _export(context: Context) -> None:
     began = time.perf_counter()
     folder = context.folder("export")
     base = context.folder("scaling").load_json(SCALING)["a"]
-    final, partial = folder.path / MODEL, folder.path / f"{MODEL}.partial"
-    for leftover in (final, partial):
-        shutil.rmtree(leftover, ignore_errors=True)
-    export_pretrained(
-        load_hybrid(context.run / "finetune" / HYBRID),
-        load_tokenizer(context.teacher),
-        partial,
-        logits_scaling=hype_scaling(base),
-    )
-    partial.rename(final)
-    files = sorted(f"{MODEL}/{path.name}" for path in final.iterdir())
-    folder.complete(files, {"logits_scaling_base": base, "seconds": round(time.perf_counter() - began, 1)})
+    with atomic_folder(folder.path / MODEL) as partial:
+        export_pretrained(
+            load_hybrid(context.run / "finetune" / HYBRID),
+            load_tokenizer(context.teacher),
+            partial,
+            logits_scaling=hype_scaling(base),
+        )
+    seconds = round(time.perf_counter() - began, 1)
+    folder.complete(folder.files_in(MODEL), {"logits_scaling_base": base, "seconds": seconds})

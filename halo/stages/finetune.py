@@ -13,7 +13,6 @@ def run(context: Context) -> None:
     folder, training = context.folder("finetune"), context.config.finetune
     shards = shards_for(context, "finetune")
     student = load_hybrid(context.run / "distill" / HYBRID)
-    if training.activation_checkpointing:
-        student.gradient_checkpointing_enable()
-    result = train(NextToken(student), training, shards=shards, folder=folder.path, ds_config=context.ds_config)
+    objective = NextToken(student, activation_checkpointing=training.activation_checkpointing)
+    result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(lambda: save_hybrid(folder, student, result))

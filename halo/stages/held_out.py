@@ -1,6 +1,6 @@
 """The held-out part of a run's text: what selection, the choice of a, and evaluation measure on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,10 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from halo.corpus import read_documents
 from halo.errors import UserError
 from halo.needle import EVAL_KEYS, NeedleSample, Prose, build_needle
+from halo.tokenizer import separator_id
+
+CHARACTERS = 1 << 24
+"""How much held-out text is read: some four million tokens, enough for haystacks of a million."""
 
 
 class HeldOut:
-    """Held-out documents, as text and as token ids.
+    """The first CHARACTERS of the held-out documents, as text and as token ids.
 
     Raises:
         UserError: no source is set, or nothing in it is held out.
@@ -25,7 +29,7 @@ class HeldOut:
                 "the preset's `heldout` is empty: name a folder of text whose held-out documents to measure on"
             )
         self.tokenizer = tokenizer
-        self.documents = list(read_documents(source, "held_out"))
+        self.documents = list(_until(read_documents(source, "held_out"), CHARACTERS))
         if not self.documents:
             raise UserError(f"{source} has too few documents to hold any out: name a larger one as `heldout`")
         self.prose = Prose(tokenizer, self.documents)
@@ -49,8 +53,17 @@ class HeldOut:
         Raises:
             UserError: the documents are too short for one window.
         """
-        stream = np.concatenate([np.append(ids, self.tokenizer.eos_token_id) for ids in self.token_ids()])
+        stream = np.concatenate([np.append(ids, separator_id(self.tokenizer)) for ids in self.token_ids()])
         count = min(count, len(stream) // length)
         if count == 0:
             raise UserError(f"`heldout` has {len(stream)} held-out tokens, fewer than one window of {length}")
         return torch.from_numpy(stream[: count * length].reshape(count, length))
+
+
+def _until(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Whole documents, until they hold `characters`."""
+    for document in documents:
+        yield document
+        characters -= len(document)
+        if characters <= 0:
+            return

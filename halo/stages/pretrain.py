@@ -4,7 +4,6 @@ Writes `teacher/`: a Hugging Face folder, its tokenizer trained on the same text
 """
 
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from halo.config import Pretrain, config_table
 from halo.context import FREE
 from halo.corpus import read_documents
 from halo.distributed import on_rank0
-from halo.engine import read_ds_config
+from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
 from halo.launch import Job
 from halo.needle import template_texts
 from halo.objectives import NextToken
-from halo.run import Run, StageFolder
+from halo.run import StageFolder, atomic_folder, claim, record_config
 from halo.stages.data import ensure_shards
 from halo.tokenizer import load_tokenizer, train_tokenizer
 from halo.trainer import train
@@ -41,7 +40,9 @@ def run(job: Job) -> Path:
 
     def prepare() -> tuple[bool, dict[str, Any], Path, Path]:
         ds_config = read_ds_config(job.ds_config)
-        Run(job.run, job.config).open()
+        complete_ds_config(ds_config, training)
+        claim(job.run, job.config)
+        record_config(job.run, job.config)
         tokenizer = _tokenizer(training, folder.path / "tokenizer")
         shards = ensure_shards(training, "pretrain", job.run / "data" / "pretrain", load_tokenizer(tokenizer))
         return folder.is_complete(), ds_config, tokenizer, shards
@@ -50,7 +51,7 @@ def run(job: Job) -> Path:
     if not done:
         torch.manual_seed(training.seed)
         model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
-        result = train(NextToken(model), training, shards=shards, folder=folder.path, ds_config=ds_config)
+        result = train(NextToken(model), training, shards=shards, folder=folder, ds_config=ds_config)
         on_rank0(lambda: _save(folder, model, result.weights, tokenizer, result.summary()))
     return folder.path / TEACHER
 
@@ -78,9 +79,10 @@ def _tokenizer(training: Pretrain, folder: Path) -> Path:
     """Train the tokenizer on the corpus and on the needle's wording, once."""
     if not folder.is_dir():
         texts = itertools.chain(read_documents(training.corpus.source, "train"), template_texts(TEMPLATE_COPIES))
-        partial = folder.with_suffix(".partial")
-        train_tokenizer(texts, training.vocab_size).save_pretrained(partial)
-        partial.rename(folder)
+        with atomic_folder(folder) as partial:
+            train_tokenizer(texts, training.vocab_size).save_pretrained(partial)
+    if len(load_tokenizer(folder)) != training.vocab_size:
+        raise UserError(f"{folder} has another vocab_size than {training.vocab_size}: remove it to train it again")
     return folder
 
 
@@ -88,12 +90,9 @@ def _save(
     folder: StageFolder, model: Qwen3ForCausalLM, weights: dict[str, Tensor], tokenizer: Path, summary: dict[str, Any]
 ) -> None:
     """Write the teacher in bfloat16, in one step."""
-    final, partial = folder.path / TEACHER, folder.path / f"{TEACHER}.partial"
-    for leftover in (final, partial):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(
-        partial, state_dict={name.removeprefix("student."): w.to(torch.bfloat16) for name, w in weights.items()}
-    )
-    load_tokenizer(tokenizer).save_pretrained(partial)
-    partial.rename(final)
-    folder.complete(sorted(f"{TEACHER}/{path.name}" for path in final.iterdir()), summary)
+    with atomic_folder(folder.path / TEACHER) as partial:
+        model.to(torch.bfloat16).save_pretrained(
+            partial, state_dict={name.removeprefix("student."): w.to(torch.bfloat16) for name, w in weights.items()}
+        )
+        load_tokenizer(tokenizer).save_pretrained(partial)
+    folder.complete(folder.files_in(TEACHER), summary)

@@ -20,7 +20,7 @@ SCALING = "scaling.json"
 
 def run(context: Context) -> None:
     began = time.perf_counter()
-    settings = context.config.scale
+    settings = context.config.scaling
     samples = HeldOut(context.config.heldout, load_tokenizer(context.teacher)).windows(
         settings.seq_len, settings.documents
     )

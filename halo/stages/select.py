@@ -30,14 +30,14 @@ SCORES = "scores.json"
 
 def run(context: Context) -> None:
     began = time.perf_counter()
-    settings = context.config.select
+    settings = context.config.selection
     teacher = load_teacher(context.teacher).eval().to(device())
     layers = len(teacher.model.layers)
     keep = settings.attention_layers or default_k(layers)
     if not 1 <= keep <= layers:
-        raise UserError(f"select.attention_layers = {keep}, but the teacher has {layers} layers")
+        raise UserError(f"selection.attention_layers = {keep}, but the teacher has {layers} layers")
     if not set(settings.layers) <= set(range(layers)):
-        raise UserError(f"select.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
+        raise UserError(f"selection.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
     report: dict[str, Any] = {"attention_layers": sorted(settings.layers), "tokens": 0}
     if not settings.layers:
         report = _measure(context, teacher)
@@ -50,7 +50,7 @@ def run(context: Context) -> None:
         folder.save_json(SCORES, report)
         if not settings.layers:
             kept = report["attention_layers"]
-            (folder.path / "scores.png").write_bytes(selection_png(report["recall"], report["csr"], kept))
+            folder.save_bytes("scores.png", selection_png(report["recall"], report["csr"], kept))
         seconds = round(time.perf_counter() - began, 1)
         folder.complete([SCORES], {"tokens": report["tokens"], "parameters": 0, "seconds": seconds})
 
@@ -59,7 +59,7 @@ def run(context: Context) -> None:
 
 def _measure(context: Context, teacher: PreTrainedModel) -> dict[str, Any]:
     """Recall and CSR of the teacher with each layer replaced, in [0, 1], and the tokens that this took."""
-    settings = context.config.select
+    settings = context.config.selection
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
     needles = [
         sample
@@ -72,7 +72,7 @@ def _measure(context: Context, teacher: PreTrainedModel) -> dict[str, Any]:
     )
     mixers, weights = new_mixers(teacher, context.config.rnn_mixer), load_mixers(context.folder("align"))
     recall, csr = [], []
-    batch = max(1, context.config.evaluate.batch_tokens // settings.seq_len)
+    batch = max(1, context.config.eval.batch_tokens // settings.seq_len)
     with progress_bar(len(mixers) * (len(needles) + len(questions)), "select", unit="sample") as bar:
         for layer, mixer in mixers.items():
             mixer.load_state_dict(weights[layer])

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from halo import engine
 from halo.config import Distill, Training
 from halo.engine import read_ds_config
 from halo.objectives import Alignment, Distillation, NextToken
+from halo.run import StageFolder
 from halo.stages.align import new_mixers
 from halo.teacher import Teacher
-from halo.trainer import Result, train
+from halo.trainer import Objective, Result, train
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -43,14 +45,20 @@ def training(**changes: Any) -> Distill:
     return Distill(**defaults | changes)
 
 
+def run(objective: Objective, settings: Training, shards: Path, folder: Path, zero: str) -> Result:
+    stage = StageFolder(folder, {"lr": settings.lr})
+    return train(objective, settings, shards=shards, folder=stage, ds_config=read_ds_config(DS_CONFIGS / zero))
+
+
 def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool = True) -> Result:
     """A few steps of stage 2 on this rank."""
     teacher = make_teacher(tie_word_embeddings=tied)
-    student = make_student(teacher)
-    if settings.activation_checkpointing:
-        student.gradient_checkpointing_enable()
-    objective = Distillation(student, Teacher(teacher, settings.teacher_placement))
-    return train(objective, settings, shards=shards, folder=folder, ds_config=read_ds_config(DS_CONFIGS / zero))
+    objective = Distillation(
+        make_student(teacher),
+        Teacher(teacher, settings.teacher_placement),
+        activation_checkpointing=settings.activation_checkpointing,
+    )
+    return run(objective, settings, shards, folder, zero)
 
 
 def align(shards: Path, folder: Path, zero: str, settings: Training) -> Result:
@@ -58,10 +66,20 @@ def align(shards: Path, folder: Path, zero: str, settings: Training) -> Result:
     teacher = make_teacher()
     torch.manual_seed(1)
     objective = Alignment(new_mixers(teacher, "lightning-attn"), Teacher(teacher))
-    return train(objective, settings, shards=shards, folder=folder, ds_config=read_ds_config(DS_CONFIGS / zero))
+    return run(objective, settings, shards, folder, zero)
 
 
 def finetune(shards: Path, folder: Path, zero: str, settings: Training) -> Result:
     """A few steps of stage 3 on this rank."""
     objective = NextToken(make_student(make_teacher()))
-    return train(objective, settings, shards=shards, folder=folder, ds_config=read_ds_config(DS_CONFIGS / zero))
+    return run(objective, settings, shards, folder, zero)
+
+
+def buffers_under_bf16() -> list[torch.Tensor]:
+    """RoPE's frequencies of a plain Qwen3 in an engine that casts to bf16, as on a GPU."""
+    settings = training()
+    plain = engine.complete_ds_config
+    engine.complete_ds_config = lambda config, t: plain(config, t) | {"bf16": {"enabled": True}}
+    built = engine.Engine(NextToken(make_teacher()), settings, read_ds_config(DS_CONFIGS / "zero1.json"))
+    assert built.dtype == torch.bfloat16
+    return list(built.module.buffers())

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from halo import trainer
+from halo.errors import UserError
 from tests.distributed import jobs
 from tests.distributed.ranks import run_ranks
 
 
 def losses(folder: Path) -> list[float]:
-    """The loss of every step; of a step that ran twice, the later one."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return list({line["step"]: line["loss"] for line in lines}.values())
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def run(tmp_path: Path, name: str, ranks: int, job, shards: Path, zero: str, settings, *args):
@@ -73,7 +72,6 @@ def test_a_run_that_is_interrupted_goes_on_exactly(tmp_path, shards):
     with pytest.raises(RuntimeError, match="stopped"):
         run_ranks(2, interrupted_distill, shards, parts, jobs.training(save_every=2))
     resumed = run_ranks(2, jobs.distill, shards, parts, "zero3.json", jobs.training(save_every=2))[0].weights
-    # Step 4 came after the last checkpoint, and so ran twice.
     assert losses(parts) == whole[0]
     for name, weight in whole[1].items():
         assert torch.equal(resumed[name], weight), name
@@ -90,3 +88,43 @@ def interrupted_distill(shards: Path, folder: Path, settings) -> None:
 
     trainer.learning_rate = stop
     jobs.distill(shards, folder, "zero3.json", settings)
+
+
+def test_rope_keeps_its_precision_in_a_bf16_engine():
+    frequencies = run_ranks(1, jobs.buffers_under_bf16)[0]
+    for buffer, expected in zip(frequencies, jobs.make_teacher().buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+
+
+@pytest.fixture
+def interrupted(tmp_path, shards) -> Path:
+    """A stage's folder with a checkpoint of two ranks after step 3."""
+    folder = tmp_path / "stage"
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_ranks(2, interrupted_distill, shards, folder, jobs.training(save_every=2))
+    return folder
+
+
+def test_a_checkpoint_goes_on_only_with_its_own_settings_ranks_and_files(interrupted, shards):
+    def refusal(ranks: int, **changes) -> str:
+        with pytest.raises(UserError) as error:
+            run_ranks(ranks, jobs.distill, shards, interrupted, "zero3.json", jobs.training(**changes))
+        return str(error.value)
+
+    assert "made with another settings, lr (0.001, now 0.5)" in refusal(2, lr=0.5)
+    assert "made with another partition, ranks (2, now 1)" in refusal(1)
+    (checkpoint,) = interrupted.glob("checkpoints/step-*")
+    shard = next(checkpoint.rglob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{checkpoint} is damaged" in refusal(2)
+    (checkpoint / "made_from.json").unlink()
+    assert f"{checkpoint} is damaged" in refusal(2)
+
+
+def test_a_checkpoint_that_was_being_written_is_no_checkpoint(interrupted, shards):
+    (whole,) = interrupted.glob("checkpoints/step-*")
+    half = whole.with_name("step-000000005.partial")
+    half.mkdir()
+    run_ranks(2, jobs.distill, shards, interrupted, "zero3.json", jobs.training(save_every=2))
+    assert len(losses(interrupted)) == 6
+    assert not half.exists()

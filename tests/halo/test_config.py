@@ -61,8 +61,15 @@ def test_the_paper_presets_train_on_the_papers_tokens(preset):
         (["--distill.schedule", "cosin"], "must be one of cosine, constant, wsd, not 'cosin' (did you mean 'cosine'?)"),
         (["--distill", "3"], "distill must be a table, not 3"),
         (["--teacher.path", "x"], "'teacher' is a value, not a table"),
-        (["--evaluate.lengths", "7"], "lengths must be a list, not 7"),
+        (["--eval.lengths", "7"], "lengths must be a list, not 7"),
         (["--distill.lr"], "--distill.lr has no value"),
+        (["--distill.micro_batch", "0"], "micro_batch must be at least 1, not 0"),
+        (["--distill.corpus.needles", "1.5"], "needles must be from 0 to 1, not 1.5"),
+        (["--distill.schedule", "wsd"], "decay must be at least 1 for a wsd schedule, not 0"),
+        (["--selection.epsilon", "0"], "epsilon must be more than 0, not 0.0"),
+        (["--selection.layers", "[1, 1]"], "layers must be without repeats, not [1, 1]"),
+        (["--scaling.candidates", "[1]"], "candidates must be numbers above 1, not [1.0]"),
+        (["--eval.samples", "[3]"], "samples must be one number for each of lengths, not [3]"),
         (["distill.lr", "1"], "overrides are written --table.key value"),
     ],
 )
@@ -75,6 +82,17 @@ def test_bad_overrides_are_named(overrides, message):
 def test_overrides_take_effect():
     config = load_config("tiny", ["--distill.lr", "5e-5", "--distill.steps=7", "--name", "mine"])
     assert (config.distill.lr, config.distill.steps, config.name) == (5e-5, 7, "mine")
+
+
+def test_a_path_on_the_command_line_is_relative_to_where_one_stands():
+    assert load_config("tiny", ["--distill.shards", "./shards"]).distill.shards == "./shards"
+
+
+def test_a_run_stands_in_for_its_preset(tmp_path):
+    recorded = tmp_path / "config.toml"
+    recorded.write_text(to_toml(config_table(load_config("tiny", ["--distill.lr", "0.5", "--align.steps", "3"]))))
+    config = load_config("tiny", ["--align.steps", "4"], recorded=recorded)
+    assert (config.distill.lr, config.align.steps) == (0.5, 4)
 
 
 def test_unknown_preset_is_named():

@@ -13,11 +13,11 @@ BIN = Path(sys.executable).parent
 # fmt: off
 SMALL = [
     "--align.steps", "2", "--align.batch", "4", "--align.warmup", "1", "--align.corpus.samples", "16",
-    "--select.needles", "2", "--select.questions", "4",
+    "--selection.needles", "2", "--selection.questions", "4",
     "--distill.steps", "2", "--distill.batch", "4", "--distill.warmup", "1", "--distill.corpus.samples", "16",
     "--finetune.steps", "2", "--finetune.batch", "2", "--finetune.seq_len", "256", "--finetune.corpus.samples", "16",
-    "--scale.candidates", "[128, 512]", "--scale.seq_len", "512", "--scale.documents", "2",
-    "--evaluate.lengths", "[256, 512]", "--evaluate.samples", "[2, 2]",
+    "--scaling.candidates", "[128, 512]", "--scaling.seq_len", "512", "--scaling.documents", "2",
+    "--eval.lengths", "[256, 512]", "--eval.samples", "[2, 2]",
 ]
 # fmt: on
 

@@ -22,13 +22,14 @@ def refusal(stage: str, run: Path, *overrides: str, ds_config: str = "zero3.json
         config = load_config("tiny", [*SMALL, *overrides])
         job = Job(config=config, run=run, ds_config=ROOT / "ds_configs" / ds_config, prepare=prepare)
         run_stage(job, stage)
-    assert snapshot(run).items() >= before.items()
+    after = snapshot(run)
+    assert {path: after.get(path) for path in before} == before
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.toml"}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -62,6 +63,12 @@ def test_a_teacher_that_is_no_causal_language_model(tmp_path, teacher):
     message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
     assert "no causal language model" in message
     assert "Qwen3ForSequenceClassification" in message
+
+
+def test_a_teacher_whose_weights_are_cut_short(tmp_path, teacher):
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert f"the teacher at {teacher} cannot be loaded" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
 
 
 def test_a_teacher_of_another_family(tmp_path, teacher):
@@ -172,7 +179,18 @@ def test_a_deepspeed_config_that_says_what_the_preset_says(tmp_path):
 
 def test_a_choice_of_layers_that_do_not_exist(finished):
     shutil.rmtree(finished / "selection")
-    assert "the teacher's layers are 0 to 7" in refusal("selection", finished, "--select.layers", "[3, 8]")
+    assert "the teacher's layers are 0 to 7" in refusal("selection", finished, "--selection.layers", "[3, 8]")
+
+
+def test_an_unknown_mixer(tmp_path):
+    message = refusal("align", tmp_path / "run", "--rnn_mixer", "lightning")
+    assert message == "no RNN mixer 'lightning'; there are: lightning-attn"
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(finished):
+    """Its settings too: the next command starts from them."""
+    assert "align was made from another lr" in refusal("distill", finished, "--align.lr", "0.5")
+    assert load_config("tiny", recorded=finished / "config.toml").align.lr == 0.003
 
 
 # Every rank ends
@@ -186,7 +204,8 @@ def errors(done) -> list[str]:
 def test_a_misspelt_key_ends_a_plain_process_with_one_line():
     done = python("launcher/kd.py", "--distil.lr", "1")
     assert done.returncode == 2
-    assert errors(done) == ["error: tiny.toml: unknown key 'distil' (did you mean 'distill'?)"]
+    assert len(errors(done)) == 1
+    assert errors(done)[0].endswith("tiny.toml: unknown key 'distil' (did you mean 'distill'?)")
 
 
 def test_both_ranks_end_with_one_line_and_a_status(tmp_path):
@@ -194,6 +213,15 @@ def test_both_ranks_end_with_one_line_and_a_status(tmp_path):
     assert done.returncode != 0
     assert len(errors(done)) == 1
     assert "which is missing: run launcher/align.py first" in errors(done)[0]
+
+
+def test_an_altered_shard_ends_both_ranks(finished):
+    shutil.rmtree(finished / "distill")
+    shard = next((finished / "data" / "distill").glob("*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    done = deepspeed("launcher/kd.py", "--preset", "tiny", "--run", str(finished), *SMALL, ranks=2)
+    assert done.returncode != 0
+    assert errors(done) == [f"error: {shard} is truncated or altered; remove {shard.parent} and prepare it anew"]
 
 
 def test_more_ranks_than_samples_end_both_ranks(tmp_path):

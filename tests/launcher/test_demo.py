@@ -83,6 +83,15 @@ def test_a_second_start_finds_everything_done(demo):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_a_run_remembers_what_was_set(demo):
+    """A later command on the run need not repeat it."""
+    run, _ = demo
+    again = deepspeed("launcher/evaluate_needles.py", "--preset", "tiny", "--run", str(run))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == f"eval: done already, in {run / 'eval'}"
+    assert load_config("tiny", recorded=run / "config.toml").eval.lengths == (256, 512)
+
+
 def test_kd_as_typed_prepares_what_is_missing(tmp_path):
     run = tmp_path / "typed"
     done = deepspeed("launcher/kd.py", "--ds_config", "ds_configs/zero3.json", "--run", str(run), *SMALL)
