@@ -10,7 +10,7 @@ from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
 from halo.launch import Job
 from halo.models import find_teacher
-from halo.run import claim, record_config, teacher_fingerprint
+from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.stages import align, distill, evaluate, export, finetune, scale, select
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
@@ -34,15 +34,16 @@ def run_stage(job: Job, stage: str) -> Context:
     """
     names = list(INPUTS)[: list(INPUTS).index(stage) + 1] if job.prepare else [stage]
     context = on_rank0(lambda: _open(job, stage, names))
-    for name in names:
-        if on_rank0(lambda name=name: context.is_complete(name)):  # type: ignore[misc]
-            say(f"{name}: done already, in {context.run / name}")
-            continue
-        if name != stage:
-            say(f"{name}: missing, preparing it for {stage}")
-        began = time.perf_counter()
-        STAGES[name](context)
-        say(f"{name}: {time.perf_counter() - began:.0f} s -> {context.run / name}")
+    with recorded_config(job.run, job.config):
+        for name in names:
+            if on_rank0(lambda name=name: context.is_complete(name)):  # type: ignore[misc]
+                say(f"{name}: done already, in {context.run / name}")
+                continue
+            if name != stage:
+                say(f"{name}: missing, preparing it for {stage}")
+            began = time.perf_counter()
+            STAGES[name](context)
+            say(f"{name}: {time.perf_counter() - began:.0f} s -> {context.run / name}")
     return context
 
 
@@ -53,7 +54,7 @@ def say(line: str) -> None:
 
 
 def _open(job: Job, stage: str, names: list[str]) -> Context:
-    """Every check that needs no model, and only then the run's config.toml."""
+    """Every check that needs no model. Writes nothing."""
     ds_config = read_ds_config(job.ds_config)
     if job.config.rnn_mixer not in MIXERS:
         raise UserError(f"no RNN mixer '{job.config.rnn_mixer}'; there are: {', '.join(MIXERS.keys() - {ATTENTION})}")
@@ -74,5 +75,4 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
         context.require_inputs(stage)
     for name in names:
         context.is_complete(name)  # refuses what was made from something else
-    record_config(job.run, job.config)
     return context

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halo.config import Config, config_table, read_toml, to_toml
+from halo.distributed import rank
 from halo.errors import UserError
 
 IDENTITY = ("name", "teacher", "rnn_mixer")
@@ -179,10 +180,21 @@ def claim(folder: Path, config: Config) -> None:
         raise UserError(f"{folder} holds files but no run (no config.toml): choose another --run")
 
 
-def record_config(folder: Path, config: Config) -> None:
-    """Write the run's config.toml, which later commands on this run start from."""
-    with atomic(folder / "config.toml") as partial:
-        partial.write_text(to_toml(config_table(config)))
+@contextmanager
+def recorded_config(folder: Path, config: Config) -> Iterator[None]:
+    """Write the run's config.toml, on rank 0; later commands start from it. A UserError puts the one before back."""
+    path = folder / "config.toml"
+    before = path.read_bytes() if path.is_file() else None
+    if rank() == 0:
+        with atomic(path) as partial:
+            partial.write_text(to_toml(config_table(config)))
+    try:
+        yield
+    except UserError:
+        if rank() == 0 and before is not None:
+            with atomic(path) as partial:
+                partial.write_bytes(before)
+        raise
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from halo.errors import UserError
 from halo.launch import Job
 from halo.needle import template_texts
 from halo.objectives import NextToken
-from halo.run import StageFolder, atomic_folder, claim, record_config
+from halo.run import StageFolder, atomic_folder, claim, recorded_config
 from halo.stages.data import ensure_shards
 from halo.tokenizer import load_tokenizer, train_tokenizer
 from halo.trainer import train
@@ -38,21 +38,25 @@ def run(job: Job) -> Path:
     made_from = {k: v for k, v in config_table(training).items() if k not in FREE}
     folder = StageFolder(job.run / "pretrain", made_from)
 
-    def prepare() -> tuple[bool, dict[str, Any], Path, Path]:
+    def check() -> dict[str, Any]:
         ds_config = read_ds_config(job.ds_config)
         complete_ds_config(ds_config, training)
         claim(job.run, job.config)
-        record_config(job.run, job.config)
+        return ds_config
+
+    def prepare() -> tuple[bool, Path, Path]:
         tokenizer = _tokenizer(training, folder.path / "tokenizer")
         shards = ensure_shards(training, "pretrain", job.run / "data" / "pretrain", load_tokenizer(tokenizer))
-        return folder.is_complete(), ds_config, tokenizer, shards
+        return folder.is_complete(), tokenizer, shards
 
-    done, ds_config, tokenizer, shards = on_rank0(prepare)
-    if not done:
-        torch.manual_seed(training.seed)
-        model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
-        result = train(NextToken(model), training, shards=shards, folder=folder, ds_config=ds_config)
-        on_rank0(lambda: _save(folder, model, result.weights, tokenizer, result.summary()))
+    ds_config = on_rank0(check)
+    with recorded_config(job.run, job.config):
+        done, tokenizer, shards = on_rank0(prepare)
+        if not done:
+            torch.manual_seed(training.seed)
+            model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
+            result = train(NextToken(model), training, shards=shards, folder=folder, ds_config=ds_config)
+            on_rank0(lambda: _save(folder, model, result.weights, tokenizer, result.summary()))
     return folder.path / TEACHER
 
 
