@@ -117,10 +117,6 @@ class Engine:
             for owner, parameter in external:
                 register_external_parameter(owner, parameter)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
-
     def partition(self) -> dict[str, int]:
         """How the state is cut: only the same cut can load it again."""
         return {"ranks": world_size(), "zero_stage": self._engine.zero_optimization_stage()}

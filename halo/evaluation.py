@@ -12,7 +12,6 @@ Rows of unequal length are padded on the right. No position of a causal model se
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from halo.distributed import all_sum, rank, world_size
 from halo.errors import UserError
+from halo.models import unpadded
 from halo.needle import NeedleSample
 
 Progress = Callable[[int], object]
@@ -101,7 +101,7 @@ def loss_at_length(
     with _evaluating(model):
         for rows in _shares(len(samples), batch, progress):
             ids = samples[rows].to(model.device)
-            hidden = model.base_model(**_inputs(ids)).last_hidden_state[:, :-1]
+            hidden = model.base_model(**unpadded(ids)).last_hidden_state[:, :-1]
             chunks = zip(
                 hidden.flatten(0, 1).split(TOKENS_PER_CHUNK), ids[:, 1:].flatten().split(TOKENS_PER_CHUNK), strict=True
             )
@@ -171,11 +171,6 @@ def _shares(count: int, batch: int, progress: Progress | None) -> Iterator[slice
             progress(min(stride, count - first))
 
 
-def _inputs(ids: Tensor) -> dict[str, Any]:
-    """One forward's arguments. Without the mask of ones, transformers 4 builds one of [T, T] for Qwen3."""
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-
-
 def _total(value: float) -> float:
     """The sum of `value` over all ranks."""
     return all_sum(torch.tensor(value, dtype=torch.float64)).item()
@@ -198,5 +193,5 @@ def _answer_logits(
         ids[row, :end] = torch.tensor(context + answer)
         targets[row, len(context) : end] = torch.tensor(answer)
     keep = length - min(map(len, contexts))
-    logits = model(**_inputs(ids[:, :-1].to(model.device)), logits_to_keep=keep).logits
+    logits = model(**unpadded(ids[:, :-1].to(model.device)), logits_to_keep=keep).logits
     return logits, targets[:, -keep:].to(model.device)

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,12 +40,12 @@ class Job:
     """Whether to run the stages before this one where they are missing."""
 
 
-def launch(job: Callable[[Job], object], *, description: str, argv: Sequence[str] | None = None) -> None:
+def launch(job: Callable[[Job], object], *, description: str) -> None:
     """Parse, join the ranks, run `job`, leave.
 
     A UserError ends every rank: the first rank to meet it prints one line, and each exits with status 2.
     """
-    arguments, overrides = _parser(description).parse_known_args(argv)
+    arguments, overrides = _parser(description).parse_known_args()
     _fill_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))

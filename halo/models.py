@@ -3,10 +3,12 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from halo.errors import UserError
@@ -61,6 +63,14 @@ def _check_teacher(folder: Path) -> None:
             f"the tokenizer at {folder} has {len(tokenizer)} tokens, more than the teacher's embedding "
             f"({config['vocab_size']}): use the teacher's own tokenizer"
         )
+
+
+def unpadded(input_ids: Tensor) -> dict[str, Any]:
+    """The arguments of one forward of full rows [B, T], without a cache.
+
+    Without the mask of ones, transformers 4 builds one of [T, T] for Qwen3.
+    """
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
 
 
 def load_teacher(folder: Path) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halo.losses import IGNORE, alignment_mse, linear_cross_entropy, linear_kl
+from halo.models import unpadded
 from halo.teacher import Teacher
 from halo.trainer import Objective
 
@@ -76,9 +77,7 @@ class _Headed(Objective):
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
-        # Without the mask of ones, transformers 4 builds one of [T, T] for Qwen3.
-        mask = torch.ones_like(input_ids)
-        return self.student.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.student.model(**unpadded(input_ids)).last_hidden_state
 
 
 class Distillation(_Headed):

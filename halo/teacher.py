@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from halo.distributed import device, world_size
 from halo.errors import UserError
+from halo.models import unpadded
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ class Teacher:
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> final hidden states [B, T, E], after the last norm."""
-        # Without the mask of ones, transformers 4 builds one of [T, T].
-        mask = torch.ones_like(input_ids)
-        return self.model.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.model.model(**unpadded(input_ids)).last_hidden_state
 
     def logits(self, input_ids: Tensor) -> FactoredLogits:
         """input_ids [B, T] -> factored logits of its B x T tokens."""

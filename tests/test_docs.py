@@ -15,5 +15,5 @@ def test_links_and_named_scripts_exist(document: Path):
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     for link in links:
         assert (document.parent / link).exists(), link
-    for script in re.findall(r"\b(?:launcher|data|slurm|ds_configs)/\w+\.\w+", text):
+    for script in re.findall(r"(?<![\w/])(?:launcher|data|slurm|ds_configs|tests)/[\w/]+\.\w+", text):
         assert (ROOT / script).is_file(), script

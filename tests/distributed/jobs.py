@@ -81,5 +81,5 @@ def buffers_under_bf16() -> list[torch.Tensor]:
     plain = engine.complete_ds_config
     engine.complete_ds_config = lambda config, t: plain(config, t) | {"bf16": {"enabled": True}}
     built = engine.Engine(NextToken(make_teacher()), settings, read_ds_config(DS_CONFIGS / "zero1.json"))
-    assert built.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.bfloat16 for parameter in built.module.parameters())
     return list(built.module.buffers())
