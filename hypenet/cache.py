@@ -1,15 +1,19 @@
 """The hybrid cache: keys and values for attention layers, a state of fixed size for RNN layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from .configuration_hypenet import ATTENTION, HypeNetConfig
+from .configuration_hypenet import ATTENTION, SLIDING_WINDOW, HypeNetConfig
+
+State = Tensor | tuple[Tensor, ...]
+"""What an RNN layer carries from call to call: one tensor or several, [B, ...] each."""
 
 
 class StateLayer(CacheLayerMixin):
-    """What one RNN layer remembers: `state`, [B, ...] in float32, or None before the first token.
+    """What one RNN layer remembers: its `state`, or None before the first token.
 
     It counts the tokens it has seen, so that transformers may ask any layer for the length of the cache.
     """
@@ -23,11 +27,11 @@ class StateLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.state: Tensor | None = None
+        self.state: State | None = None
         self.length = 0
         self.is_initialized = False
 
-    def advance(self, state: Tensor, tokens: int) -> None:
+    def advance(self, state: State, tokens: int) -> None:
         """Keep `state`, the one after `tokens` more tokens."""
         self.state = state
         self.length += tokens
@@ -49,12 +53,16 @@ class StateLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is not None:
-            self.state = self.state.index_select(0, indices.to(self.state.device))
+        self._of_each(lambda x: x.index_select(0, indices.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = self.state.repeat_interleave(repeats, dim=0)
+        self._of_each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def _of_each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if isinstance(self.state, tuple):
+            self.state = tuple(change(x) for x in self.state)
+        elif self.state is not None:
+            self.state = change(self.state)
 
     def crop(self, *_: Any) -> None:
         raise ValueError("The state of an RNN layer cannot be rolled back: it does not keep the tokens it has seen.")
@@ -72,19 +80,24 @@ class HypeNetCache(Cache):
     layers: list[CacheLayerMixin]
 
     def __init__(self, config: HypeNetConfig) -> None:
-        super().__init__(layers=[DynamicLayer() if m == ATTENTION else StateLayer() for m in config.mixer_types])
+        self.config = config
+        super().__init__(layers=self._empty_layers())
 
-    def state(self, layer_idx: int) -> Tensor | None:
+    def state(self, layer_idx: int) -> State | None:
         """The state of RNN layer `layer_idx`, None before the first token."""
         return self._state_layer(layer_idx).state
 
-    def update_state(self, state: Tensor, layer_idx: int, tokens: int) -> None:
+    def update_state(self, state: State, layer_idx: int, tokens: int) -> None:
         """Keep the state of RNN layer `layer_idx` after `tokens` more tokens."""
         self._state_layer(layer_idx).advance(state, tokens)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.layers = [type(layer)() for layer in self.layers]
+        self.layers = self._empty_layers()
+
+    def _empty_layers(self) -> list[CacheLayerMixin]:
+        kinds = {ATTENTION: DynamicLayer, SLIDING_WINDOW: lambda: DynamicSlidingWindowLayer(self.config.sliding_window)}
+        return [kinds.get(mixer, StateLayer)() for mixer in self.config.mixer_types]
 
     def _state_layer(self, layer_idx: int) -> StateLayer:
         layer = self.layers[layer_idx]

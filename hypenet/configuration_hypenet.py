@@ -1,12 +1,17 @@
 """The configuration of a HypeNet model: Qwen3's, and which mixer each layer has."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import transformers
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 ATTENTION = "attn"
+SLIDING_WINDOW = "swa"
+LIGHTNING = "lightning-attn"
+
+Options = TypeVar("Options")
 
 
 def hype_scaling(base: float) -> str:
@@ -29,7 +34,11 @@ class HypeNetConfig(Qwen3Config):
 
     Attributes:
         mixer_types: one name of `MIXERS` a layer, e.g. "attn" or "lightning-attn". None: "attn" everywhere.
+        mixer_options: for a mixer's name, what is to differ from its defaults, e.g. {"gla": {"use_rope": False}}.
+            Lightning has the keys of the published configurations instead.
         attn_use_rope: RoPE in attention layers. HyPE has none there (paper Sec. 5.1).
+        attn_use_qk_norm: QK-norm in attention layers. Off where the teacher had none.
+        attn_qkv_bias, attn_o_bias: biases of the projections, in every mixer; where the teacher had them.
         attn_use_output_gate: the sigmoid gate of Eq. 17, on the attention output itself.
         attn_logits_scaling: Eq. 11, in evaluation only. None: none. "hype 500": s_t = log_a(t + a) with a = 500.
             A number: that constant.
@@ -49,7 +58,11 @@ class HypeNetConfig(Qwen3Config):
         self,
         *,
         mixer_types: Sequence[str] | None = None,
+        mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
         attn_use_rope: bool = False,
+        attn_use_qk_norm: bool = True,
+        attn_qkv_bias: bool = False,
+        attn_o_bias: bool = False,
         attn_use_output_gate: bool = True,
         attn_logits_scaling: str | float | None = None,
         expand_kv_proj: bool = True,
@@ -68,10 +81,15 @@ class HypeNetConfig(Qwen3Config):
         super().__init__(**_rope_of_this_version(kwargs))
         self.mixer_types = list(mixer_types) if mixer_types is not None else [ATTENTION] * self.num_hidden_layers
         # What transformers' masks and caches ask of a layer.
-        self.layer_types = [
-            "full_attention" if mixer == ATTENTION else "linear_attention" for mixer in self.mixer_types
-        ]
+        kinds = {ATTENTION: "full_attention", SLIDING_WINDOW: "sliding_attention"}
+        self.layer_types = [kinds.get(mixer, "linear_attention") for mixer in self.mixer_types]
+        self.mixer_options = {name: dict(options) for name, options in (mixer_options or {}).items()}
+        if SLIDING_WINDOW in self.mixer_types:
+            self.sliding_window = self.mixer_options.get(SLIDING_WINDOW, {}).get("window", 512)
         self.attn_use_rope = attn_use_rope
+        self.attn_use_qk_norm = attn_use_qk_norm
+        self.attn_qkv_bias = attn_qkv_bias
+        self.attn_o_bias = attn_o_bias
         self.attn_use_output_gate = attn_use_output_gate
         self.attn_logits_scaling = attn_logits_scaling
         self.expand_kv_proj = expand_kv_proj
@@ -86,11 +104,40 @@ class HypeNetConfig(Qwen3Config):
         self.lightning_use_short_conv = lightning_use_short_conv
         self._check()
 
+    def options_of(self, mixer: str, options: type[Options]) -> Options:
+        """The options of a mixer: its defaults, which are those of the dataclass `options`, and what differs here.
+
+        Raises:
+            ValueError: an option that the mixer does not have, or a value that it cannot take.
+        """
+        known = {field.name for field in fields(options)}  # type: ignore[arg-type]
+        given = self._lightning_options() if mixer == LIGHTNING else self.mixer_options.get(mixer, {})
+        if unknown := given.keys() - known:
+            raise ValueError(
+                f"mixer_options[{mixer!r}] has no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}."
+            )
+        return options(**given)
+
+    def _lightning_options(self) -> dict[str, Any]:
+        return {
+            "heads": self.lightning_nh,
+            "kv_heads": self.lightning_nkv,
+            "head_dim": self.lightning_head_dim,
+            "use_rope": self.lightning_use_rope,
+            "qk_norm": "rms" if self.lightning_use_qk_norm else None,
+            "use_output_norm": self.lightning_use_output_norm,
+            "use_output_gate": self.lightning_use_output_gate,
+        }
+
     def _check(self) -> None:
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"mixer_types names {len(self.mixer_types)} mixers, but num_hidden_layers is {self.num_hidden_layers}."
             )
+        if LIGHTNING in self.mixer_options:
+            raise ValueError(f"Lightning's options are the lightning_* keys: take {LIGHTNING!r} out of mixer_options.")
+        if unused := self.mixer_options.keys() - set(self.mixer_types):
+            raise ValueError(f"mixer_options names {', '.join(sorted(unused))}, which no layer of mixer_types has.")
         if self.lightning_nh % self.lightning_nkv:
             raise ValueError(f"lightning_nh {self.lightning_nh} is no multiple of lightning_nkv {self.lightning_nkv}.")
         if self.lightning_scale != "1/sqrt(d)":
@@ -98,6 +145,6 @@ class HypeNetConfig(Qwen3Config):
         if self.lightning_use_short_conv:
             raise ValueError("lightning_use_short_conv must be False: HypeNet has no short convolutions (App. D).")
         if self.attention_bias:
-            raise ValueError("attention_bias must be False: HypeNet has no biases.")
+            raise ValueError("attention_bias must be False: HypeNet's keys are attn_qkv_bias and attn_o_bias.")
         if self.use_sliding_window:
             raise ValueError("use_sliding_window must be False: HypeNet's attention layers see the whole context.")

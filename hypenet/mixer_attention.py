@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3RMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
-from .configuration_hypenet import HypeNetConfig
+from .configuration_hypenet import ATTENTION, HypeNetConfig
+from .mixers import mixer
 
 
 def logits_scale(positions: Tensor, spec: str | float) -> Tensor:
@@ -36,14 +42,33 @@ def logits_scale(positions: Tensor, spec: str | float) -> Tensor:
     return torch.log(positions.float() + a) / math.log(a)
 
 
+@mixer(ATTENTION)
 class HypeNetAttention(Qwen3Attention):
     """Qwen3's attention without RoPE, with the queries scaled by s_t in evaluation and the output gated (`o_gate`)."""
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.o_gate = None
+        nn.Module.__init__(self)  # Qwen3's own would have QK-norm and no biases always
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = None
+        self.use_rope = config.attn_use_rope
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attn_qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attn_qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attn_qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attn_o_bias)
+        self.q_norm = self.k_norm = self.o_gate = None
+        if config.attn_use_qk_norm:
+            self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         if config.attn_use_output_gate:
-            self.o_gate = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+            self.o_gate = nn.Linear(config.hidden_size, width, bias=False)
 
     def forward(
         self,
@@ -68,26 +93,38 @@ class HypeNetAttention(Qwen3Attention):
             ValueError: logits are to be scaled and there are no positions.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        v = self.v_proj(hidden_states).view(shape)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
 
-        if self.config.attn_use_rope:
+        if self.use_rope:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if self.config.attn_logits_scaling is not None and not self.training:
-            if position_ids is None:
-                raise ValueError(f"Attention layer {self.layer_idx} needs position_ids to scale its logits.")
-            scale = logits_scale(position_ids, self.config.attn_logits_scaling)
-            q = (q * scale[:, None, :, None]).to(q.dtype)
+        q = self.scale_logits(q, position_ids)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-
-        implementation = self.config._attn_implementation
-        attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        output, weights = self.attend(q, k, v, attention_mask, **kwargs)
 
         output = output.flatten(2)
         if self.o_gate is not None:
             output = output * torch.sigmoid(self.o_gate(hidden_states))
         return self.o_proj(output), weights
+
+    def scale_logits(self, q: Tensor, positions: Tensor | None) -> Tensor:
+        """Eq. 11, in evaluation only: q, [B, H, T, D], times s_t."""
+        if self.config.attn_logits_scaling is None or self.training:
+            return q
+        if positions is None:
+            raise ValueError(f"Attention layer {self.layer_idx} needs position_ids to scale its logits.")
+        scale = logits_scale(positions, self.config.attn_logits_scaling)
+        return (q * scale[:, None, :, None]).to(q.dtype)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Softmax attention by `config._attn_implementation`: [B, T, H, D], and the weights where it gives them."""
+        implementation = self.config._attn_implementation
+        attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        dropout = self.attention_dropout if self.training else 0.0
+        return attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

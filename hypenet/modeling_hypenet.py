@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationConfig
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -20,34 +20,70 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RotaryEmbedding,
 )
 
-# Also the files that only other files use: transformers 4 loads exported code with no more than is named here.
+# Every file of the model is named here, also those that only others use: an import registers a mixer, and
+# transformers 4 loads exported code with no more files than these.
+# ruff: noqa: F401
 from .cache import HypeNetCache
-from .configuration_hypenet import HypeNetConfig
-from .lightning import lightning_attention  # noqa: F401
-from .mixer_attention import HypeNetAttention  # noqa: F401
-from .mixer_lightning import LightningAttention  # noqa: F401
+from .configuration_hypenet import SLIDING_WINDOW, HypeNetConfig
+from .kernels import serves
+from .linear_attention import linear_attention
+from .mixer_attention import HypeNetAttention
+from .mixer_lightning import LightningAttention
 from .mixers import build_mixer
+from .rnn_mixer import RNNMixer
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 
-def causal_mask(
-    config: HypeNetConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: HypeNetCache | None
-) -> Any:
-    """The mask of the attention layers, in the form that `config._attn_implementation` takes.
+def layer_masks(
+    config: HypeNetConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: HypeNetCache | None,
+    position_ids: Tensor | None,
+) -> dict[str, Any]:
+    """A mask for each kind of layer: for attention in the form that `config._attn_implementation` takes.
 
     The one call whose arguments differ between the versions of transformers.
+
+    Args:
+        position_ids: [B, T], where documents are packed: a token sees no other document. Else None.
     """
     seen = 0 if cache is None else cache.get_seq_length()
+    tokens = inputs_embeds.shape[1]
     arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
         "input_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "cache_position": torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device),
+        "cache_position": torch.arange(seen, seen + tokens, device=inputs_embeds.device),
         "past_key_values": cache,
+        "position_ids": position_ids,
     }
-    return create_causal_mask(**{name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS})
+    arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
+    masks: dict[str, Any] = {"linear_attention": None if attention_mask is None else attention_mask[:, -tokens:]}
+    if "full_attention" in config.layer_types:
+        masks["full_attention"] = create_causal_mask(**arguments)
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+    return masks
+
+
+def documents(position_ids: Tensor | None, bounds: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """The bounds of documents packed into B x T tokens, [documents + 1] in int32, or None: each row is one document.
+
+    Args:
+        position_ids: [B or 1, T], counting from 0 anew in each document; where `bounds` is not known.
+        bounds: what the caller gives as `cu_seq_lens_q`.
+    """
+    if bounds is not None or position_ids is None:
+        return bounds
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff() != 1
+    if not begins[:, 1:].any():
+        return None
+    bounds = begins.expand(batch, tokens).flatten().nonzero().flatten()
+    return torch.cat([bounds, bounds.new_tensor([batch * tokens])]).int()
 
 
 class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -116,8 +152,13 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
             input_ids: [B, T]; or `inputs_embeds`, [B, T, hidden].
             attention_mask: [B, S], 1 at tokens and 0 at padding, over all S tokens seen with these T.
             position_ids: [B, T] or [1, T], 0-based. By default counted from the mask, so padding has no position.
+                Without a mask and a cache, positions that start anew mark packed documents: no attention and no
+                state crosses from one to the next.
             past_key_values: the cache to continue.
-            use_cache: whether to return a cache. By default as `config.use_cache` says, and never in training.
+            use_cache: whether to return a cache. By default as `config.use_cache` says, and never in training or
+                for packed documents.
+            kwargs: among them `cu_seq_lens_q`, [documents + 1] in int32, the bounds of packed documents in the
+                B x T tokens, and the rest of what transformers' `DataCollatorWithFlattening` gives.
 
         Raises:
             ValueError: an argument does not fit the others.
@@ -128,26 +169,40 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
             raise ValueError(f"past_key_values must be a HypeNetCache, not a {type(past_key_values).__name__}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = HypeNetCache(self.config)
-
-        tokens = inputs_embeds.shape[1]
+        batch, tokens = inputs_embeds.shape[:2]
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is not None and attention_mask.shape[1:] != (seen + tokens,):
             raise ValueError(
                 f"attention_mask must be [batch, {seen + tokens}], one entry for every token seen so far, "
                 f"not {list(attention_mask.shape)}."
             )
+
+        bounds = kwargs.pop("cu_seq_lens_q", None)
+        if attention_mask is None and past_key_values is None:
+            bounds = documents(position_ids, bounds, batch, tokens)
+        if bounds is not None:
+            if attention_mask is not None or past_key_values is not None or use_cache:
+                raise ValueError("Packed documents take neither attention_mask nor a cache: each is a sequence alone.")
+            use_cache = False
+            position_ids = _positions_in_documents(bounds, batch)
+            longest = int(bounds.diff().max())
+            kwargs |= {
+                "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        masks = layer_masks(
+            self.config, inputs_embeds, attention_mask, past_key_values, None if bounds is None else position_ids
+        )
         if position_ids is None:
             position_ids = _positions(attention_mask, seen, tokens, inputs_embeds.device)
 
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = HypeNetCache(self.config)
         # Qwen3's own forward picks a layer's mask by `config.layer_types`.
-        masks = {
-            "full_attention": causal_mask(self.config, inputs_embeds, attention_mask, past_key_values),
-            "linear_attention": None if attention_mask is None else attention_mask[:, -tokens:],
-        }
         return super().forward(
             inputs_embeds=inputs_embeds,
             attention_mask=masks,
@@ -163,6 +218,13 @@ def _positions(attention_mask: Tensor | None, seen: int, tokens: int, device: to
     if attention_mask is None:
         return torch.arange(seen, seen + tokens, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def _positions_in_documents(bounds: Tensor, batch: int) -> Tensor:
+    """0-based positions, [B, T], each document counting from 0."""
+    lengths = bounds.diff()
+    within = torch.arange(int(bounds[-1]), device=bounds.device) - bounds[:-1].repeat_interleave(lengths)
+    return within.view(batch, -1)
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):

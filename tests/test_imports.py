@@ -74,7 +74,7 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("hypenet/mixers.py", "import math\nimport torch.nn as nn\nfrom .cache import HypeNetCache"),
-        ("hypenet/lightning.py", "def late():\n    from fla.ops.simple_gla import chunk_simple_gla"),
+        ("hypenet/kernels.py", "def late():\n    from fla.ops.simple_gla import chunk_simple_gla"),
         ("halo/engine.py", "import deepspeed"),
         ("halo/trainer.py", "from hypenet.mixers import MIXERS\nfrom datasets import load_dataset"),
         ("launcher/kd.py", "from halo.pipeline import run_stage"),

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hypenet import HypeNetConfig, HypeNetForCausalLM
-from hypenet.lightning import _fla_kernel, lightning_attention, lightning_recurrence, log_decay
+from hypenet.kernels import serves
+from hypenet.linear_attention import linear_attention, linear_attention_recurrence
+from hypenet.mixer_lightning import log_decay
 from tests.hypenet.sizes import MIXERS, SIZES
 
 pytestmark = [
@@ -36,16 +38,16 @@ def random_inputs(dtype, dim, length=200, batch=2, heads=4):
 def test_output_state_and_gradients(dtype, tolerance, dim, with_state):
     if dtype == torch.bfloat16:
         pytest.importorskip("fla")
-        assert _fla_kernel() is not None
+        assert serves(torch.zeros(1, dtype=dtype, device="cuda"))
     qkv, state, do = random_inputs(dtype, dim)
     initial = state if with_state else None
     decay = log_decay(4, qkv[0].device)
-    output, final = lightning_attention(*qkv, decay, scale=dim**-0.5, initial_state=initial, output_final_state=True)
+    output, final = linear_attention(*qkv, decay, scale=dim**-0.5, state=initial, keep_state=True)
     output.backward(do)
 
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    expected, expected_final = lightning_recurrence(
-        *exact, decay.double(), scale=dim**-0.5, initial_state=None if initial is None else initial.double()
+    expected, expected_final = linear_attention_recurrence(
+        *exact, decay.double(), scale=dim**-0.5, state=None if initial is None else initial.double()
     )
     expected.backward(do.double())
     assert output.dtype == dtype and final.dtype == torch.float32
@@ -60,9 +62,9 @@ def test_a_sequence_in_two_parts_is_the_sequence(length):
     """Prefill, then one token or another chunk from the state of the first."""
     qkv, _, _ = random_inputs(torch.bfloat16, 64, length=130 + length)
     decay = log_decay(4, qkv[0].device)
-    whole, _ = lightning_attention(*qkv, decay, scale=0.125)
-    _, state = lightning_attention(*(x[:, :130] for x in qkv), decay, scale=0.125, output_final_state=True)
-    rest, _ = lightning_attention(*(x[:, 130:] for x in qkv), decay, scale=0.125, initial_state=state)
+    whole, _ = linear_attention(*qkv, decay, scale=0.125)
+    _, state = linear_attention(*(x[:, :130] for x in qkv), decay, scale=0.125, keep_state=True)
+    rest, _ = linear_attention(*(x[:, 130:] for x in qkv), decay, scale=0.125, state=state)
     assert relative_error(rest, whole[:, 130:].double()) < 0.01
 
 

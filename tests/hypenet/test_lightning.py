@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hypenet.lightning import alibi_slopes, lightning_attention, lightning_chunked, lightning_recurrence, log_decay
+from hypenet.linear_attention import linear_attention, linear_attention_chunked, linear_attention_recurrence
+from hypenet.mixer_lightning import alibi_slopes, log_decay
 
 # Paper, Appendix A: gamma_h for H = 32.
 PAPER_GAMMAS = """
@@ -40,7 +41,7 @@ def test_slopes_of_other_head_counts_interpolate_as_alibi_does():
 def test_recurrence_is_the_sum_of_decayed_products():
     """o_t = scale sum_(s <= t) gamma^(t - s) (q_t . k_s) v_s, and gamma^(t + 1) q_t S_0 before it."""
     q, k, v, decay, state = random_inputs(length=9)
-    output, final = lightning_recurrence(q, k, v, decay, scale=0.5, initial_state=state)
+    output, final = linear_attention_recurrence(q, k, v, decay, scale=0.5, state=state)
     t = torch.arange(9, dtype=torch.float64)
     weights = torch.exp(decay[:, None, None] * (t[:, None] - t)).tril()
     expected = torch.einsum("bthd,bshd,hts,bshe->bthe", q, k, weights, v)
@@ -57,8 +58,8 @@ def test_chunked_equals_recurrence(length, dim, with_state):
     q, k, v, decay, state = random_inputs(length=length, dim=dim)
     inputs = (q, k, v, state) if with_state else (q, k, v)
     results, gradients = [], []
-    for form in (lightning_recurrence, lightning_chunked):
-        output, final = form(q, k, v, decay, scale=dim**-0.5, initial_state=state if with_state else None)
+    for form in (linear_attention_recurrence, linear_attention_chunked):
+        output, final = form(q, k, v, decay, scale=dim**-0.5, state=state if with_state else None)
         results.append((output, final))
         loss = (output * torch.cos(torch.arange(output.numel()).view_as(output))).sum() + final.square().sum()
         gradients.append(torch.autograd.grad(loss, inputs))
@@ -69,9 +70,9 @@ def test_chunked_equals_recurrence(length, dim, with_state):
 @pytest.mark.parametrize("cut", [1, 32, 50])
 def test_a_sequence_in_two_parts_is_the_sequence(cut):
     q, k, v, decay, state = random_inputs()
-    whole, final = lightning_chunked(q, k, v, decay, scale=1.0, initial_state=state)
-    first, between = lightning_chunked(*(x[:, :cut] for x in (q, k, v)), decay, scale=1.0, initial_state=state)
-    second, end = lightning_chunked(*(x[:, cut:] for x in (q, k, v)), decay, scale=1.0, initial_state=between)
+    whole, final = linear_attention_chunked(q, k, v, decay, scale=1.0, state=state)
+    first, between = linear_attention_chunked(*(x[:, :cut] for x in (q, k, v)), decay, scale=1.0, state=state)
+    second, end = linear_attention_chunked(*(x[:, cut:] for x in (q, k, v)), decay, scale=1.0, state=between)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=0, atol=1e-10)
     torch.testing.assert_close(end, final, rtol=0, atol=1e-10)
 
@@ -80,8 +81,8 @@ def test_single_precision_holds_over_long_sequences():
     """The strongest decay of a large model, 0.43 a token, over 5,000 tokens: no overflow, no lost digits."""
     q, k, v, _, _ = random_inputs(batch=1, length=5000, heads=2, dim=32)
     decay = log_decay(32, dtype=torch.float64)[[0, -1]]
-    exact, exact_final = lightning_chunked(q, k, v, decay, scale=32**-0.5)
-    output, final = lightning_chunked(*(x.float() for x in (q, k, v)), decay.float(), scale=32**-0.5)
+    exact, exact_final = linear_attention_chunked(q, k, v, decay, scale=32**-0.5)
+    output, final = linear_attention_chunked(*(x.float() for x in (q, k, v)), decay.float(), scale=32**-0.5)
     torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(final.double(), exact_final, rtol=1e-4, atol=1e-4)
 
@@ -89,17 +90,17 @@ def test_single_precision_holds_over_long_sequences():
 @pytest.mark.parametrize("length", [1, 40])
 def test_half_precision_keeps_its_state_in_float32(length):
     q, k, v, decay, _ = random_inputs(length=length, dtype=torch.bfloat16)
-    output, final = lightning_attention(q, k, v, decay.float(), scale=1.0, output_final_state=True)
+    output, final = linear_attention(q, k, v, decay.float(), scale=1.0, keep_state=True)
     assert output.dtype == torch.bfloat16
     assert final is not None and final.dtype == torch.float32
-    expected, _ = lightning_recurrence(*(x.double() for x in (q, k, v)), decay, scale=1.0)
+    expected, _ = linear_attention_recurrence(*(x.double() for x in (q, k, v)), decay, scale=1.0)
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_dispatch_equals_recurrence(length):
     q, k, v, decay, state = random_inputs(length=length)
-    expected, expected_final = lightning_recurrence(q, k, v, decay, scale=0.3, initial_state=state)
-    output, final = lightning_attention(q, k, v, decay, scale=0.3, initial_state=state, output_final_state=True)
+    expected, expected_final = linear_attention_recurrence(q, k, v, decay, scale=0.3, state=state)
+    output, final = linear_attention(q, k, v, decay, scale=0.3, state=state, keep_state=True)
     torch.testing.assert_close((output, final), (expected, expected_final), rtol=0, atol=1e-10)
-    assert lightning_attention(q, k, v, decay, scale=0.3)[1] is None
+    assert linear_attention(q, k, v, decay, scale=0.3)[1] is None

@@ -166,6 +166,6 @@ def test_an_rnn_layer_refuses_another_cache(hybrid, x):
 
 def test_unknown_mixer_is_named(hybrid):
     hybrid.config.mixer_types[2] = "lightening-attn"
-    with pytest.raises(ValueError, match=r"mixer_types\[2\] is 'lightening-attn'; there are attn, lightning-attn"):
+    with pytest.raises(ValueError, match=r"mixer_types\[2\] is 'lightening-attn'; there are attn, .*lightning-attn"):
         build_mixer(hybrid.config, 2)
-    assert list(MIXERS) == ["attn", "lightning-attn"]
+    assert set(MIXERS) >= {"attn", "lightning-attn"}

@@ -1,0 +1,63 @@
+"""fla's GPU kernels: where they serve, and what to say where they cannot.
+
+Everything has a plain torch form, which runs where a kernel does not: on the CPU, and in single or double precision.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether fla's kernels take `x` and its like: half precision on a GPU, fla-core installed."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _installed()
+
+
+def kernel(operation: str) -> Callable[..., Any]:
+    """An operation of fla by the name of its module and its own, e.g. "simple_gla.chunk_simple_gla".
+
+    Imported by name: transformers takes every import statement in exported model code for a hard requirement.
+    """
+    module, _, name = operation.partition(".")
+    return getattr(importlib.import_module(f"fla.ops.{module}"), name)
+
+
+def check_gated_backward(gate: Tensor) -> None:
+    """Refuse the backward of fla's kernels for a gate a token and head where triton is known to miscompile it.
+
+    Raises:
+        RuntimeError: a gradient is wanted, and this triton gives a wrong one on this GPU.
+    """
+    if torch.is_grad_enabled() and gate.requires_grad and _hopper(gate.device) and _triton_miscompiles():
+        raise RuntimeError(
+            f"triton {importlib.import_module('triton').__version__} computes wrong gradients for gated linear "
+            "attention on Hopper GPUs: pip install 'triton>=3.7.1'."
+        )
+
+
+@cache
+def _installed() -> bool:
+    try:
+        importlib.import_module("fla.ops.simple_gla")
+    except ImportError as error:
+        logger.warning("RNN layers run in plain torch, many times slower, without fla-core: %s", error)
+        return False
+    return True
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def _triton_miscompiles() -> bool:
+    version = tuple(int(part) for part in importlib.import_module("triton").__version__.split(".")[:3])
+    return (3, 4, 0) <= version < (3, 7, 1)

@@ -1,0 +1,153 @@
+"""Gated linear attention: an outer-product state that decays (paper Eq. 5 and 6 with a diagonal F_t).
+
+    S_t = diag(exp(g_t)) S_(t-1) + k_t^T v_t        o_t = scale q_t S_t
+
+What the log-decay g is makes the mixer: nothing (linear attention), a number a head (RetNet, Lightning), a number a
+head and token (Mamba2), or one a channel (GLA, HGRN-2).
+
+Three forms of one function: `linear_attention_recurrence` reads as the equation and serves one-token decoding,
+`linear_attention_chunked` is plain torch that trains on any device, and `linear_attention` picks the fastest.
+
+Shapes: B batch, T tokens, H heads, K and V widths of keys and values, N chunks of C tokens.
+q, k are [B, T, H, K], v and the output [B, T, H, V], states [B, H, K, V]. `log_decay` is None, [H], [B, T, H] or
+[B, T, H, K], never positive. States and decays are float32, or float64 where the input is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import check_gated_backward, kernel, serves
+
+
+def linear_attention_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, scale: float, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token by token: the reference, and the way one token is decoded.
+
+    Returns:
+        The output in q's dtype, and the state after the last token.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    state = start(q, v, state)
+    decay = _by_token(log_decay, q).to(dtype).exp()
+    outputs = []
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t = (x[:, t].to(dtype) for x in (q, k, v))
+        state = decay[:, t, :, :, None] * state + k_t[..., :, None] * v_t[..., None, :]
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, state))
+    return torch.stack(outputs, dim=1).to(q.dtype), state
+
+
+def linear_attention_chunked(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, scale: float, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """In chunks of C tokens: within a chunk as a masked matrix product, between chunks as a recurrence.
+
+    Only differences G_i - G_j of cumulated log-decays with i >= j are exponentiated, which are never positive, so
+    nothing overflows however strong the decay or long the sequence. With one a channel they are [C, C, K] a chunk,
+    hence its small chunks.
+
+    Returns:
+        The output in q's dtype, and the state after the last token.
+    """
+    length, dim = q.shape[1], q.shape[-1]
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    size = min(16 if by_channel else max(32, min(dim, 128)), length)  # C near K balances [C, C] and [K, V]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    state = start(q, v, state)
+    decay = _by_token(log_decay, q).to(dtype)
+    q_, k_, v_, g = (split_into_chunks(x.to(dtype), size) for x in (q, k, v, decay))  # [B, H, N, C, ...]
+
+    total = g.cumsum(3)  # G, [B or 1, H, N, C, K or 1]
+    steps = total[..., :, None, :] - total[..., None, :, :]
+    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    within = steps.masked_fill(future[..., None], -torch.inf).exp()
+    scores = torch.einsum("bhnik,bhnjk,bhnijk->bhnij", q_, k_, within) if by_channel else q_ @ k_.mT * within[..., 0]
+    across = total[:, :, :, -1, :, None].exp()
+    updates = (k_ * (total[:, :, :, -1:] - total).exp()).mT @ v_  # [B, H, N, K, V]
+
+    states = []
+    for n in range(updates.shape[2]):
+        states.append(state)
+        state = across[:, :, n] * state + updates[:, :, n]
+    output = scale * (scores @ v_ + (q_ * total.exp()) @ torch.stack(states, dim=2))
+    return join_chunks(output, length).to(q.dtype), state
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    state: Tensor | None = None,
+    keep_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """By the fastest form: one step for one token, fla's kernel for half precision on a GPU, else chunks.
+
+    Args:
+        state: the state to continue.
+        keep_state: whether to return the state after the last token.
+        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end. Only
+            where a kernel serves.
+
+    Returns:
+        The output in q's dtype, and the state, or None where it was not asked for.
+
+    Raises:
+        RuntimeError: the installed triton cannot compute this.
+    """
+    final: Tensor | None
+    if q.shape[1] == 1 and cu_seqlens is None:
+        output, final = linear_attention_recurrence(q, k, v, log_decay, scale=scale, state=state)
+    elif serves(q):
+        run = kernel("simple_gla.chunk_simple_gla")
+        gate: dict[str, Tensor] = {}
+        if log_decay is not None:
+            if log_decay.ndim == 1:
+                gate = {"g_gamma": log_decay}
+            elif log_decay.ndim == 3:
+                check_gated_backward(log_decay)
+                gate = {"g": log_decay}
+            else:
+                run, gate = kernel("gla.chunk_gla"), {"g": log_decay}
+        output, final = run(
+            q, k, v, **gate, scale=scale, initial_state=state, output_final_state=keep_state, cu_seqlens=cu_seqlens
+        )
+    else:
+        output, final = linear_attention_chunked(q, k, v, log_decay, scale=scale, state=state)
+    return output, final if keep_state else None
+
+
+def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    """`state`, or the state before the first token: zeros, [B, H, K, V], in float32 at least."""
+    if state is not None:
+        return state
+    batch, _, heads, dim = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.zeros(batch, heads, dim, v.shape[-1], device=q.device, dtype=dtype)
+
+
+def split_into_chunks(x: Tensor, size: int) -> Tensor:
+    """[B, T, H, ...] -> [B, H, N, C, ...], the last chunk filled up with zeros: no key, no value, no decay."""
+    chunks = -(-x.shape[1] // size)
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, chunks * size - x.shape[1]))
+    return x.unflatten(1, (chunks, size)).movedim(3, 1).contiguous()
+
+
+def join_chunks(x: Tensor, length: int) -> Tensor:
+    """[B, H, N, C, ...] -> [B, T, H, ...] with T = `length`."""
+    return x.movedim(1, 3).flatten(1, 2)[:, :length]
+
+
+def _by_token(log_decay: Tensor | None, q: Tensor) -> Tensor:
+    """Any form of the log-decay as [B or 1, T, H, K or 1]."""
+    _, length, heads, _ = q.shape
+    if log_decay is None:
+        return q.new_zeros(1, length, heads, 1)
+    if log_decay.ndim == 1:
+        return log_decay.expand(1, length, heads)[..., None]
+    return log_decay if log_decay.ndim == 4 else log_decay[..., None]

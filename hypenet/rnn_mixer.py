@@ -1,0 +1,216 @@
+"""What the RNN mixers share: projections, QK-norm, RoPE, padding and packing, the cache, output norm and gate (Eq. 18).
+
+    q_t, k_t, v_t = heads of x_t W_q, x_t W_k, x_t W_v      then activation, norm and RoPE as the options say
+    o_t           = what the mixer's recurrence gives       `RNNMixer.recur`, all that a mixer has to write
+    y_t           = (Norm(o_t) * sigmoid(x_t W_z)) W_o
+
+Shapes: B batch, T tokens, H heads, D their width.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+from .cache import HypeNetCache, State
+from .configuration_hypenet import HypeNetConfig
+from .kernels import serves
+
+
+@dataclass(frozen=True, kw_only=True)
+class RNNOptions:
+    """What every RNN mixer can have or leave out; a mixer's own defaults follow Table 15.
+
+    Attributes:
+        heads, kv_heads, head_dim: None: as the attention layers have, after `expand_kv_proj` (Eq. 13).
+        use_rope: RoPE on queries and keys, half of HyPE (Sec. 5.1).
+        qk_norm: "rms" (Eq. 12), "l2" (to length one, without weights) or None.
+        activation: what queries, keys and values go through before the norm, e.g. "silu", or None.
+        use_output_norm, use_output_gate: the parts of Eq. 14.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    use_rope: bool = True
+    qk_norm: str | None = "rms"
+    activation: str | None = None
+    use_output_norm: bool = True
+    use_output_gate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.qk_norm not in ("rms", "l2", None):
+            raise ValueError(f"qk_norm must be 'rms', 'l2' or None, not {self.qk_norm!r}.")
+        if self.activation is not None and self.activation not in ACT2FN:
+            raise ValueError(f"activation must be None or a name in transformers' ACT2FN, not {self.activation!r}.")
+
+
+class RNNMixer(nn.Module):
+    """An RNN layer but for its recurrence. `z_proj` makes the gate, `o_norm` is one norm over all heads together."""
+
+    Options: ClassVar[type[RNNOptions]] = RNNOptions
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.options = options = config.options_of(config.mixer_types[layer_idx], self.Options)
+        self.heads = options.heads or config.num_attention_heads
+        kv_heads = options.kv_heads or (self.heads if config.expand_kv_proj else config.num_key_value_heads)
+        self.head_dim = options.head_dim or config.head_dim
+        if self.heads % kv_heads:
+            raise ValueError(
+                f"Layer {layer_idx}: {self.heads} heads are no multiple of {kv_heads} key and value heads."
+            )
+        if options.use_rope and self.head_dim != config.head_dim:
+            raise ValueError(
+                f"Layer {layer_idx}: RoPE is made for heads of {config.head_dim}, not of {self.head_dim}: "
+                "set use_rope to false, or leave head_dim alone."
+            )
+        self.queries_per_key = self.heads // kv_heads
+        self.scaling = self.head_dim**-0.5
+        width, kv_width = self.heads * self.head_dim, kv_heads * self.head_dim
+
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attn_qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attn_qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attn_qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attn_o_bias)
+        self.q_norm = self.k_norm = self.o_norm = self.z_proj = None
+        if options.qk_norm == "rms":
+            self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        if options.use_output_norm:
+            self.o_norm = Qwen3RMSNorm(width, eps=config.rms_norm_eps)
+        if options.use_output_gate:
+            self.z_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden_states: Tensor,
+        tokens: Tensor | None,
+        *,
+        state: State | None,
+        keep_state: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, State | None]:
+        """The mixer's recurrence over a sequence.
+
+        Args:
+            q, k, v: [B, T, H, D], normed and rotated; k and v are zero where there is padding.
+            hidden_states: [B, T, hidden], what gates are made from.
+            tokens: [B, T], true at tokens and false at padding, or None: no padding.
+            state: what a call before returned, or None at the beginning.
+            keep_state: whether to return the state after the last token.
+            cu_seqlens: [documents + 1], where packed documents begin and the last one ends. Only where a kernel
+                serves; elsewhere each document is a call of its own.
+
+        Returns:
+            The output [B, T, H, D], and the state where `keep_state` asks for it.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Qwen3Attention's convention, save for the mask.
+
+        Args:
+            hidden_states: [B, T, hidden].
+            position_embeddings: RoPE's cos and sin, [B, T, D] each.
+            attention_mask: [B, T], 1 at tokens and 0 at padding, or None. In the place of a teacher's attention
+                also that attention's [B, 1, T, T]. Where a cache is to be continued, padding must be on the left.
+            past_key_values: a `HypeNetCache` to continue from and to update.
+            cu_seq_lens_q: [documents + 1] in int32, the bounds of documents packed into the B x T tokens.
+
+        Returns:
+            The output, [B, T, hidden], and None in the place of attention weights.
+
+        Raises:
+            ValueError: the cache is not a `HypeNetCache`.
+        """
+        if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
+            raise ValueError(f"RNN layer {self.layer_idx} needs a HypeNetCache: give one, or pass use_cache=False.")
+
+        q, k, v = self.project(hidden_states)
+        if self.options.use_rope:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        if self.queries_per_key > 1:
+            k, v = (x.repeat_interleave(self.queries_per_key, dim=2) for x in (k, v))
+        tokens = None
+        if attention_mask is not None:  # what is not a token leaves no trace in the state
+            tokens = _tokens(attention_mask)
+            k, v = (x.masked_fill(~tokens[..., None, None], 0) for x in (k, v))
+
+        if cu_seq_lens_q is not None:
+            output = self._recur_by_document(q, k, v, hidden_states, cu_seq_lens_q)
+        else:
+            output, state = self.recur(
+                q,
+                k,
+                v,
+                hidden_states,
+                tokens,
+                state=None if past_key_values is None else past_key_values.state(self.layer_idx),
+                keep_state=past_key_values is not None,
+                cu_seqlens=None,
+            )
+            if past_key_values is not None and state is not None:
+                past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
+
+        output = output.flatten(2)
+        if self.o_norm is not None:
+            output = self.o_norm(output)
+        if self.z_proj is not None:
+            output = output * torch.sigmoid(self.z_proj(hidden_states))
+        return self.o_proj(output), None
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before RoPE: [B, T, heads, D] each."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(shape)
+        k = self.k_proj(hidden_states).view(shape)
+        v = self.v_proj(hidden_states).view(shape)
+        if self.options.activation is not None:
+            q, k, v = (ACT2FN[self.options.activation](x) for x in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.options.qk_norm == "l2":
+            q, k = (F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype) for x in (q, k))
+        return q, k, v
+
+    def _recur_by_document(self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, bounds: Tensor) -> Tensor:
+        """`recur` with a new state at each of `bounds`, [documents + 1], of the B x T tokens."""
+
+        def recur(inputs: list[Tensor], cu_seqlens: Tensor | None) -> Tensor:
+            q, k, v, x = inputs
+            return self.recur(q, k, v, x, None, state=None, keep_state=False, cu_seqlens=cu_seqlens)[0]
+
+        packed = [x.flatten(0, 1)[None] for x in (q, k, v, hidden_states)]
+        if serves(q):
+            output = recur(packed, bounds)
+        else:
+            output = torch.cat([recur([x[:, a:b] for x in packed], None) for a, b in pairwise(bounds.tolist())], dim=1)
+        return output[0].unflatten(0, (q.shape[0], -1))
+
+
+def _tokens(mask: Tensor) -> Tensor:
+    """[B, T], true at tokens: the padding mask itself, or what the last query of an attention mask may see."""
+    if mask.ndim == 4:
+        mask = mask[:, 0, -1]
+        return mask if mask.dtype == torch.bool else mask == 0  # else it is added to the logits
+    return mask.bool()
