@@ -1,6 +1,7 @@
 """The losses of the three stages. No tensor of [tokens, vocabulary] exists at once: the head is applied in chunks.
 
-Logits are products in the operands' precision (bf16 on a GPU, accumulated in fp32 and rounded); all after is fp32.
+Stage 3's is hypenet's own next-token loss. Logits are products in the operands' precision (bf16 on a GPU, accumulated
+in fp32 and rounded); all after is fp32.
 
 N tokens, V words, D student width, E teacher width.
 """
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-"""A label that takes no part in the cross entropy."""
+from hypenet.losses import IGNORE, LinearGradients, linear_cross_entropy
+
+__all__ = ["IGNORE", "alignment_mse", "linear_cross_entropy", "linear_kl"]
 
 
 def alignment_mse(output: Tensor, target: Tensor) -> Tensor:
@@ -43,17 +45,6 @@ def linear_kl(
     return loss, {"agreement": agreement, "teacher_entropy": entropy}
 
 
-def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, chunk: int = 1024) -> Tensor:
-    """Stage 3's loss: next-token cross entropy, mean over the labels that are not IGNORE.
-
-    Args:
-        hidden: [N, D] final hidden states.
-        head: [V, D].
-        labels: [N] int64, already shifted: labels[i] is the token after position i.
-    """
-    return _LinearCrossEntropy.apply(hidden, head, labels, chunk)
-
-
 class _LinearKL(torch.autograd.Function):
     """The gradients are made in forward, while a chunk's logits exist, and only scaled in backward."""
 
@@ -62,7 +53,7 @@ class _LinearKL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = hidden.shape[0]
-        grads = _Gradients(hidden, head)
+        grads = LinearGradients(hidden, head)
         loss, agreement, entropy = (torch.zeros((), device=hidden.device) for _ in range(3))
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
@@ -81,57 +72,4 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_Gradients.scaled(ctx, grad), None, None, None
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        tokens = (labels != IGNORE).sum()
-        grads = _Gradients(hidden, head)
-        loss = torch.zeros((), device=hidden.device)
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            log_p = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
-            counted = (labels[rows] != IGNORE).unsqueeze(-1)
-            target = labels[rows].clamp(min=0).unsqueeze(-1)
-            loss -= (log_p.gather(-1, target) * counted).sum()
-            grads.add(
-                rows,
-                (log_p.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=log_p.dtype)) * counted).div_(
-                    tokens
-                ),
-            )
-        grads.save(ctx)
-        return loss / tokens
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Gradients.scaled(ctx, grad), None, None
-
-
-class _Gradients:
-    """The gradients of a chunked loss to its hidden states and its head, gathered chunk by chunk."""
-
-    def __init__(self, hidden: Tensor, head: Tensor):
-        self.hidden, self.head = hidden, head
-        self.to_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        self.to_head = torch.zeros_like(head, dtype=torch.float32) if head.requires_grad else None
-
-    def add(self, rows: slice, to_logits: Tensor) -> None:
-        to_logits = to_logits.to(self.hidden.dtype)
-        if self.to_hidden is not None:
-            self.to_hidden[rows] = to_logits @ self.head
-        if self.to_head is not None:
-            self.to_head += to_logits.T @ self.hidden[rows]
-
-    def save(self, ctx: Any) -> None:
-        ctx.gradients = (self.to_hidden, None if self.to_head is None else self.to_head.to(self.head.dtype))
-
-    @staticmethod
-    def scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        to_hidden, to_head = ctx.gradients
-        return (
-            None if to_hidden is None else to_hidden.mul_(grad),
-            None if to_head is None else to_head.mul_(grad),
-        )
+        return *LinearGradients.scaled(ctx, grad), None, None, None

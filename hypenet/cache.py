@@ -33,7 +33,7 @@ class StateLayer(CacheLayerMixin):
 
     def advance(self, state: State, tokens: int) -> None:
         """Keep `state`, the one after `tokens` more tokens."""
-        self.state = state
+        self.state = tuple(_own(x) for x in state) if isinstance(state, tuple) else _own(state)
         self.length += tokens
         self.is_initialized = True
 
@@ -74,6 +74,19 @@ class StateLayer(CacheLayerMixin):
         raise TypeError("An RNN layer keeps a state, not keys and values: use HypeNetCache.update_state.")
 
 
+class WindowLayer(DynamicSlidingWindowLayer):
+    """What one sliding-window layer remembers: the keys and values of the last `window` - 1 tokens."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys_and_values = super().update(key_states, *args, **kwargs)
+        if key_states.shape[-2] > 1:  # else they are views of one token more
+            self.keys, self.values = _own(self.keys), _own(self.values)
+        return keys_and_values
+
+
 class HypeNetCache(Cache):
     """One cache layer for each layer of a model, by its mixer."""
 
@@ -96,10 +109,15 @@ class HypeNetCache(Cache):
         self.layers = self._empty_layers()
 
     def _empty_layers(self) -> list[CacheLayerMixin]:
-        kinds = {ATTENTION: DynamicLayer, SLIDING_WINDOW: lambda: DynamicSlidingWindowLayer(self.config.sliding_window)}
+        kinds = {ATTENTION: DynamicLayer, SLIDING_WINDOW: lambda: WindowLayer(self.config.sliding_window)}
         return [kinds.get(mixer, StateLayer)() for mixer in self.config.mixer_types]
 
     def _state_layer(self, layer_idx: int) -> StateLayer:
         layer = self.layers[layer_idx]
         assert isinstance(layer, StateLayer), f"layer {layer_idx} is an attention layer"
         return layer
+
+
+def _own(x: Tensor) -> Tensor:
+    """x with memory of its own: a view would keep alive all that it is a view of."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -10,6 +10,8 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 ATTENTION = "attn"
 SLIDING_WINDOW = "swa"
 LIGHTNING = "lightning-attn"
+WINDOW = 512
+"""The window of sliding-window attention, where `mixer_options` has no other (Table 13)."""
 
 Options = TypeVar("Options")
 
@@ -85,7 +87,7 @@ class HypeNetConfig(Qwen3Config):
         self.layer_types = [kinds.get(mixer, "linear_attention") for mixer in self.mixer_types]
         self.mixer_options = {name: dict(options) for name, options in (mixer_options or {}).items()}
         if SLIDING_WINDOW in self.mixer_types:
-            self.sliding_window = self.mixer_options.get(SLIDING_WINDOW, {}).get("window", 512)
+            self.sliding_window = self.mixer_options.get(SLIDING_WINDOW, {}).get("window", WINDOW)
         self.attn_use_rope = attn_use_rope
         self.attn_use_qk_norm = attn_use_qk_norm
         self.attn_qkv_bias = attn_qkv_bias

@@ -4,8 +4,10 @@ Everything has a plain torch form, which runs where a kernel does not: on the CP
 """
 
 import importlib
+import importlib.util
+import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,10 +25,16 @@ def serves(x: Tensor) -> bool:
 def kernel(operation: str) -> Callable[..., Any]:
     """An operation of fla by the name of its module and its own, e.g. "simple_gla.chunk_simple_gla".
 
-    Imported by name: transformers takes every import statement in exported model code for a hard requirement.
+    torch.compile leaves it as it is: fla chooses among its kernels in ways that cannot be traced.
     """
+    return partial(_call, operation)
+
+
+@torch.compiler.disable
+def _call(operation: str, *args: Any, **kwargs: Any) -> Any:
     module, _, name = operation.partition(".")
-    return getattr(importlib.import_module(f"fla.ops.{module}"), name)
+    # Imported by name: transformers takes every import statement in exported model code for a hard requirement.
+    return getattr(importlib.import_module(f"fla.ops.{module}"), name)(*args, **kwargs)
 
 
 def check_gated_backward(gate: Tensor) -> None:
@@ -37,11 +45,12 @@ def check_gated_backward(gate: Tensor) -> None:
     """
     if torch.is_grad_enabled() and gate.requires_grad and _hopper(gate.device) and _triton_miscompiles():
         raise RuntimeError(
-            f"triton {importlib.import_module('triton').__version__} computes wrong gradients for gated linear "
-            "attention on Hopper GPUs: pip install 'triton>=3.7.1'."
+            f"triton {_triton_version()} computes wrong gradients for gated linear attention on Hopper GPUs: "
+            "pip install 'triton>=3.7.1', or tilelang, which fla then uses in its place."
         )
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _installed() -> bool:
     try:
@@ -59,5 +68,10 @@ def _hopper(device: torch.device) -> bool:
 
 @cache
 def _triton_miscompiles() -> bool:
-    version = tuple(int(part) for part in importlib.import_module("triton").__version__.split(".")[:3])
-    return (3, 4, 0) <= version < (3, 7, 1)
+    if importlib.util.find_spec("tilelang"):
+        return False
+    return (3, 4, 0) <= tuple(int(part) for part in re.findall(r"\d+", _triton_version())[:3]) < (3, 7, 1)
+
+
+def _triton_version() -> str:
+    return importlib.import_module("triton").__version__

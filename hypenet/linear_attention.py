@@ -30,7 +30,7 @@ def linear_attention_recurrence(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     state = start(q, v, state)
-    decay = _by_token(log_decay, q).to(dtype).exp()
+    decay = by_token(log_decay, q).to(dtype).exp()
     outputs = []
     for t in range(q.shape[1]):
         q_t, k_t, v_t = (x[:, t].to(dtype) for x in (q, k, v))
@@ -56,7 +56,7 @@ def linear_attention_chunked(
     size = min(16 if by_channel else max(32, min(dim, 128)), length)  # C near K balances [C, C] and [K, V]
     dtype = torch.promote_types(q.dtype, torch.float32)
     state = start(q, v, state)
-    decay = _by_token(log_decay, q).to(dtype)
+    decay = by_token(log_decay, q).to(dtype)
     q_, k_, v_, g = (split_into_chunks(x.to(dtype), size) for x in (q, k, v, decay))  # [B, H, N, C, ...]
 
     total = g.cumsum(3)  # G, [B or 1, H, N, C, K or 1]
@@ -122,6 +122,11 @@ def linear_attention(
     return output, final if keep_state else None
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in the precision of gates and states: float32, or float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     """`state`, or the state before the first token: zeros, [B, H, K, V], in float32 at least."""
     if state is not None:
@@ -143,7 +148,7 @@ def join_chunks(x: Tensor, length: int) -> Tensor:
     return x.movedim(1, 3).flatten(1, 2)[:, :length]
 
 
-def _by_token(log_decay: Tensor | None, q: Tensor) -> Tensor:
+def by_token(log_decay: Tensor | None, q: Tensor) -> Tensor:
     """Any form of the log-decay as [B or 1, T, H, K or 1]."""
     _, length, heads, _ = q.shape
     if log_decay is None:

@@ -9,13 +9,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
-    Qwen3RMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
 from .configuration_hypenet import ATTENTION, HypeNetConfig
 from .mixers import mixer
+from .norm import RMSNorm
 
 
 def logits_scale(positions: Tensor, spec: str | float) -> Tensor:
@@ -55,7 +55,7 @@ class HypeNetAttention(Qwen3Attention):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.sliding_window = None
+        self.sliding_window: Any = None  # mixer_swa.py has one
         self.use_rope = config.attn_use_rope
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
 
@@ -65,8 +65,8 @@ class HypeNetAttention(Qwen3Attention):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attn_o_bias)
         self.q_norm = self.k_norm = self.o_gate = None
         if config.attn_use_qk_norm:
-            self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         if config.attn_use_output_gate:
             self.o_gate = nn.Linear(config.hidden_size, width, bias=False)
 
@@ -124,7 +124,7 @@ class HypeNetAttention(Qwen3Attention):
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Softmax attention by `config._attn_implementation`: [B, T, H, D], and the weights where it gives them."""
-        implementation = self.config._attn_implementation
+        implementation = self.config._attn_implementation or "sdpa"  # none is chosen outside of a model
         attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.attention_dropout if self.training else 0.0
         return attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

@@ -1,14 +1,17 @@
 """HypeNet: Qwen3 with a mixer of its own in every layer (paper Appendix A). Only what differs from Qwen3 is here."""
 
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3DecoderLayer,
@@ -16,20 +19,35 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3Model,
     Qwen3PreTrainedModel,
-    Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
+from transformers.utils.generic import can_return_tuple
 
 # Every file of the model is named here, also those that only others use: an import registers a mixer, and
 # transformers 4 loads exported code with no more files than these.
 # ruff: noqa: F401
 from .cache import HypeNetCache
-from .configuration_hypenet import SLIDING_WINDOW, HypeNetConfig
+from .configuration_hypenet import HypeNetConfig
+from .delta_rule import delta_rule
 from .kernels import serves
 from .linear_attention import linear_attention
+from .losses import IGNORE, next_token_loss
 from .mixer_attention import HypeNetAttention
+from .mixer_deltanet import DeltaNet
+from .mixer_gdn import GatedDeltaNet
+from .mixer_gla import GatedLinearAttention
+from .mixer_gsa import GatedSlotAttention
+from .mixer_hgrn2 import HGRN2
+from .mixer_kda import KimiDeltaAttention
 from .mixer_lightning import LightningAttention
+from .mixer_linear_attn import LinearAttention
+from .mixer_mamba2 import Mamba2
+from .mixer_retnet import Retention
+from .mixer_rwkv7 import RWKV7
+from .mixer_swa import SlidingWindowAttention
+from .mixer_ttt import TTTLinear
 from .mixers import build_mixer
+from .norm import RMSNorm
 from .rnn_mixer import RNNMixer
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
@@ -47,6 +65,7 @@ def layer_masks(
     The one call whose arguments differ between the versions of transformers.
 
     Args:
+        attention_mask: [B, S], 1 at tokens and 0 at padding; or None: no padding.
         position_ids: [B, T], where documents are packed: a token sees no other document. Else None.
     """
     seen = 0 if cache is None else cache.get_seq_length()
@@ -61,11 +80,15 @@ def layer_masks(
         "position_ids": position_ids,
     }
     arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
-    masks: dict[str, Any] = {"linear_attention": None if attention_mask is None else attention_mask[:, -tokens:]}
+    masks: dict[str, Any] = {
+        "linear_attention": None if attention_mask is None else _padding(attention_mask[:, -tokens:])
+    }
     if "full_attention" in config.layer_types:
         masks["full_attention"] = create_causal_mask(**arguments)
     if "sliding_attention" in config.layer_types:
-        masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+        # The layers apply the window themselves, which without a mask takes no [T, S].
+        without = config._attn_implementation == "sdpa" and attention_mask is None and position_ids is None
+        masks["sliding_attention"] = None if without else create_sliding_window_causal_mask(**arguments)
     return masks
 
 
@@ -75,15 +98,32 @@ def documents(position_ids: Tensor | None, bounds: Tensor | None, batch: int, to
     Args:
         position_ids: [B or 1, T], counting from 0 anew in each document; where `bounds` is not known.
         bounds: what the caller gives as `cu_seq_lens_q`.
+
+    Raises:
+        ValueError: `bounds` do not divide the tokens, or a document goes on in the next row.
     """
-    if bounds is not None or position_ids is None:
+    if bounds is not None:
+        given = bounds.tolist()
+        rows = range(0, batch * tokens + 1, tokens)
+        if given != sorted(set(given)) or given[0] != 0 or given[-1] != batch * tokens or not set(rows) <= set(given):
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to {batch * tokens}, and no document of it go on in the next of the "
+                f"{batch} rows of {tokens} tokens."
+            )
         return bounds
+    if position_ids is None:
+        return None
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff() != 1
     if not begins[:, 1:].any():
         return None
     bounds = begins.expand(batch, tokens).flatten().nonzero().flatten()
     return torch.cat([bounds, bounds.new_tensor([batch * tokens])]).int()
+
+
+def _padding(mask: Tensor) -> Tensor | None:
+    """`mask` where it marks any padding, else None: most calls, and cheaper for every layer."""
+    return None if mask.all() else mask
 
 
 class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -110,8 +150,8 @@ class HypeNetDecoderLayer(Qwen3DecoderLayer):
         self.attention_type = config.layer_types[layer_idx]
         self.self_attn = build_mixer(config, layer_idx)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
@@ -119,6 +159,46 @@ class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
     _no_split_modules = ["HypeNetDecoderLayer"]  # noqa: RUF012
     _can_compile_fullgraph = False
     _is_stateful = True  # a state cannot be rolled back, as assisted generation would
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' own, with its arguments. A weight that is missing or has no place is an error, not a warning.
+
+        Raises:
+            ValueError: the weights do not fit the configuration.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            # So that they are told below, with the rest. Under ZeRO-3 parameters have no shapes to compare yet.
+            ignore_mismatched_sizes=ignore_mismatched_sizes or not is_deepspeed_zero3_enabled(),
+            output_loading_info=True,
+            **kwargs,
+        )
+        headless = not hasattr(model, "lm_head")
+        unknown = [name for name in info["unexpected_keys"] if not (headless and name.startswith("lm_head."))]
+        problems = {"missing": info["missing_keys"], "unknown": unknown}
+        if not ignore_mismatched_sizes:  # transformers 5 adds the shapes to the names
+            problems["of another shape"] = [
+                name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]
+            ]
+        if any(problems.values()):
+            told = "; ".join(f"{kind}: {_enumerated(names)}" for kind, names in problems.items() if names)
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fit its configuration ({cls.__name__}): {told}."
+            )
+        return (model, info) if output_loading_info else model
+
+
+def _enumerated(names: Collection[str], most: int = 12) -> str:
+    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
@@ -130,7 +210,7 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([HypeNetDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HypeNetRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.has_sliding_layers = False
@@ -192,6 +272,8 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
+        if attention_mask is not None:
+            attention_mask = _padding(attention_mask)
         masks = layer_masks(
             self.config, inputs_embeds, attention_mask, past_key_values, None if bounds is None else position_ids
         )
@@ -228,7 +310,7 @@ def _positions_in_documents(bounds: Tensor, batch: int) -> Tensor:
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
-    """HypeNet with its language-model head. `forward` is Qwen3's: labels, logits_to_keep, tied or untied head."""
+    """HypeNet with its language-model head."""
 
     def __init__(self, config: HypeNetConfig) -> None:
         PreTrainedModel.__init__(self, config)
@@ -236,6 +318,74 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def _load_pretrained_model(cls, model: "HypeNetForCausalLM", *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, but no head of its own is lost to the embedding.
+
+        Raises:
+            ValueError: the configuration ties the head, and the checkpoint has another one.
+        """
+        loaded = super()._load_pretrained_model(model, *args, **kwargs)
+        head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+        there = not (head.is_meta or embedding.is_meta)
+        if model.config.tie_word_embeddings and there and not torch.equal(head, embedding):
+            raise ValueError(
+                "The checkpoint's lm_head.weight is not its embedding, but its configuration ties the two: "
+                "set tie_word_embeddings to false."
+            )
+        return loaded
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HypeNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Qwen3ForCausalLM's, but in training labels give a loss without logits.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as `HypeNetModel` has
+                them.
+            labels: [B, T]: the input tokens, -100 where one is no target. The first token of a packed document is
+                none. In training, `logits` is None then. Where logits are asked for by `logits_to_keep`, or the loss
+                or the head is not the model's own (`loss_function`, an adapter), both are given, as in evaluation.
+            logits_to_keep: of how many last tokens, or of which ones, to make logits. 0: of all.
+            kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
+        """
+        every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and every_logit and attention_mask is None and past_key_values is None:
+            bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), *labels.shape)
+            if bounds is not None:
+                kwargs["cu_seq_lens_q"] = bounds
+                first = bounds[:-1].to(labels.device, torch.long)
+                labels = labels.flatten().index_fill(0, first, kwargs.get("ignore_index", IGNORE)).view_as(labels)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        own = type(self.lm_head) is nn.Linear and self.loss_function is ForCausalLMLoss
+        if labels is None or not (self.training and every_logit and own):
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+        outputs = self.model(**inputs)
+        return CausalLMOutputWithPast(
+            loss=next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
@@ -250,11 +400,14 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HypeNetCache(self.config)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As for any model, but positions are left to `forward`, which counts them from the mask.
 
-        transformers 4 counts padding too where it prefills in chunks.
+        transformers 4 counts padding too where it prefills in chunks. Where this does not name `inputs_embeds`,
+        transformers will not generate from them.
         """
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)
         return inputs

@@ -7,6 +7,7 @@
 Shapes: B batch, T tokens, H heads, D their width.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from .cache import HypeNetCache, State
 from .configuration_hypenet import HypeNetConfig
 from .kernels import serves
+from .linear_attention import widen
+from .norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class RNNMixer(nn.Module):
     """An RNN layer but for its recurrence. `z_proj` makes the gate, `o_norm` is one norm over all heads together."""
 
     Options: ClassVar[type[RNNOptions]] = RNNOptions
+    has_kernel: ClassVar[bool] = True
+    """Whether a kernel can serve `recur`. Without one, packed documents come to it one by one on any device."""
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
@@ -81,12 +86,13 @@ class RNNMixer(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attn_qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attn_qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attn_o_bias)
-        self.q_norm = self.k_norm = self.o_norm = self.z_proj = None
+        self.q_norm = self.k_norm = self.o_norm = None
+        self.z_proj: nn.Module | None = None
         if options.qk_norm == "rms":
-            self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         if options.use_output_norm:
-            self.o_norm = Qwen3RMSNorm(width, eps=config.rms_norm_eps)
+            self.o_norm = RMSNorm(width, eps=config.rms_norm_eps)
         if options.use_output_gate:
             self.z_proj = nn.Linear(config.hidden_size, width, bias=False)
 
@@ -106,7 +112,8 @@ class RNNMixer(nn.Module):
 
         Args:
             q, k, v: [B, T, H, D], normed and rotated; k and v are zero where there is padding.
-            hidden_states: [B, T, hidden], what gates are made from.
+            hidden_states: what gates are made from, zero where there is padding: the layer's input, [B, T, hidden],
+                or what the mixer's `keys_and_gates` puts in its place.
             tokens: [B, T], true at tokens and false at padding, or None: no padding.
             state: what a call before returned, or None at the beginning.
             keep_state: whether to return the state after the last token.
@@ -147,6 +154,7 @@ class RNNMixer(nn.Module):
             raise ValueError(f"RNN layer {self.layer_idx} needs a HypeNetCache: give one, or pass use_cache=False.")
 
         q, k, v = self.project(hidden_states)
+        k, gates = self.keys_and_gates(k, hidden_states)
         if self.options.use_rope:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         if self.queries_per_key > 1:
@@ -154,29 +162,30 @@ class RNNMixer(nn.Module):
         tokens = None
         if attention_mask is not None:  # what is not a token leaves no trace in the state
             tokens = _tokens(attention_mask)
-            k, v = (x.masked_fill(~tokens[..., None, None], 0) for x in (k, v))
+            k, v, gates = (x.masked_fill(~tokens.view(*tokens.shape, *[1] * (x.ndim - 2)), 0) for x in (k, v, gates))
 
-        if cu_seq_lens_q is not None:
-            output = self._recur_by_document(q, k, v, hidden_states, cu_seq_lens_q)
-        else:
-            output, state = self.recur(
-                q,
-                k,
-                v,
-                hidden_states,
-                tokens,
-                state=None if past_key_values is None else past_key_values.state(self.layer_idx),
-                keep_state=past_key_values is not None,
-                cu_seqlens=None,
-            )
-            if past_key_values is not None and state is not None:
-                past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
+        device = q.device.type
+        without_autocast: AbstractContextManager[Any] = nullcontext()
+        if torch.is_autocast_enabled(device):  # it takes what a product takes; what is in float32 is so on purpose
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+            gates = gates.to(self.q_proj.weight.dtype)
+            without_autocast = torch.autocast(device, enabled=False)
+        with without_autocast:
+            if cu_seq_lens_q is not None:
+                output = self._recur_by_document(q, k, v, gates, cu_seq_lens_q)
+            else:
+                state = None if past_key_values is None else past_key_values.state(self.layer_idx)
+                keep = past_key_values is not None
+                output, state = self.recur(q, k, v, gates, tokens, state=state, keep_state=keep, cu_seqlens=None)
+        if past_key_values is not None and state is not None:
+            past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
 
         output = output.flatten(2)
         if self.o_norm is not None:
             output = self.o_norm(output)
-        if self.z_proj is not None:
-            output = output * torch.sigmoid(self.z_proj(hidden_states))
+        gate = self.gate(hidden_states)
+        if gate is not None:
+            output = output * gate
         return self.o_proj(output), None
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,18 +199,29 @@ class RNNMixer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.options.qk_norm == "l2":
-            q, k = (F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype) for x in (q, k))
+            q, k = (F.normalize(widen(x), dim=-1, eps=1e-6).to(x.dtype) for x in (q, k))
         return q, k, v
 
-    def _recur_by_document(self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, bounds: Tensor) -> Tensor:
+    def keys_and_gates(self, k: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys that RoPE is to turn, and what `recur` makes its gates from: [B, T, ...].
+
+        For a mixer that makes its gates from keys before RoPE.
+        """
+        return k, hidden_states
+
+    def gate(self, hidden_states: Tensor) -> Tensor | None:
+        """z_t of Eq. 14, [B, T, H * D], or None: there is no output gate."""
+        return None if self.z_proj is None else torch.sigmoid(self.z_proj(hidden_states))
+
+    def _recur_by_document(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, bounds: Tensor) -> Tensor:
         """`recur` with a new state at each of `bounds`, [documents + 1], of the B x T tokens."""
 
         def recur(inputs: list[Tensor], cu_seqlens: Tensor | None) -> Tensor:
             q, k, v, x = inputs
             return self.recur(q, k, v, x, None, state=None, keep_state=False, cu_seqlens=cu_seqlens)[0]
 
-        packed = [x.flatten(0, 1)[None] for x in (q, k, v, hidden_states)]
-        if serves(q):
+        packed = [x.flatten(0, 1)[None] for x in (q, k, v, gates)]
+        if self.has_kernel and serves(q):
             output = recur(packed, bounds)
         else:
             output = torch.cat([recur([x[:, a:b] for x in packed], None) for a, b in pairwise(bounds.tolist())], dim=1)
@@ -209,8 +229,8 @@ class RNNMixer(nn.Module):
 
 
 def _tokens(mask: Tensor) -> Tensor:
-    """[B, T], true at tokens: the padding mask itself, or what the last query of an attention mask may see."""
+    """[B, T], true at tokens: the padding mask itself, or whether an attention mask lets each see itself."""
     if mask.ndim == 4:
-        mask = mask[:, 0, -1]
+        mask = mask[:, 0].diagonal(dim1=-2, dim2=-1)
         return mask if mask.dtype == torch.bool else mask == 0  # else it is added to the logits
     return mask.bool()

@@ -1,9 +1,12 @@
 """The hybrid cache: what transformers' generation does to a cache, done to states as well."""
 
+import gc
+
 import pytest
 import torch
 
 from hypenet.cache import HypeNetCache
+from hypenet.mixers import MIXERS
 
 
 @pytest.fixture
@@ -52,3 +55,31 @@ def test_a_state_cannot_be_cropped(cache):
 def test_a_state_layer_has_no_keys(cache):
     with pytest.raises(TypeError, match="update_state"):
         cache.update(torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8), 0)
+
+
+def test_a_state_has_memory_of_its_own(hybrid):
+    cache, states = HypeNetCache(hybrid.config), torch.randn(3, 2, 5)
+    cache.update_state((states[0], states), 0, 1)
+    view, whole = cache.state(0)
+    assert torch.equal(view, states[0]) and view.untyped_storage().nbytes() == view.nbytes
+    assert whole is states
+
+
+def _bytes_of_all_tensors():
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@torch.no_grad()
+def test_a_prefill_in_many_calls_leaves_no_more_than_one_in_few(make_hybrid, tokens):
+    """Over the whole process: neither the cache nor the model keeps anything of a call."""
+    model = make_hybrid(mixer_types=sorted(MIXERS), num_hidden_layers=len(MIXERS), mixer_options={"swa": {"window": 5}})
+    held = []
+    for size in (25, 25, 5):  # the first fills what is kept for good, e.g. a mixer's constants
+        cache = None
+        for part in tokens.split(size, dim=1):
+            cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+        held.append(_bytes_of_all_tensors())
+        del cache
+    assert held[1] == held[2]

@@ -62,6 +62,16 @@ def test_rope_of_either_transformers_version_is_read(rope):
     assert new.to_dict() == old.to_dict()
 
 
+@pytest.mark.parametrize(("options", "window"), [({}, 512), ({"swa": {"window": 64}}, 64)])
+def test_a_sliding_window_is_where_transformers_looks_for_it(options, window, tmp_path):
+    config = HypeNetConfig(**SIZES, mixer_types=["swa", "attn", "gla", "lightning-attn"], mixer_options=options)
+    config.save_pretrained(tmp_path)
+    for c in (config, AutoConfig.from_pretrained(tmp_path)):
+        assert (c.sliding_window, c.mixer_options) == (window, options)
+        assert c.layer_types == ["sliding_attention", "full_attention", "linear_attention", "linear_attention"]
+    assert HypeNetConfig(**SIZES, mixer_types=MIXERS).sliding_window is None
+
+
 def test_without_mixer_types_every_layer_is_attention():
     assert HypeNetConfig(num_hidden_layers=3).mixer_types == ["attn"] * 3
 

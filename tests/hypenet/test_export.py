@@ -1,5 +1,6 @@
 """An exported folder loads with nothing but transformers."""
 
+import ast
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hypenet.configuration_hypenet import hype_scaling
 from hypenet.export import export_pretrained
+from hypenet.mixers import MIXERS
 
 # A process in which the package cannot be imported, although it is installed here.
 LOAD = """
@@ -48,8 +50,21 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0")
 
 
-def test_export_loads_where_the_package_is_not(make_hybrid, tokenizer, tokens, tmp_path):
-    model, folder, result = make_hybrid(), tmp_path / "some-model_1.0", tmp_path / "result.pt"
+@pytest.fixture
+def make_every_mixer(make_hybrid):
+    """A function from keys of the configuration to a model with every mixer in a layer of its own."""
+
+    def make(**keys):
+        types = sorted(MIXERS)
+        return make_hybrid(
+            mixer_types=types, num_hidden_layers=len(types), mixer_options={"swa": {"window": 9}}, **keys
+        )
+
+    return make
+
+
+def test_export_loads_where_the_package_is_not(make_every_mixer, tokenizer, tokens, tmp_path):
+    model, folder, result = make_every_mixer(), tmp_path / "some-model_1.0", tmp_path / "result.pt"
     export_pretrained(model, tokenizer, folder, logits_scaling=hype_scaling(16))
     assert model.config.attn_logits_scaling is None
     torch.save(tokens, tmp_path / "tokens.pt")
@@ -78,3 +93,13 @@ def test_exported_folder_is_of_the_published_form(make_hybrid, tokenizer, tmp_pa
     }
     assert (tmp_path / "model.safetensors").exists()
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_every_file_that_is_exported_is_named_where_transformers_4_looks(make_every_mixer, tokenizer, tmp_path):
+    """Of a folder on the hub it takes the files that modeling_hypenet.py imports, and not those that they import."""
+    export_pretrained(make_every_mixer(), tokenizer, tmp_path, logits_scaling=None)
+    exported = {path.stem for path in tmp_path.glob("*.py")}
+    tree = ast.parse((tmp_path / "modeling_hypenet.py").read_text())
+    named = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert exported == named | {"modeling_hypenet"}
+    assert {cls.__module__.rpartition(".")[2] for cls in MIXERS.values()} <= exported

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hypenet import HypeNetForCausalLM
 from hypenet.mixer_lightning import LightningAttention
+from hypenet.modeling_hypenet import layer_masks
 
 ALL_RNN = ["lightning-attn"] * 4
 
@@ -94,6 +97,83 @@ def test_attention_implementations_agree(hybrid, tokens):
     assert len(eager.attentions) == 2  # of the attention layers
 
 
+def test_an_all_ones_mask_is_no_mask(hybrid, tokens):
+    assert torch.equal(hybrid(tokens, attention_mask=torch.ones_like(tokens)).logits, hybrid(tokens).logits)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
+@torch.no_grad()  # on the CPU it has no backward
+def test_flex_attention_agrees(make_hybrid, tokens, use_cache):
+    model = make_hybrid(mixer_types=["swa", "attn"] * 2, mixer_options={"swa": {"window": 5}})
+    padded, mask = left_padded(tokens, [50, 23])
+    expected = model(padded, attention_mask=mask).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):  # compiling takes long
+        cache, parts = None, []
+        for end in (30, 49, 50) if use_cache else (50,):
+            start = 0 if cache is None else cache.get_seq_length()
+            output = model(
+                padded[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=use_cache
+            )
+            cache = output.past_key_values
+            parts.append(output.logits)
+    close(torch.cat(parts, dim=1)[mask.bool()], expected[mask.bool()])
+
+
+def test_flash_attention_is_not_refused(make_hybrid, tokens, monkeypatch):
+    """transformers asks the class. What runs is its sdpa here, since the kernels need a GPU."""
+    assert HypeNetForCausalLM._supports_flash_attn and HypeNetForCausalLM._supports_sdpa
+    assert HypeNetForCausalLM._supports_attention_backend and HypeNetForCausalLM._supports_flex_attn
+    model = make_hybrid(mixer_types=["swa", "attn"] * 2, mixer_options={"swa": {"window": 60}})
+    seen = []
+
+    def flash(module, q, k, v, attention_mask, **kwargs):
+        seen.append((attention_mask, kwargs))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, None)
+
+    expected = model(tokens).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    model.config._attn_implementation = "flash_attention_2"
+    close(model(tokens).logits, expected)
+    assert [kwargs.get("sliding_window") for _, kwargs in seen] == [60, None] * 2
+
+    padded, mask = left_padded(tokens, [50, 23])
+    model(padded, attention_mask=mask)
+    assert all(torch.equal(given.long(), mask) for given, _ in seen[4:])  # [B, T], as flash attention has it
+    model(tokens, cu_seq_lens_q=torch.tensor([0, 50, 70, 100], dtype=torch.int32))
+    for given, kwargs in seen[8:]:
+        assert given is None and kwargs["cu_seq_lens_q"] is kwargs["cu_seq_lens_k"]
+        assert kwargs["cu_seq_lens_q"].tolist() == [0, 50, 70, 100] and kwargs["max_length_q"] == 50
+
+
+def test_text_generation_pipeline(hybrid, tokens):
+    words = {f"w{i}": i for i in range(61)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", padding_side="left")
+    prompts = [" ".join(f"w{i}" for i in row.tolist()) for row in (tokens[0, :30], tokens[1, :9])]
+    generate = pipeline("text-generation", model=hybrid, tokenizer=tokenizer, device="cpu")
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    alone = [generate(prompt, **kwargs)[0]["generated_text"] for prompt in prompts]
+    together = [output[0]["generated_text"] for output in generate(prompts, batch_size=2, **kwargs)]
+    assert together == alone and all(len(text.split()) == 8 for text in alone)
+
+
+def test_generation_from_embeddings(hybrid, tokens):
+    embedded = hybrid.get_input_embeddings()(tokens)
+    generated = hybrid.generate(inputs_embeds=embedded, max_new_tokens=20, do_sample=False)
+    assert torch.equal(generated, generate(hybrid, tokens))
+
+
+def test_generation_goes_on_from_a_cache(hybrid, tokens):
+    """A conversation: the cache of one call to `generate` serves the next."""
+    first = hybrid.generate(tokens, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, tokens[:, :7]], dim=1)
+    again = hybrid.generate(longer, past_key_values=first.past_key_values, max_new_tokens=5, do_sample=False)
+    assert torch.equal(again, hybrid.generate(longer, max_new_tokens=5, do_sample=False))
+
+
 def test_logits_to_keep_and_hidden_states(hybrid, tokens):
     whole = hybrid(tokens, output_hidden_states=True)
     close(hybrid(tokens, logits_to_keep=3).logits, whole.logits[:, -3:])
@@ -167,5 +247,25 @@ def test_arguments_that_do_not_fit_are_refused(hybrid, tokens):
         hybrid(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, 50\]"):
         hybrid(tokens, attention_mask=torch.ones(2, 49))
+    for bounds in ([0, 70, 100], [1, 50, 100], [0, 50], [0, 50, 50, 100], [0, 60, 50, 100]):
+        with pytest.raises(ValueError, match="cu_seq_lens_q must rise from 0 to 100, and no document of it go on"):
+            hybrid(tokens, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
+    for other in ({"attention_mask": torch.ones(2, 50)}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="Packed documents take neither attention_mask nor a cache"):
+            hybrid(tokens, cu_seq_lens_q=torch.tensor([0, 50, 100], dtype=torch.int32), **other)
     with pytest.raises(ValueError, match="leave cache_implementation unset"):
         hybrid.generate(tokens, cache_implementation="static", max_new_tokens=1)
+
+
+def test_the_sliding_mask_is_left_to_the_layer_where_it_can(make_hybrid, tokens):
+    """Without padding and packing sdpa needs no [T, T] for the window: the layer knows better."""
+    model = make_hybrid(mixer_types=["swa"] * 4, mixer_options={"swa": {"window": 5}})
+    embedded, padding = model.get_input_embeddings()(tokens), torch.arange(50).expand(2, 50) > 2
+
+    def mask(attention_mask, implementation):
+        model.config._attn_implementation = implementation
+        return layer_masks(model.config, embedded, attention_mask, None, None)["sliding_attention"]
+
+    assert mask(None, "sdpa") is None
+    assert mask(padding, "sdpa").shape == (2, 1, 50, 50)
+    assert mask(None, "eager").shape[2:] == (50, 50)

@@ -2,17 +2,74 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen3Config
 
-from hypenet.transfer import hybrid_config, hybrid_from_teacher, mixer_from_attention
+from hypenet.configuration_hypenet import ATTENTION
+from hypenet.mixers import MIXERS
+from hypenet.modeling_hypenet import HypeNetForCausalLM
+from hypenet.transfer import TEACHERS, hybrid_config, hybrid_from_teacher, mixer_from_attention
 from tests.hypenet.sizes import SIZES
 
 DIM = SIZES["head_dim"]
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True}),
+    "llama with wide heads": ("llama", {"head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "qwen3 with biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 16,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+SWITCHES = {  # Table 3, and its combinations in Figure 4
+    "lightning_use_rope": False,
+    "attn_use_rope": True,
+    "lightning_use_qk_norm": False,
+    "expand_kv_proj": False,
+    "lightning_use_output_gate": False,
+    "lightning_use_output_norm": False,
+    "attn_use_output_gate": False,
+}
 
 
 @pytest.fixture
 def x():
     return torch.randn(2, 11, SIZES["hidden_size"], generator=torch.Generator().manual_seed(4))
+
+
+def family_config(model_type, **keys):
+    """Six heads over three, their width left to the family where `keys` do not say it."""
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    heads = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+    return AutoConfig.for_model(model_type, **(sizes | heads | keys))
+
+
+def make_teacher(family, **keys):
+    """A teacher in which no bias is zero and no norm one."""
+    torch.manual_seed(0)
+    model_type, own = FAMILIES[family]
+    teacher = AutoModelForCausalLM.from_config(family_config(model_type, **(own | keys)))
+    for name, parameter in teacher.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return teacher.eval()
 
 
 def test_hybrid_config_is_the_teachers_and_hypenets(teacher):
@@ -33,9 +90,114 @@ def test_hybrid_config_refuses_layers_that_are_not_there(teacher, layers):
         hybrid_config(teacher.config, layers)
 
 
-def test_hybrid_config_refuses_another_architecture():
-    with pytest.raises(ValueError, match="must be of the Qwen3 architecture, not 'llama'"):
-        hybrid_config(LlamaConfig(), [0])
+def test_hybrid_config_takes_only_what_hypenet_knows():
+    """And what a family has by another name, or not at all, in HypeNet's terms."""
+    llama = hybrid_config(family_config("llama", pretraining_tp=2, quantization_config={"bits": 4}), [1]).to_dict()
+    assert not llama.keys() & {"pretraining_tp", "mlp_bias", "quantization_config"}
+    assert (llama["head_dim"], llama["attn_use_qk_norm"], llama["lightning_use_qk_norm"]) == (8, False, True)
+
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    for model_type, keys in (("qwen2", window), ("qwen3", window), ("mistral", {"sliding_window": 8})):
+        config = hybrid_config(family_config(model_type, **keys), [1, 3])
+        assert (config.sliding_window, config.use_sliding_window) == (None, False)
+        assert config.max_window_layers == Qwen3Config().max_window_layers
+        assert config.layer_types == ["linear_attention", "full_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "biases"),
+    [
+        ("llama", (False, False)),
+        ("llama with biases", (True, True)),
+        ("mistral", (False, False)),
+        ("qwen2", (True, False)),
+        ("qwen3", (False, False)),
+        ("qwen3 with biases", (True, True)),
+    ],
+)
+def test_hybrid_config_has_biases_where_the_teacher_has_them(family, biases):
+    model_type, keys = FAMILIES[family]
+    config = hybrid_config(family_config(model_type, **keys), [])
+    assert (config.attn_qkv_bias, config.attn_o_bias) == biases
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(), "The teacher is a 'gpt2'; supported: llama, mistral, qwen2, qwen3"),
+        (family_config("llama", mlp_bias=True), "MLPs have biases"),
+        (family_config("qwen2", num_key_value_heads=4), "6 heads are no multiple of its 4 key and value heads"),
+        (family_config("qwen2", hidden_size=50), "hidden_size 50 is no multiple of its 6 heads"),
+    ],
+)
+def test_hybrid_config_refuses_what_hypenet_cannot_represent(config, message):
+    with pytest.raises(ValueError, match=message):
+        hybrid_config(config, [0])
+
+
+def test_hybrid_config_refuses_a_switch_that_is_not_there(teacher):
+    with pytest.raises(ValueError, match="HypeNetConfig has no attn_use_rop, colour"):
+        hybrid_config(teacher.config, [0], attn_use_rop=True, colour=1)
+
+
+def test_every_family_is_tested():
+    assert {model_type for model_type, _ in FAMILIES.values()} == set(TEACHERS)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("model_type", TEACHERS)
+def test_rope_is_the_teachers(model_type, rope):
+    """Cos and sin, exactly, within and beyond the length that scaling starts from; also after saving."""
+    scaling = None if rope == "default" else {"rope_type": rope, **ROPES[rope]}
+    teacher = AutoModelForCausalLM.from_config(
+        family_config(model_type, head_dim=8, rope_scaling=scaling, max_position_embeddings=64)
+    )
+    config = hybrid_config(teacher.config, [0])
+    for length in (12, 90):
+        positions, x = torch.arange(length)[None], torch.zeros(1)
+        for again in (config, type(config)(**config.to_dict())):
+            ours = HypeNetForCausalLM(again).model.rotary_emb(x, positions)
+            theirs = type(teacher.model.rotary_emb)(teacher.config)(x, positions)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lightning_layers_q_k_v_are_the_teachers(family):
+    """In every head, before RoPE; and before QK-norm, which the teacher does not have, in an RNN layer at one."""
+    teacher = make_teacher(family)
+    attention, config = teacher.model.layers[2].self_attn, hybrid_config(teacher.config, [1])
+    mixer = mixer_from_attention(attention, config, 2)
+    x = torch.randn(2, 11, 48, generator=torch.Generator().manual_seed(4))
+    ours, theirs = (
+        [p(x).unflatten(-1, (-1, m.head_dim)) for p in (m.q_proj, m.k_proj, m.v_proj)] for m in (mixer, attention)
+    )
+    for head in range(6):
+        assert torch.equal(ours[0][:, :, head], theirs[0][:, :, head])
+        for name in (1, 2):
+            torch.testing.assert_close(ours[name][:, :, head], theirs[name][:, :, head // 2])
+    o = torch.randn(2, 11, 6 * mixer.head_dim)
+    assert torch.equal(mixer.o_proj(o), attention.o_proj(o))
+    for norm in ("q_norm", "k_norm"):
+        in_teacher = getattr(attention, norm, None)
+        expected = torch.ones(mixer.head_dim) if in_teacher is None else in_teacher.weight
+        assert torch.equal(getattr(mixer, norm).weight, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixer_type", sorted(MIXERS.keys() - {ATTENTION}))
+def test_every_mixer_starts_from_every_teacher(family, mixer_type):
+    teacher = make_teacher(family)
+    attention, config = teacher.model.layers[0].self_attn, hybrid_config(teacher.config, [1], rnn_mixer=mixer_type)
+    mixer = mixer_from_attention(attention, config, 0)
+    ours, theirs = mixer.state_dict(), attention.state_dict()
+    for name in theirs.keys() & ours.keys():
+        clones = ours[name].shape[0] // theirs[name].shape[0]
+        by_head = theirs[name].unflatten(0, (-1, attention.head_dim))
+        assert torch.equal(ours[name], by_head.repeat_interleave(clones, dim=0).flatten(0, 1)), name
+    assert {f"{p}_proj.weight" for p in "qkvo"} <= theirs.keys() & ours.keys()
+    assert theirs.keys() - ours.keys() <= {"q_norm.weight", "k_norm.weight"}
+    hybrid = hybrid_from_teacher(teacher, config)
+    assert hybrid(torch.arange(7)[None]).logits.isfinite().all()
 
 
 def test_rnn_mixer_has_the_teachers_q_k_v_in_every_head(teacher, x):
@@ -78,18 +240,85 @@ def test_rnn_mixer_needs_an_rnn_layer_and_fitting_heads(teacher):
     with pytest.raises(ValueError, match="Layer 1 is an attention layer"):
         mixer_from_attention(attention, hybrid_config(teacher.config, [1]), 1)
     other = Qwen3Config(**{**SIZES, "head_dim": 16})
-    with pytest.raises(ValueError, match=r"Layer 1: the teacher's .*q_proj.weight.* do not fit"):
+    with pytest.raises(ValueError, match=r"Layer 1: the teacher's heads are 8 wide, the mixer's 16"):
         mixer_from_attention(attention, hybrid_config(other, []), 1)
+    more = Qwen3Config(**{**SIZES, "num_attention_heads": 6})
+    with pytest.raises(ValueError, match=r"Layer 1: the teacher's .*q_proj.weight.* do not fit"):
+        mixer_from_attention(attention, hybrid_config(more, []), 1)
+    attention.scaling = 1.0
+    with pytest.raises(ValueError, match=r"Layer 1: the teacher scales its logits by 1, HypeNet by 1/sqrt\(8\)"):
+        mixer_from_attention(attention, hybrid_config(teacher.config, []), 1)
+
+
+def test_only_norms_stay_behind():
+    attention = make_teacher("qwen3 with biases").model.layers[0].self_attn
+    config = family_config("qwen3", head_dim=16)
+    with pytest.raises(ValueError, match=r"Layer 0: the teacher's .*q_proj.bias.* do not fit"):
+        mixer_from_attention(attention, hybrid_config(config, []), 0)
+    config = family_config("qwen3", head_dim=16, attention_bias=True)
+    mixer = mixer_from_attention(attention, hybrid_config(config, [], lightning_use_qk_norm=False), 0)
+    assert mixer.q_norm is None
+    assert torch.equal(mixer.o_proj.bias, attention.o_proj.bias)
+
+
+def test_biases_that_the_teacher_has_not_start_at_zero():
+    attention = make_teacher("llama").model.layers[0].self_attn
+    mixer = mixer_from_attention(attention, hybrid_config(family_config("llama", attention_bias=True), []), 0)
+    assert not any(p.bias.any() for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_all_attention_with_rope_and_without_gate_is_the_teacher(tokens, tied):
-    teacher = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied)).eval()
-    config = hybrid_config(teacher.config, range(4))
-    config.attn_use_rope, config.attn_use_output_gate = True, False
-    hybrid = hybrid_from_teacher(teacher, config)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_attention_with_rope_and_without_gate_is_the_teacher(tokens, family, tied):
+    teacher = make_teacher(family, tie_word_embeddings=tied)
+    hybrid = hybrid_from_teacher(
+        teacher, hybrid_config(teacher.config, range(4), attn_use_rope=True, attn_use_output_gate=False)
+    )
     assert torch.equal(hybrid(tokens).logits, teacher(tokens).logits)
     assert (hybrid.lm_head.weight is hybrid.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+def test_kept_attention_sees_beyond_a_teachers_window(tokens, family, window):
+    teacher, whole = make_teacher(family, **window), make_teacher(family, sliding_window=None)
+    hybrid = hybrid_from_teacher(
+        teacher, hybrid_config(teacher.config, range(4), attn_use_rope=True, attn_use_output_gate=False)
+    )
+    assert not torch.allclose(teacher(tokens).logits, whole(tokens).logits, atol=1e-2)
+    assert torch.equal(hybrid(tokens).logits, whole(tokens).logits)
+
+
+def test_a_window_of_the_teacher_does_not_bind_an_rnn_layer_in_it(tokens):
+    """One-layer replacement: the mask that the teacher hands its attention has zeros where tokens are."""
+    inputs = []
+    teacher = make_teacher("mistral", sliding_window=8)
+    mixer = mixer_from_attention(teacher.model.layers[0].self_attn, hybrid_config(teacher.config, []), 0)
+    teacher.model.layers[0].self_attn = mixer
+    mixer.register_forward_hook(lambda _m, _a, kwargs, output: inputs.append((kwargs, output[0])), with_kwargs=True)
+    teacher(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    kwargs, output = inputs[0]
+    alone, _ = mixer(kwargs["hidden_states"], kwargs["position_embeddings"])
+    assert torch.equal(output, alone)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_every_switch_changes_the_hybrid(tokens, family, switch):
+    teacher = make_teacher(family)
+    plain = hybrid_from_teacher(teacher, hybrid_config(teacher.config, [1, 3]))
+    switched = hybrid_from_teacher(teacher, hybrid_config(teacher.config, [1, 3], **{switch: SWITCHES[switch]}))
+    shapes = {name: weight.shape for name, weight in switched.state_dict().items()}
+    switched.load_state_dict({n: w for n, w in plain.state_dict().items() if shapes.get(n) == w.shape}, strict=False)
+    same = torch.allclose(plain(tokens).logits, switched(tokens).logits, atol=1e-4)
+    fewer = sum(p.numel() for p in switched.parameters()) < sum(p.numel() for p in plain.parameters())
+    assert same == (switch == "expand_kv_proj")  # cloned heads compute what grouped heads do, until they are trained
+    assert fewer == ("rope" not in switch)
 
 
 def test_hybrid_has_the_teachers_weights_and_fresh_gates(teacher):

@@ -1,0 +1,112 @@
+"""The fused KL of stage 2 against what others offer: loss and both gradients at Qwen3's vocabulary.
+
+python -m benchmarks.kl [--tokens 6144] [--words 151936] [--width 2048]
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import header, milliseconds, peak_gib, table
+from halo.linear_kl import linear_kl
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--words", type=int, default=151_936)
+    parser.add_argument("--width", type=int, default=2048)
+    args = parser.parse_args()
+    print(header())
+
+    torch.manual_seed(0)
+    draw = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    spread = args.width**-0.5 * 2.5  # logits of about Qwen3's size
+    hidden, teacher_hidden = draw(args.tokens, args.width), draw(args.tokens, args.width)
+    head, teacher_head = draw(args.words, args.width) * spread, draw(args.words, args.width) * spread
+    hidden.requires_grad_(), head.requires_grad_()
+    inputs = (hidden, head, teacher_hidden, teacher_head)
+
+    expected = reference(*inputs)
+    floor = ("the four matrix products alone", milliseconds(partial(products, *inputs)), "", "", "")
+    print(table(["", "ms", "GiB", "loss, relative error", "gradients, relative error"], [floor]), flush=True)
+    for name, loss in losses().items():
+        print(table([], [row(name, partial(loss_and_gradients, loss, *inputs), expected)]).splitlines()[-1], flush=True)
+
+
+def row(name: str, run: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Time, memory and errors of a loss with its gradients; or why it did not run."""
+    try:
+        loss, *gradients = (relative(x, y) for x, y in zip(run(), expected, strict=True))
+        return name, milliseconds(run, repeats=10), peak_gib(run), loss, max(gradients)
+    except (RuntimeError, ImportError) as error:
+        return name, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}", "", "", ""
+
+
+def losses() -> dict[str, Callable[..., Tensor]]:
+    """By name: (hidden, head, teacher_hidden, teacher_head) -> KL, mean over tokens."""
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return linear_kl(*inputs)[0]
+
+    def fla(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        loss = import_module("fla.modules.fused_kl_div").FusedKLDivLoss()
+        return loss(hidden, teacher_hidden, head, teacher_head)
+
+    def liger(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        loss = import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(jsd_beta=0.0)
+        return loss(hidden, head, teacher_hidden, teacher_head, None)
+
+    def full(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        student = (hidden @ head.T).float().log_softmax(-1)
+        teacher = (teacher_hidden @ teacher_head.T).float().log_softmax(-1)
+        return torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+    return {
+        "halo.linear_kl": ours,
+        "fla FusedKLDivLoss": fla,
+        "Liger FusedLinearJSD, beta 0": liger,
+        "full logits": full,
+    }
+
+
+def loss_and_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    value = loss(*inputs)
+    return value.detach(), *torch.autograd.grad(value, inputs[:2])
+
+
+def products(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> None:
+    """What no exact loss can do without: both logits, and the gradients of hidden states and head. In bf16."""
+    with torch.no_grad():
+        for h, w in zip(hidden.split(1024), teacher_hidden.split(1024), strict=True):
+            w @ teacher_head.T
+            d = h @ head.T
+            d @ head
+            d.T @ h
+
+
+def reference(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> tuple[Tensor, ...]:
+    """In float32 (and no tf32) from the same bf16 operands, 512 tokens at a time."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    w, w_t = head.detach().float(), teacher_head.float()
+    loss, to_hidden, to_head = torch.zeros((), device="cuda", dtype=torch.float64), [], torch.zeros_like(w)
+    for h, h_t in zip(hidden.detach().float().split(512), teacher_hidden.float().split(512), strict=True):
+        log_q, log_p = (h @ w.T).log_softmax(-1), (h_t @ w_t.T).log_softmax(-1)
+        loss += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
+        d = (log_q.exp() - log_p.exp()) / len(hidden)
+        to_hidden.append(d @ w)
+        to_head += d.T @ h
+    return loss / len(hidden), torch.cat(to_hidden), to_head
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+if __name__ == "__main__":
+    main()

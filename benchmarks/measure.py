@@ -1,0 +1,62 @@
+"""How the benchmarks here measure and report: medians of device events, peak memory, and the machine they ran on."""
+
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "fla-core", "liger-kernel", "transformers", "deepspeed")
+
+
+def header() -> str:
+    """The command, the machine and the versions, as the first lines of a report.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA GPU")
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"python {' '.join(sys.argv)}\n{gpu}, Python {platform.python_version()}, {', '.join(versions)}\n"
+
+
+def milliseconds(run: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3) -> float:
+    """The median time of `run` on the device, after `warm_up` runs."""
+    for _ in range(warm_up):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return median(times)
+
+
+def peak_gib(run: Callable[[], Any]) -> float:
+    """GiB allocated at the peak of `run`, beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; numbers are right-aligned."""
+    cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    lines = ["| " + " | ".join(columns) + " |", "| :-- |" + " --: |" * (len(columns) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])

@@ -1,0 +1,106 @@
+"""The mixers' speed: Lightning against itself fed float32 copies, then every mixer's layer by length (Figure 7).
+
+python -m benchmarks.mixers [--heads 32] [--head_dim 128] [--lengths 4096 16384 65536] [--mixers lightning-attn gdn ...]
+"""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import header, milliseconds, peak_gib, table
+from hypenet import HypeNetConfig
+from hypenet.kernels import kernel
+from hypenet.linear_attention import linear_attention
+from hypenet.mixer_lightning import log_decay
+from hypenet.mixers import MIXERS, build_mixer
+from hypenet.modeling_hypenet import HypeNetRotaryEmbedding
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16_384, 65_536])
+    parser.add_argument("--mixers", nargs="+", default=sorted(MIXERS))
+    args = parser.parse_args()
+    print(header())
+    lightning(args.heads, args.head_dim)
+    layers(args.mixers, args.heads, args.head_dim, args.lengths)
+
+
+def lightning(heads: int, dim: int, length: int = 16_384) -> None:
+    """Forward and backward of the operation on [1, length, heads, dim] in bf16, and on float32 copies of the same."""
+    torch.manual_seed(0)
+    draw = partial(torch.randn, 1, length, heads, dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v, grad = draw(requires_grad=True), draw(requires_grad=True), draw(requires_grad=True), draw()
+    decay = log_decay(heads, q.device)
+
+    def ours() -> None:
+        output, _ = linear_attention(q, k, v, decay, scale=dim**-0.5)
+        torch.autograd.grad(output, (q, k, v), grad)
+
+    def copies() -> None:
+        run = kernel("simple_gla.chunk_simple_gla")
+        output, _ = run(q.float(), k.float(), v.float(), g_gamma=decay, scale=dim**-0.5)
+        torch.autograd.grad(output, (q, k, v), grad.float())
+
+    rows = [
+        ("bf16 in (hypenet)", milliseconds(ours), peak_gib(ours)),
+        ("float32 copies", milliseconds(copies), peak_gib(copies)),
+    ]
+    print(f"Lightning Attention, forward and backward, {length:,} tokens, {heads} heads of {dim}\n")
+    print(table(["", "ms", "GiB"], rows))
+    print(f"\nfloat32 copies / bf16: {rows[1][1] / rows[0][1]:.2f}\n", flush=True)
+
+
+def layers(names: list[str], heads: int, dim: int, lengths: list[int]) -> None:
+    """One layer of each mixer in bf16, batch 1: forward alone, and forward with backward."""
+    print(
+        f"One layer, hidden size {heads * dim}, {heads} heads of {dim}, batch 1: forward / forward and backward, ms\n"
+    )
+    print(table(["", *(f"{length:,}" for length in lengths)], []), flush=True)
+    for name in names:
+        cells: list[Any] = [name]
+        for length in lengths:
+            try:
+                cells.append(" / ".join(f"{t:.2f}" for t in layer(name, heads, dim, length)))
+            except (RuntimeError, ImportError) as error:
+                cells.append(str(error).splitlines()[0][:60])
+        print(table([], [cells]).splitlines()[-1], flush=True)
+
+
+def layer(name: str, heads: int, dim: int, length: int) -> tuple[float, float]:
+    """(forward, forward and backward) of one layer, in milliseconds."""
+    config = HypeNetConfig(
+        hidden_size=heads * dim,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        head_dim=dim,
+        num_hidden_layers=1,
+        mixer_types=[name],
+        attn_implementation="sdpa",
+    )
+    with torch.device("cuda"):
+        mixer = build_mixer(config, 0).bfloat16().train()
+        positions = torch.arange(length)[None]
+        x = torch.randn(1, length, heads * dim, dtype=torch.bfloat16, requires_grad=True)
+        rotary = HypeNetRotaryEmbedding(config)(x, positions)
+        grad = torch.randn_like(x)
+
+    def forward() -> Tensor:
+        return mixer(hidden_states=x, position_embeddings=rotary, position_ids=positions)[0]
+
+    def both() -> None:
+        forward().backward(grad)
+        mixer.zero_grad(set_to_none=True)
+
+    with torch.no_grad():
+        alone = milliseconds(forward, repeats=10)
+    return alone, milliseconds(both, repeats=10)
+
+
+if __name__ == "__main__":
+    main()

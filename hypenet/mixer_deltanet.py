@@ -1,0 +1,56 @@
+"""DeltaNet (Yang et al., 2025c): a new value replaces what the state holds for its key (paper Table 10).
+
+    beta_t = sigmoid(x_t W_b)        one a head
+    S_t = (I - beta_t k_t^T k_t) S_(t-1) + beta_t k_t^T v_t        o_t = q_t S_t / sqrt(D)
+
+Keys have length one, so F_t has the eigenvalue 1 - beta_t along k_t and one elsewhere.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import State
+from .configuration_hypenet import HypeNetConfig
+from .delta_rule import delta_rule
+from .mixers import mixer
+from .rnn_mixer import RNNMixer, RNNOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetOptions(RNNOptions):
+    """RNNOptions, with what Table 15 gives GDN for queries, keys and values, and:
+
+    Attributes:
+        negative_eigenvalues: double beta, so that 1 - beta_t lies in (-1, 1).
+    """
+
+    qk_norm: str | None = "l2"
+    activation: str | None = "silu"
+    negative_eigenvalues: bool = False
+
+
+@mixer("deltanet")
+class DeltaNet(RNNMixer):
+    """DeltaNet. `b_proj` is W_b."""
+
+    Options = DeltaNetOptions
+    options: DeltaNetOptions
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.b_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor | None:
+        """What the state forgets whichever its key: nothing, or as `delta_rule` takes it in mixers that derive."""
+        return None
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
+    ) -> tuple[Tensor, State | None]:
+        beta = torch.sigmoid(self.b_proj(hidden_states))
+        if self.options.negative_eigenvalues:
+            beta = 2 * beta
+        return delta_rule(q, k, v, beta, self.log_decay(hidden_states), scale=self.scaling, **carried)

@@ -1,0 +1,53 @@
+"""Linear attention (Katharopoulos et al., 2020): an outer-product state without decay (paper Table 10).
+
+    S_t = S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)        q, k = RoPE(phi(Norm(x W))), phi(x) = elu(x) + 1
+
+There is no denominator: the output norm of Eq. 14 takes its place, in that the output does not grow with the number of
+tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import State
+from .linear_attention import linear_attention
+from .mixers import mixer
+from .rnn_mixer import RNNMixer, RNNOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAttentionOptions(RNNOptions):
+    """RNNOptions, and:
+
+    Attributes:
+        feature_map: "elu": elu(x) + 1 on queries and keys, after the norm and before RoPE. None: none.
+    """
+
+    feature_map: str | None = "elu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature_map not in ("elu", None):
+            raise ValueError(f"feature_map must be 'elu' or None, not {self.feature_map!r}.")
+
+
+@mixer("linear-attn")
+class LinearAttention(RNNMixer):
+    """Linear attention, with all that it has coming from the teacher's attention but for what Eq. 14 adds."""
+
+    Options = LinearAttentionOptions
+    options: LinearAttentionOptions
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(hidden_states)
+        if self.options.feature_map == "elu":
+            q, k = F.elu(q) + 1, F.elu(k) + 1
+        return q, k, v
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
+    ) -> tuple[Tensor, State | None]:
+        return linear_attention(q, k, v, None, scale=self.scaling, **carried)

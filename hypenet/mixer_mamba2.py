@@ -1,0 +1,53 @@
+"""Multi-head Mamba2 (Dao & Gu, 2024; paper App. G.1 and Table 11): a decay and a step size a token and head.
+
+    dt_t = softplus(x_t W_dt + b_dt)        one a head
+    S_t = exp(-dt_t A_h) S_(t-1) + dt_t k_t^T v_t        o_t = q_t S_t / sqrt(D) + D_h v_t
+
+q, k and v are Mamba2's C, B and x. Mamba2 shares C and B among its heads; here each head has its own, as the
+teacher's attention does. A and b_dt begin as in Mamba2: A is uniform in [1, 16], dt log-uniform in [0.001, 0.1].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import State
+from .configuration_hypenet import HypeNetConfig
+from .linear_attention import linear_attention, widen
+from .mixers import mixer
+from .rnn_mixer import RNNMixer, RNNOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Options(RNNOptions):
+    """RNNOptions, without QK-norm (Table 15)."""
+
+    qk_norm: str | None = None
+
+
+@mixer("mamba2")
+class Mamba2(RNNMixer):
+    """Multi-head Mamba2, with its names for what attention does not have: `A_log`, `dt_proj`, `dt_bias` and `D`."""
+
+    Options = Mamba2Options
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.dt_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        dt = torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus of this is dt
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
+    ) -> tuple[Tensor, State | None]:
+        dt = F.softplus(widen(self.dt_proj(hidden_states)) + self.dt_bias)  # [B, T, H]
+        decay = -dt * widen(self.A_log).exp()
+        keys = (dt[..., None] * k).to(k.dtype)
+        output, state = linear_attention(q, keys, v, decay, scale=self.scaling, **carried)
+        return output + self.D.to(v.dtype)[:, None] * v, state

@@ -1,0 +1,179 @@
+"""TTT-Linear (Sun et al., 2025): the state is a linear model, and each token is a step of its training (Table 10).
+
+    f(x)    = x + LN(x W + b)                    the inner model, one a head
+    loss_t  = |f(k_t) - v_t|^2 / 2               it is to make values from keys
+    W_t     = W - sum_s eta_s k_s^T grad_s       over the tokens s <= t of t's mini-batch
+    b_t     = b - sum_s eta_s grad_s
+    o_t     = q_t + LN(q_t W_t + b_t)
+
+W and b are those at the beginning of the mini-batch, and grad_s is the gradient of loss_s with respect to k_s W + b
+there: so the tokens of a mini-batch learn in parallel. eta_t = base_lr sigmoid(x_t W_lr + b_lr) / D, one a head. LN has
+its own weights for each head. Queries are not divided by sqrt(D): the inner model is asked as it is taught.
+
+The first W is drawn from N(0, 0.02^2), the first b is zero, and both are trained, as LN is, which begins plain.
+
+No kernel serves: fla's gives the keys of a mini-batch the learning rate of the query, and has another residual.
+
+Shapes: B batch, T tokens, H heads, D their width. q, k, v and the output are [B, T, H, D], eta is [B, T, H]. All is
+computed in float32, or float64 where the input is.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import State
+from .configuration_hypenet import HypeNetConfig
+from .linear_attention import widen
+from .mixers import mixer
+from .rnn_mixer import RNNMixer, RNNOptions
+
+Learned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""W [B, H, D, D] and b [B, H, D] of the mini-batch, the sums to be taken from them, and how many tokens it has, [B]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTOptions(RNNOptions):
+    """RNNOptions, with queries and keys of length one, and:
+
+    Attributes:
+        mini_batch_size: tokens that learn from the same W and b.
+        base_lr: what all learning rates are multiplied by.
+    """
+
+    qk_norm: str | None = "l2"
+    mini_batch_size: int = 16
+    base_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be at least 1, not {self.mini_batch_size}.")
+
+
+@dataclass(frozen=True)
+class InnerNorm:
+    """LN of the inner model, over D, with weights and biases [H, D]."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """LN(z), [..., H, D]."""
+        return F.layer_norm(z, z.shape[-1:], eps=self.eps) * self.weight + self.bias
+
+    def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        """The gradient of |LN(z) - target|^2 / 2 with respect to z, [..., H, D]."""
+        centred = z - z.mean(-1, keepdim=True)
+        inverse_std = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        normed = centred * inverse_std
+        slope = self.weight * (self.weight * normed + self.bias - target)
+        along = normed * (slope * normed).mean(-1, keepdim=True)
+        return inverse_std * (slope - slope.mean(-1, keepdim=True) - along)
+
+
+@mixer("ttt")
+class TTTLinear(RNNMixer):
+    """TTT-Linear. `W_0` and `b_0` are the first W and b, `ln_*` are LN's, `lr_proj` and `lr_bias` are W_lr and b_lr."""
+
+    Options = TTTOptions
+    options: TTTOptions
+    has_kernel = False
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.W_0 = nn.Parameter(0.02 * torch.randn(self.heads, self.head_dim, self.head_dim))
+        self.b_0 = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+        self.ln_weight = nn.Parameter(torch.ones(self.heads, self.head_dim))
+        self.ln_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+        self.lr_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.lr_bias = nn.Parameter(torch.zeros(self.heads))
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
+    ) -> tuple[Tensor, State | None]:
+        rate, mini_batch = self.options.base_lr / self.head_dim, self.options.mini_batch_size
+        eta = rate * torch.sigmoid(widen(self.lr_proj(hidden_states)) + self.lr_bias)
+        ln = InnerNorm(self.ln_weight, self.ln_bias, self.config.rms_norm_eps)
+        state = self._first(q) if carried["state"] is None else carried["state"]
+        if q.shape[1] > 1 and _aligned(tokens, state):
+            output, state = ttt_chunked(q, k, v, eta, ln, mini_batch, state)
+        else:
+            output, state = ttt_recurrence(q, k, v, eta, tokens, ln, mini_batch, state)
+        return output, state if carried["keep_state"] else None
+
+    def _first(self, q: Tensor) -> Learned:
+        """The state before the first token."""
+        batch = q.shape[0]
+        w, b = (widen(x).expand(batch, *x.shape).to(widen(q).dtype) for x in (self.W_0, self.b_0))
+        return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=q.device)
+
+
+def ttt_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, tokens: Tensor | None, ln: InnerNorm, mini_batch: int, state: Learned
+) -> tuple[Tensor, Learned]:
+    """Token by token: the reference, for one token, and for rows whose mini-batches begin at different tokens.
+
+    Args:
+        tokens: [B, T], false at padding, from which nothing is learnt, or None: no padding.
+
+    Returns:
+        The output in q's dtype, and the state after the last token.
+    """
+    w, b, sum_w, sum_b, filled = state
+    if tokens is None:
+        tokens = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    eta = eta * tokens[..., None]
+    outputs = []
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t = (widen(x[:, t]) for x in (q, k, v))
+        step = eta[:, t, :, None] * ln.gradient(torch.einsum("bhd,bhde->bhe", k_t, w) + b, v_t - k_t)
+        sum_w = sum_w + k_t[..., :, None] * step[..., None, :]
+        sum_b = sum_b + step
+        outputs.append(q_t + ln(torch.einsum("bhd,bhde->bhe", q_t, w - sum_w) + b - sum_b))
+
+        filled = filled + tokens[:, t]
+        full = (filled == mini_batch)[:, None, None]
+        w, b = torch.where(full[..., None], w - sum_w, w), torch.where(full, b - sum_b, b)
+        sum_w, sum_b = sum_w.masked_fill(full[..., None], 0), sum_b.masked_fill(full, 0)
+        filled = filled % mini_batch
+    return torch.stack(outputs, dim=1).to(q.dtype), (w, b, sum_w, sum_b, filled)
+
+
+def ttt_chunked(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, ln: InnerNorm, mini_batch: int, state: Learned
+) -> tuple[Tensor, Learned]:
+    """A mini-batch at a time, without its W_t: q_t W_t + b_t = q_t W + b - sum_s (q_t . k_s + 1) eta_s grad_s.
+
+    That is the paper's dual form. The mini-batches of all rows begin at the same tokens, and there is no padding.
+
+    Returns:
+        The output in q's dtype, and the state after the last token.
+    """
+    w, b, sum_w, sum_b, filled = state
+    length, first = q.shape[1], mini_batch - int(filled[0])
+    outputs = []
+    for begin, end in pairwise([0, *range(first, length, mini_batch), length]):
+        q_i, k_i, v_i = (widen(x[:, begin:end]) for x in (q, k, v))
+        step = eta[:, begin:end, :, None] * ln.gradient(torch.einsum("bihd,bhde->bihe", k_i, w) + b[:, None], v_i - k_i)
+        seen = (torch.einsum("bihd,bjhd->bhij", q_i, k_i) + 1).tril()
+        z = torch.einsum("bihd,bhde->bihe", q_i, w - sum_w) + (b - sum_b)[:, None]
+        outputs.append(q_i + ln(z - torch.einsum("bhij,bjhd->bihd", seen, step)))
+
+        sum_w = sum_w + torch.einsum("bjhd,bjhe->bhde", k_i, step)
+        sum_b = sum_b + step.sum(1)
+        if (end - first) % mini_batch == 0:
+            w, b = w - sum_w, b - sum_b
+            sum_w, sum_b = torch.zeros_like(w), torch.zeros_like(b)
+    return torch.cat(outputs, dim=1).to(q.dtype), (w, b, sum_w, sum_b, (filled + length) % mini_batch)
+
+
+def _aligned(tokens: Tensor | None, state: Learned) -> bool:
+    """Whether the mini-batches of all rows begin at the same tokens, and there is no padding."""
+    filled = state[-1]
+    return (tokens is None or bool(tokens.all())) and bool((filled == filled[0]).all())

@@ -1,0 +1,164 @@
+"""Labels: the loss without logits is the loss that any model has, and its gradients."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DataCollatorWithFlattening
+
+from hypenet.losses import IGNORE, linear_cross_entropy
+
+
+def exact(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+@pytest.fixture
+def labels(tokens):
+    labels = tokens.clone()
+    labels[0, :20] = labels[1, 33:37] = IGNORE
+    return labels
+
+
+def plain_loss(logits, labels, count=None):
+    """The shifted cross entropy of float64 logits, which transformers' own would round."""
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / ((labels[:, 1:] != IGNORE).sum() if count is None else count)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("count", [None, 61, torch.tensor(61)], ids=["mean", "int", "tensor"])
+def test_loss_and_gradients_are_those_of_the_logits(make_hybrid, tokens, labels, tied, count):
+    model = make_hybrid(tie_word_embeddings=tied).double().train()
+    output = model(tokens, labels=labels, **({} if count is None else {"num_items_in_batch": count}))
+    assert output.logits is None
+    expected = plain_loss(model(tokens).logits, labels, count)
+    exact(output.loss, expected)
+    exact(gradients(model, 3 * output.loss), gradients(model, 3 * expected))
+
+
+def test_evaluation_gives_logits_and_the_same_loss(make_hybrid, tokens, labels):
+    model = make_hybrid()
+    trained = model.train()(tokens, labels=labels).loss
+    output = model.eval()(tokens, labels=labels)
+    assert output.logits.shape == (2, 50, 61)
+    torch.testing.assert_close(output.loss, trained)
+    torch.testing.assert_close(output.loss, plain_loss(output.logits, labels))
+
+
+def test_accumulated_micro_batches_are_the_batch(make_hybrid, tokens, labels):
+    model = make_hybrid().double().train()
+    count = (labels[:, 1:] != IGNORE).sum()
+    whole = gradients(model, model(tokens, labels=labels).loss)
+    model.zero_grad()
+    for row in range(2):
+        rows = slice(row, row + 1)
+        model(tokens[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
+    exact({name: parameter.grad for name, parameter in model.named_parameters()}, whole)
+    # How transformers' Trainer learns that it may pass the count, and which columns of a data set to keep.
+    parameters = inspect.signature(model.forward).parameters
+    assert any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    assert {"input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep"} <= parameters.keys()
+
+
+def test_labels_can_be_shifted_already_or_ignored_by_another_number(make_hybrid, tokens, labels):
+    for model in (make_hybrid().train(), make_hybrid().eval()):
+        expected = model(tokens, labels=labels).loss
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        torch.testing.assert_close(model(tokens, labels=labels, shift_labels=shifted).loss, expected)
+        other = labels.masked_fill(labels == IGNORE, 60_000)
+        torch.testing.assert_close(model(tokens, labels=other, ignore_index=60_000).loss, expected)
+
+
+def test_who_asks_for_logits_in_training_gets_them(make_hybrid, tokens, labels):
+    model = make_hybrid().train()
+    output = model(tokens, labels=labels[:, -7:], logits_to_keep=7)
+    assert output.logits.shape == (2, 7, 61)
+    torch.testing.assert_close(output.loss, plain_loss(output.logits, labels[:, -7:]))
+    assert model(tokens).logits.shape == (2, 50, 61)
+
+
+def test_another_head_or_loss_is_not_passed_over(make_hybrid, tokens, labels):
+    model = make_hybrid().train()
+    expected = model(tokens, labels=labels).loss
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.lm_head.__class__ = Adapted
+    output = model(tokens, labels=labels)
+    torch.testing.assert_close(output.loss, plain_loss(output.logits, labels))
+    assert not torch.allclose(output.loss, expected)
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    output = model(tokens, labels=labels)
+    torch.testing.assert_close(output.loss, output.logits.sum())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_first_token_of_a_document_is_no_target(make_hybrid, tokens, training):
+    """The loss of packed documents is that of each alone: as transformers' collator labels them, and unasked."""
+    model = make_hybrid().double().train(training)
+    documents = [tokens[0, :23].tolist(), tokens[0, 23:27].tolist(), tokens[1].tolist()]
+    losses = [model(torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in documents]
+    expected = sum(losses) / sum(len(d) - 1 for d in documents)
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": d} for d in documents])
+    tolerance = {"rtol": 0, "atol": 1e-10 if training else 1e-6}  # transformers' own loss is in float32
+    torch.testing.assert_close(model(**batch).loss, expected, **tolerance, check_dtype=False)
+    torch.testing.assert_close(
+        model(batch["input_ids"], position_ids=batch["position_ids"], labels=batch["input_ids"]).loss,
+        expected,
+        **tolerance,
+        check_dtype=False,
+    )
+
+
+def test_autocast_computes_as_it_does_with_logits(make_hybrid, tokens, labels):
+    model = make_hybrid().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, labels=labels).loss
+        expected = plain_loss(model(tokens).logits.float(), labels)
+    torch.testing.assert_close(loss, expected)
+    actual, reference = gradients(model, loss), gradients(model, expected)
+    for name, value in actual.items():
+        assert (value - reference[name]).norm() < 0.05 * reference[name].norm(), name
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_no_tensor_is_as_large_as_the_logits():
+    hidden, head = torch.randn(700, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
+    with LargestTensor() as largest:
+        linear_cross_entropy(hidden, head, torch.arange(700) % 97, chunk=64).backward()
+    assert largest.numel == hidden.numel() > 64 * 97
+
+
+def test_a_label_that_is_no_token_is_an_error():
+    for label in (-1, 97):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(torch.randn(3, 16), torch.randn(97, 16), torch.tensor([0, label, IGNORE]))
+
+
+def test_the_gradients_are_given_away_once():
+    hidden = torch.randn(3, 16, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(97, 16), torch.arange(3))
+    (0.5 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second backward"):
+        loss.backward()
