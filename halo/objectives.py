@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halo.losses import IGNORE, alignment_mse, linear_cross_entropy, linear_kl
+from halo.linear_kl import linear_kl
+from halo.losses import IGNORE, alignment_mse, linear_cross_entropy
 from halo.models import unpadded
 from halo.teacher import Teacher
 from halo.trainer import Objective
@@ -15,6 +16,9 @@ from halo.trainer import Objective
 
 class Alignment(Objective):
     """Stage 1 (Sec. 4.2): every RNN layer learns to give what its attention layer gives, on the teacher's states.
+
+    Each layer's regression is done, with its gradients, as the teacher's forward passes the layer: the activations of
+    one layer live at a time, however many there are.
 
     Args:
         mixers: layer index -> the RNN layer that may replace it.
@@ -24,21 +28,32 @@ class Alignment(Objective):
     def __init__(self, mixers: Mapping[int, nn.Module], teacher: Teacher):
         super().__init__()
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
+        self.regressions = nn.ModuleDict({name: _Regression(mixer) for name, mixer in self.mixers.items()})
         self._teacher = [teacher]  # in a list: not a submodule
 
-    def teach(self, input_ids: Tensor) -> dict[str, Any]:
-        """Run the teacher once; note each attention layer's input, rotary embedding and output."""
-        calls: dict[str, tuple[Tensor, Any, Tensor]] = {}
+    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        return [(self.regressions[name], p) for name, mixer in self.mixers.items() for p in mixer.parameters()]
 
-        def note(name: str) -> Callable[..., None]:
+    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the layers' losses (Eq. 7): each layer's gradient is its own.
+
+        Logs each layer's loss in units of its target's mean square (1: no better than silence), and their mean.
+        """
+        losses: dict[str, Tensor] = {}
+        relative: dict[str, Tensor] = {}
+
+        def regress(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-                calls[name] = (kwargs["hidden_states"], kwargs["position_embeddings"], output[0])
+                with torch.enable_grad():  # the teacher's forward has none
+                    loss = self.regressions[name](kwargs["hidden_states"], kwargs["position_embeddings"], output[0])
+                losses[name] = loss
+                relative[f"relative/{name}"] = loss.detach() / output[0].float().square().mean()
 
             return hook
 
         layers = self._teacher[0].layers
         handles = [
-            layers[int(name)].get_submodule("self_attn").register_forward_hook(note(name), with_kwargs=True)
+            layers[int(name)].get_submodule("self_attn").register_forward_hook(regress(name), with_kwargs=True)
             for name in self.mixers
         ]
         try:
@@ -46,20 +61,38 @@ class Alignment(Objective):
         finally:
             for handle in handles:
                 handle.remove()
-        return {"calls": calls}
+        return torch.stack(list(losses.values())).sum(), {
+            "relative": torch.stack(list(relative.values())).mean()
+        } | relative
 
-    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the layers' losses (Eq. 7): each layer's gradient is its own.
 
-        Logs each layer's loss in units of its target's mean square (1: no better than silence), and their mean.
-        """
-        losses, relative = [], {}
-        for name, mixer in self.mixers.items():
-            hidden, position_embeddings, target = taught["calls"][name]
-            output, _ = mixer(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None)
-            losses.append(alignment_mse(output, target))
-            relative[f"relative/{name}"] = losses[-1].detach() / target.float().square().mean()
-        return torch.stack(losses).sum(), {"relative": torch.stack(list(relative.values())).mean()} | relative
+class _Regression(nn.Module):
+    """One layer's loss, whose backward hands out gradients that forward has made."""
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self._mixer = [mixer]  # in a list: `Alignment.mixers` names its parameters
+
+    def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """hidden and target [B, T, hidden] -> the mean squared error."""
+        (mixer,) = self._mixer
+        output, _ = mixer(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None)
+        loss = alignment_mse(output, target)
+        parameters = list(mixer.parameters())
+        return _Made.apply(loss.detach(), torch.autograd.grad(loss, parameters), *parameters)
+
+
+class _Made(torch.autograd.Function):
+    """A loss whose gradients to `parameters` are made already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient.mul_(grad) for gradient in ctx.gradients)
 
 
 class _Headed(Objective):

@@ -1,6 +1,7 @@
 """What each stage trains, and what it leaves alone."""
 
 import copy
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,26 @@ def test_the_layers_of_stage_1_are_independent_regressions():
         gradients.append([p.grad for p in objective.mixers["0"].parameters()])
     for one, two in zip(*gradients, strict=True):
         assert torch.equal(one, two)
+
+
+def test_stage_1_holds_the_activations_of_one_layer_at_a_time():
+    """When a layer's turn comes, nothing is left of what the layer before it computed."""
+    objective = alignment(make_teacher())
+    alive: dict[str, list[weakref.ref[torch.Tensor]]] = {}
+
+    def note(name: str):
+        def hook(_module, _inputs, output):
+            earlier = [ref for other, refs in alive.items() if other != name for ref in refs if ref() is not None]
+            assert not earlier, f"layer {name} begins while {len(earlier)} activations of others live"
+            alive.setdefault(name, []).append(weakref.ref(output))
+
+        return hook
+
+    for name, mixer in objective.mixers.items():
+        for part in (mixer.q_proj, mixer.v_proj, mixer.o_norm):
+            part.register_forward_hook(note(name))
+    backward(objective)
+    assert [len(refs) for refs in alive.values()] == [3, 3, 3, 3]
 
 
 def test_stage_2_trains_the_hybrid_and_not_the_teacher():

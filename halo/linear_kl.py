@@ -1,0 +1,220 @@
+"""Stage 2's loss (Eq. 10): KL(teacher || student) from final hidden states and heads, never from [tokens, vocabulary].
+
+The heads are applied to a chunk of tokens at a time. While the chunk's fp32 logits exist, its loss, its metrics and the
+gradient of its logits are made, and from that the gradients of the student's hidden states and head; backward only
+scales them. So the four matrix products are done once each, and nothing is recomputed.
+
+    logits s = h W^T, t = h' W'^T;  q = softmax(s / T), p = softmax(t / T)
+    loss = sum_i w_i T^2 sum_v p (log p - log q) + c u_i (-log softmax(s)_label)
+    d loss / d s_i = w_i T (q - p) + c u_i (softmax(s) - onehot(label))
+
+The weights w and u make means over the tokens that count, and over those of them that have a label.
+
+Shapes: N tokens, V words, D student width, E teacher width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 900 * 2**20
+"""What the logits of a chunk, and their gradient, may take on a GPU."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is computed of a row of logits.
+
+    Attributes:
+        temperature: T; the loss is scaled by T^2, so that its gradient keeps its size.
+        cross_entropy: c, the weight of the cross entropy with the labels.
+    """
+
+    temperature: float
+    cross_entropy: float
+
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+"""KL, the teacher's entropy, top-1 agreement and the student's cross entropy of each row, [C] float32 each."""
+
+
+def linear_kl(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """KL(teacher || student), mean over tokens, and what one watches beside it.
+
+    Logits are accumulated and kept in float32 whatever the precision of the operands. Where the heads are padded to
+    different sizes, only the words that both have take part.
+
+    Args:
+        hidden: [N, D] the student's final hidden states.
+        head: [V, D] the student's output head.
+        teacher_hidden: [N, E], frozen.
+        teacher_head: [V, E], frozen.
+        mask: [N] bool, true at tokens that count. None: all.
+        labels: [N] int64 next tokens, negative where there is none. Needed where `cross_entropy` is not zero.
+        temperature: T, for both distributions.
+        cross_entropy: the weight of the cross entropy in the loss.
+        chunk: tokens whose logits live at a time. None: as many as fit `CHUNK_BYTES`.
+
+    Returns:
+        (loss, metrics): a scalar, and detached means over the tokens that count: `kl` (nats, at temperature T),
+        `teacher_entropy` (nats, at T), `agreement` (share of equal argmax) and, with labels, the student's
+        `cross_entropy` (nats).
+
+    Raises:
+        ValueError: a cross entropy without labels, or a temperature that is not positive.
+    """
+    if cross_entropy and labels is None:
+        raise ValueError("linear_kl needs labels for a cross entropy: give them, or leave cross_entropy at 0.")
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be positive, not {temperature}.")
+    counted = hidden.new_ones(len(hidden), dtype=torch.float32) if mask is None else mask.float()
+    weights = _mean_weights(counted)
+    label_weights = None if labels is None else _mean_weights(counted * (labels >= 0))
+    terms = Terms(temperature, cross_entropy)
+    loss, kl, entropy, agreement, nll = _LinearKL.apply(
+        hidden, head, teacher_hidden, teacher_head, weights, labels, label_weights, terms, chunk
+    )
+    metrics = {"kl": kl, "teacher_entropy": entropy, "agreement": agreement}
+    return loss, metrics if labels is None else metrics | {"cross_entropy": nll}
+
+
+def _mean_weights(counted: Tensor) -> Tensor:
+    return counted / counted.sum().clamp(min=1)
+
+
+def kl_rows(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    terms: Terms,
+    gradient: Tensor | None,
+) -> Rows:
+    """One chunk in plain torch: the terms of each row, and into `gradient` that of the student's logits.
+
+    Args:
+        student, teacher: [C, V] float32 logits; not kept intact.
+        weights: [C] float32, each row's weight in the mean.
+        labels, label_weights: [C] int64 and float32, or None. A row without a label has a negative one and weight 0.
+        gradient: [C, V] in the precision that the matrix products take, or None: not wanted.
+    """
+    temperature = terms.temperature
+    agreement = (student.argmax(-1) == teacher.argmax(-1)).float()
+    log_q, log_p = F.log_softmax(student / temperature, dim=-1), F.log_softmax(teacher / temperature, dim=-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+    kl = (p * (log_p - log_q)).sum(-1)
+    nll = torch.zeros_like(kl)
+    to_logits = weights[:, None] * temperature * (log_q.exp() - p)
+    if labels is not None and label_weights is not None:
+        label = labels.clamp(min=0)[:, None]
+        log_q1 = F.log_softmax(student, dim=-1)
+        nll = -log_q1.gather(-1, label)[:, 0]
+        if terms.cross_entropy:
+            scale = terms.cross_entropy * label_weights[:, None]
+            to_logits += (log_q1.exp() * scale).scatter_add_(-1, label, -scale)
+    if gradient is not None:
+        gradient.copy_(to_logits)
+    return kl, entropy, agreement, nll
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        weights: Tensor,
+        labels: Tensor | None,
+        label_weights: Tensor | None,
+        terms: Terms,
+        chunk: int | None,
+    ) -> tuple[Tensor, ...]:
+        tokens, words = len(hidden), min(len(head), len(teacher_head))
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        to_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        rows_of = _rows_of(hidden)
+        half, whole = _chunks(tokens, words, hidden, chunk)
+        student = hidden.new_empty(half, words, dtype=torch.float32)
+        teacher = torch.empty_like(student)
+        gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
+
+        rows: list[Rows] = []
+        for begin in range(0, tokens, whole):
+            end = min(begin + whole, tokens)
+            for a in range(begin, end, half):
+                b = min(a + half, end)
+                s = _logits(hidden[a:b], head[:words], student[: b - a])
+                t = _logits(teacher_hidden[a:b], teacher_head[:words], teacher[: b - a])
+                d = None if gradient is None else gradient[a - begin : b - begin]
+                w, label, u = (None if x is None else x[a:b] for x in (weights, labels, label_weights))
+                rows.append(rows_of(s, t, w, label, u, terms, d))
+            if gradient is not None:
+                d = gradient[: end - begin]
+                if to_hidden is not None:
+                    torch.mm(d, head[:words], out=to_hidden[begin:end])
+                if to_head is not None:
+                    to_head[:words].addmm_(d.T, hidden[begin:end])
+
+        kl, entropy, agreement, nll = (torch.cat(column) for column in zip(*rows, strict=True))
+        kl, entropy, agreement = weights @ kl, weights @ entropy, weights @ agreement
+        nll = nll.new_zeros(()) if label_weights is None else label_weights @ nll
+        ctx.gradients = to_hidden, to_head
+        loss = terms.temperature**2 * kl + terms.cross_entropy * nll
+        metrics = (kl, entropy, agreement, nll)
+        ctx.mark_non_differentiable(*metrics)
+        return loss, *metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *(None if x is None else x.mul_(grad) for x in ctx.gradients), *(None,) * 7
+
+
+def _rows_of(hidden: Tensor) -> Callable[..., Rows]:
+    """The kernel on a GPU, plain torch elsewhere."""
+    if not hidden.is_cuda:
+        return kl_rows
+    from halo.kl_kernel import kl_rows_triton  # Triton does not exist on every machine
+
+    return kl_rows_triton
+
+
+def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None) -> tuple[int, int]:
+    """(tokens whose logits, tokens whose gradient live at a time).
+
+    Twice as many for the gradient: its products are the better the more tokens they sum over.
+    """
+    if chunk is not None:
+        return min(chunk, tokens), min(chunk, tokens)
+    if not hidden.is_cuda:
+        return min(1024, tokens), min(1024, tokens)
+    half = CHUNK_BYTES // (words * (2 * 4 + 2 * hidden.element_size()))
+    half = max(128, half // 128 * 128)
+    return min(half, tokens), min(2 * half, tokens)
+
+
+def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """hidden @ head.T in float32, also from half precision."""
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, head.T, out=out)
+    if hidden.is_cuda:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32, out=out)
+    return torch.mm(hidden.float(), head.T.float(), out=out)

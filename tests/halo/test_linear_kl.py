@@ -1,0 +1,171 @@
+"""Stage 2's fused loss against a plain float64 reference over every token; the kernel against plain torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from halo.linear_kl import linear_kl
+
+N, V, D, E = 700, 97, 16, 24
+"""More tokens than one public code's 512 rows, and no multiple of any chunk."""
+
+
+@pytest.fixture
+def factors() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    return {"hidden": draw(N, D), "head": draw(V, D), "teacher_hidden": draw(N, E), "teacher_head": draw(V, E)}
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    """Next tokens; every seventh has none."""
+    labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
+    labels[6::7] = -100
+    return labels
+
+
+def plain(hidden, head, teacher_hidden, teacher_head, mask=None, labels=None, temperature=1.0, cross_entropy=0.0):
+    """(loss, kl, cross entropy), each a mean over the tokens that count."""
+    mask = torch.ones(len(hidden), dtype=torch.bool) if mask is None else mask
+    student, teacher = (hidden @ head.T)[mask], (teacher_hidden @ teacher_head.T)[mask]
+    log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    nll = torch.zeros(()) if labels is None else F.cross_entropy(student, labels[mask])
+    return temperature**2 * kl + cross_entropy * nll, kl, nll
+
+
+OPTIONS = [
+    {},
+    {"mask": True},
+    {"temperature": 2.0},
+    {"labels": True},
+    {"labels": True, "cross_entropy": 0.5},
+    {"mask": True, "labels": True, "cross_entropy": 0.5, "temperature": 0.5},
+]
+
+
+def chosen(options, labels):
+    values = {"mask": torch.arange(N) % 3 > 0, "labels": labels}
+    return {name: values.get(name, value) for name, value in options.items()}
+
+
+@pytest.mark.parametrize("chunk", [64, 100, None])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_loss_and_gradients_are_those_of_the_plain_reference(factors, labels, options, chunk):
+    options = chosen(options, labels)
+    exact = {k: v.double().requires_grad_() for k, v in factors.items()}
+    expected, kl, nll = plain(**exact, **options)
+    expected.backward()
+    factors["hidden"].requires_grad_(), factors["head"].requires_grad_()
+    loss, metrics = linear_kl(**factors, **options, chunk=chunk)
+    (3 * loss).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(metrics["kl"].double(), kl, rtol=1e-5, atol=0)
+    if "labels" in options:
+        torch.testing.assert_close(metrics["cross_entropy"].double(), nll.double(), rtol=1e-5, atol=0)
+    for name in ("hidden", "head"):
+        torch.testing.assert_close(factors[name].grad.double(), 3 * exact[name].grad, rtol=1e-5, atol=1e-6)
+    assert factors["teacher_hidden"].grad is None and factors["teacher_head"].grad is None
+
+
+def test_every_token_counts_once(factors):
+    """The mean over 700 tokens is that of its parts, also beyond the first 512 rows."""
+    whole, _ = linear_kl(**factors)
+    parts = []
+    for rows in (slice(0, 512), slice(512, N)):
+        part = factors | {k: factors[k][rows] for k in ("hidden", "teacher_hidden")}
+        parts.append(linear_kl(**part)[0] * len(part["hidden"]))
+    torch.testing.assert_close(whole, sum(parts) / N)
+
+
+def test_a_student_that_is_the_teacher_has_no_loss(factors):
+    hidden, head = factors["teacher_hidden"], factors["teacher_head"]
+    loss, metrics = linear_kl(hidden, head, hidden, head)
+    assert abs(loss.item()) < 1e-6
+    torch.testing.assert_close(metrics["agreement"], torch.tensor(1.0))
+
+
+def test_metrics_are_those_of_the_logits(factors):
+    _, metrics = linear_kl(**factors, chunk=64)
+    student, teacher = factors["hidden"] @ factors["head"].T, factors["teacher_hidden"] @ factors["teacher_head"].T
+    torch.testing.assert_close(metrics["agreement"], (student.argmax(-1) == teacher.argmax(-1)).float().mean())
+    entropy = torch.distributions.Categorical(logits=teacher).entropy().mean()
+    torch.testing.assert_close(metrics["teacher_entropy"], entropy)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("padded", ["head", "teacher_head"])
+def test_heads_padded_to_different_sizes_share_their_words(factors, padded):
+    short, _ = linear_kl(**factors)
+    longer = factors | {padded: torch.cat([factors[padded], torch.full_like(factors[padded][:5], 9.0)])}
+    longer["head"].requires_grad_()
+    loss, _ = linear_kl(**longer)
+    loss.backward()
+    torch.testing.assert_close(loss, short)
+    assert longer["head"].grad.shape == longer["head"].shape
+    assert not longer["head"].grad[V:].any()
+
+
+def test_half_precision_has_float32_logits(factors):
+    """bf16 operands, exact products: rounding the logits to bf16 as well would be off by far more."""
+    half = {k: v.bfloat16() for k, v in factors.items()}
+    expected, *_ = plain(**{k: v.double() for k, v in half.items()})
+    half["head"].requires_grad_()
+    loss, _ = linear_kl(**half)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert loss.dtype == torch.float32 and half["head"].grad.dtype == torch.bfloat16
+
+
+def test_what_is_not_trained_gets_no_gradient(factors):
+    factors["hidden"].requires_grad_()
+    linear_kl(**factors)[0].backward()
+    assert factors["hidden"].grad is not None and factors["head"].grad is None
+    with torch.no_grad():
+        assert linear_kl(**factors)[0] > 0
+
+
+def test_wrong_settings_are_named(factors):
+    with pytest.raises(ValueError, match="needs labels"):
+        linear_kl(**factors, cross_entropy=0.1)
+    with pytest.raises(ValueError, match="must be positive, not 0"):
+        linear_kl(**factors, temperature=0)
+
+
+INTERPRETED = """
+import torch
+from halo.kl_kernel import kl_rows_triton
+from halo.linear_kl import Terms, kl_rows
+
+torch.manual_seed(0)
+student, teacher = 4 * torch.randn(5, 9001), 4 * torch.randn(5, 9001)
+weights, labels = torch.rand(5), torch.randint(0, 9001, (5,))
+labels[2] = -100
+label_weights = weights * (labels >= 0)
+for terms in (Terms(1.0, 0.0), Terms(1.0, 0.5), Terms(2.0, 0.3)):
+    for given in ((labels, label_weights), (None, None)):
+        plain, fused = torch.empty_like(student), torch.empty_like(student)
+        expected = kl_rows(student, teacher, weights, *given, terms, plain)
+        rows = kl_rows_triton(student, teacher, weights, *given, terms, fused)
+        counted = labels >= 0  # the cross entropy of a row without a label is not looked at
+        torch.testing.assert_close(rows[:3], expected[:3], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rows[3][counted], expected[3][counted], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=2e-6)
+        assert kl_rows_triton(student, teacher, weights, *given, terms, None)[0].equal(rows[0])
+"""
+
+
+def test_the_kernel_computes_what_plain_torch_does():
+    """In Triton's interpreter; tests/gpu runs it compiled."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment, cwd=Path(__file__).parents[2])
