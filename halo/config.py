@@ -9,16 +9,47 @@ are refused with a suggestion. In a preset, a path that starts with "./" or "../
 import difflib
 import tomllib
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from halo.errors import UserError
+from hypenet.configuration_hypenet import LIGHTNING
 
 PRESETS = Path(__file__).parent / "presets"
 Schedule = Literal["cosine", "constant", "wsd"]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The switches of HypeNet's ablations (Table 3, Figures 4 and 5), by the names of HypeNetConfig's keys."""
+
+    attn_use_rope: bool = False
+    """RoPE in attention layers. True: "w/ attention RoPE"."""
+    attn_use_output_gate: bool = True
+    """False: "w/o attention output gate"."""
+    expand_kv_proj: bool = True
+    """A key and value head in RNN layers for every query head. False: "w/o RNN GQA to MHA"."""
+    lightning_use_rope: bool = True
+    """False: "w/o RNN RoPE"."""
+    lightning_use_qk_norm: bool = True
+    """False: "w/o RNN QK-norm"."""
+    lightning_use_output_gate: bool = True
+    """False: "w/o RNN output gate"."""
+    lightning_use_output_norm: bool = True
+    """The norm before the output gate (Eq. 14)."""
+    mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """For another mixer than Lightning, by its name: what differs from its defaults. The string "none" is None."""
+
+    def switches(self) -> dict[str, Any]:
+        """As `hybrid_config` takes them."""
+        options = {
+            mixer: {name: None if value == "none" else value for name, value in given.items()}
+            for mixer, given in self.mixer_options.items()
+        }
+        return asdict(self) | {"mixer_options": options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +92,28 @@ class Training:
     seed: int = 0
     save_every: int = 500
     """Steps between checkpoints; the stage's end is always saved."""
+    keep_last: int = 2
+    """The newest checkpoints that are kept. With one alone, there is none to go back to where it is damaged."""
+    keep_every: int = 0
+    """Keep also the checkpoints whose step this divides, until the stage is finished; 0: none."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped, their loss or gradient not being finite. One more: back to a checkpoint."""
+    profile_from: int = 0
+    """The first step (0-based) that torch's profiler traces, on rank 0; see profile_steps."""
+    profile_steps: int = 0
+    """How many steps it traces, into the stage's tensorboard/; 0: none."""
     corpus: Corpus = field(default_factory=Corpus)
     shards: str = ""
     """A folder of prepared MDS shards. Empty: the stage prepares its own from `corpus`."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch", "micro_batch", "steps", "save_every"):
+        for name in ("seq_len", "batch", "micro_batch", "steps", "save_every", "keep_last"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lr", "min_lr", "warmup", "decay", "weight_decay", "clip"):
+        for name in ("lr", "min_lr", "warmup", "decay", "weight_decay", "clip", "profile_from", "profile_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("keep_every", "max_skipped"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _check(self.keep_every % self.save_every == 0, "keep_every", self.keep_every, "a multiple of save_every")
         _check(len(self.betas) == 2, "betas", self.betas, "two numbers")
         _check(self.schedule != "wsd" or self.decay > 0, "decay", self.decay, "at least 1 for a wsd schedule")
 
@@ -122,8 +166,10 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """The choice of the logits-scaling base a (Eq. 11), by loss on held-out documents."""
+    """The choice of the attention logits scaling (Eq. 11), by loss on held-out documents."""
 
+    form: Literal["hype", "constant"] = "hype"
+    """What `candidates` are: bases a of s_t = log_a(t + a), or constants s_t (Figure 8)."""
     candidates: tuple[float, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
     seq_len: int = 65_536
     documents: int = 32
@@ -131,6 +177,8 @@ class Scaling:
 
     def __post_init__(self) -> None:
         _check(bool(self.candidates) and min(self.candidates) > 1, "candidates", self.candidates, "numbers above 1")
+        small = self.form == "hype" or max(self.candidates) <= 10
+        _check(small, "candidates", self.candidates, "at most 10 where they are constants")
         _check(self.documents >= 1, "documents", self.documents, "at least 1")
 
 
@@ -158,8 +206,9 @@ class Config:
     name: str
     """The preset's name; runs/<name> is the default run folder."""
     teacher: str
-    """A Hugging Face id or folder of a causal language model."""
-    rnn_mixer: str = "lightning-attn"
+    """A Hugging Face id, folder or GGUF file of a causal language model."""
+    rnn_mixer: str = LIGHTNING
+    architecture: Architecture = field(default_factory=Architecture)
     heldout: str = ""
     """Text whose held-out documents serve selection, the choice of a, and evaluation."""
     pretrain: Pretrain | None = None
@@ -169,6 +218,12 @@ class Config:
     finetune: Training
     scaling: Scaling = field(default_factory=Scaling)
     eval: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        plain, mixer = Architecture(), self.rnn_mixer
+        for name, value in vars(self.architecture).items():
+            if name.startswith("lightning_") and mixer != LIGHTNING and value != getattr(plain, name):
+                raise ValueError(f"architecture.{name} is Lightning's: set architecture.mixer_options.{mixer} instead")
 
 
 def load_config(preset: str | Path, overrides: Sequence[str] = (), recorded: Path | None = None) -> Config:
@@ -187,13 +242,13 @@ def load_config(preset: str | Path, overrides: Sequence[str] = (), recorded: Pat
         path = PRESETS / f"{preset}.toml"
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.toml"))
-        raise UserError(f"no preset '{preset}'{_suggest(str(preset), names)}; presets: {', '.join(names)}")
+        raise UserError(f"no preset '{preset}'{suggest(str(preset), names)}; presets: {', '.join(names)}")
     table = {"name": path.stem} | _anchor(read_toml(path), path.parent)
     if recorded is not None and recorded.is_file():
         path, table = recorded, read_toml(recorded) | {"name": table["name"]}
     for key, value in _pairs(overrides):
         _assign(table, key, value)
-    return _build(Config, table, where=str(path))
+    return build(Config, table, where=str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -249,7 +304,12 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
             if not rest:
                 raise UserError(f"--{key} has no value")
             value = rest.pop(0)
-        pairs.append((key.replace("-", "_"), value))
+        words = key.split(".")
+        keys = [
+            word if before == "mixer_options" else word.replace("-", "_")  # a mixer's name may have a hyphen
+            for before, word in zip(["", *words], words, strict=False)
+        ]
+        pairs.append((".".join(keys), value))
     return pairs
 
 
@@ -274,11 +334,16 @@ def _anchor(value: Any, folder: Path) -> Any:
     return value
 
 
-def _build(cls: type[T], table: dict[str, Any], where: str) -> T:
+def build(cls: type[T], table: dict[str, Any], where: str) -> T:
+    """A dataclass from a table, every key and type checked.
+
+    Raises:
+        UserError: what is wrong, beginning with `where`.
+    """
     hints = get_type_hints(cls)
     for key in table:
         if key not in hints:
-            raise UserError(f"{where}: unknown key '{key}'{_suggest(key, list(hints))}")
+            raise UserError(f"{where}: unknown key '{key}'{suggest(key, list(hints))}")
     missing = [
         f.name
         for f in fields(cls)  # type: ignore[arg-type]
@@ -295,14 +360,22 @@ def _build(cls: type[T], table: dict[str, Any], where: str) -> T:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) in (Union, UnionType):
+        if value is None:
+            return None
         kind = next(k for k in get_args(kind) if k is not type(None))
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{where} must be a table, not {value!r}")
-        return _build(kind, value, where)  # type: ignore[arg-type]
+        return build(kind, value, where)  # type: ignore[arg-type]
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a table, not {value!r}")
+        return {key: _convert(get_args(kind)[1], v, f"{where}.{key}") for key, v in value.items()}
+    if kind is Any:
+        return value
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            near = _suggest(str(value), get_args(kind))
+            near = suggest(str(value), get_args(kind))
             raise UserError(f"{where} must be one of {', '.join(get_args(kind))}, not {value!r}{near}")
         return value
     if get_origin(kind) is tuple:
@@ -325,6 +398,7 @@ def _article(kind: str) -> str:
     return {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}[kind]
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
+    """The nearest of `known`, as the end of a sentence; empty where none is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -32,7 +32,11 @@ LAUNCHERS = {
 MEASURING = ("selection", "scaling", "eval")
 """The stages that measure on held-out text."""
 
-FREE = ("micro_batch", "save_every", "activation_checkpointing", "teacher_placement", "batch_tokens")
+FREE = (
+    *("micro_batch", "save_every", "activation_checkpointing", "teacher_placement", "batch_tokens"),
+    *("profile_from", "profile_steps"),
+    *("keep_last", "keep_every", "max_skipped"),
+)
 """Settings that change how a result is reached, not the result: they may change when a run goes on."""
 
 
@@ -41,7 +45,7 @@ class Context:
     config: Config
     run: Path
     teacher: Path
-    """The teacher's local folder."""
+    """The teacher's local folder, or its GGUF file."""
     fingerprint: str
     """The teacher's."""
     ds_config: dict[str, Any]
@@ -53,7 +57,11 @@ class Context:
 
     def folder(self, stage: str) -> StageFolder:
         """A stage's folder, knowing what it must have been made from."""
-        made_from: dict[str, Any] = {"teacher": self.fingerprint, "rnn_mixer": self.config.rnn_mixer}
+        made_from: dict[str, Any] = {
+            "teacher": self.fingerprint,
+            "rnn_mixer": self.config.rnn_mixer,
+            "architecture": config_table(self.config.architecture),
+        }
         if stage in MEASURING:
             made_from["heldout"] = self.config.heldout
         settings = self.settings(stage)

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable
 
-from halo.config import Training
+from halo.config import Training, suggest
 from halo.context import INPUTS, Context
 from halo.distributed import on_rank0, rank
 from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
 from halo.launch import Job
-from halo.models import find_teacher
+from halo.models import check_architecture, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.stages import align, distill, evaluate, export, finetune, scale, select
 from hypenet.configuration_hypenet import ATTENTION
@@ -56,14 +56,16 @@ def say(line: str) -> None:
 def _open(job: Job, stage: str, names: list[str]) -> Context:
     """Every check that needs no model. Writes nothing."""
     ds_config = read_ds_config(job.ds_config)
-    if job.config.rnn_mixer not in MIXERS:
-        raise UserError(f"no RNN mixer '{job.config.rnn_mixer}'; there are: {', '.join(MIXERS.keys() - {ATTENTION})}")
+    mixer, mixers = job.config.rnn_mixer, sorted(MIXERS.keys() - {ATTENTION})
+    if mixer not in mixers:
+        raise UserError(f"no RNN mixer '{mixer}'{suggest(mixer, mixers)}; there are: {', '.join(mixers)}")
     for name in names:
         training = getattr(job.config, name, None)
         if isinstance(training, Training):
             complete_ds_config(ds_config, training)
     claim(job.run, job.config)
     teacher = find_teacher(job.config.teacher)
+    check_architecture(teacher, job.config)
     context = Context(
         config=job.config,
         run=job.run,

@@ -24,7 +24,7 @@ from halo.config import Config, config_table, read_toml, to_toml
 from halo.distributed import rank
 from halo.errors import UserError
 
-IDENTITY = ("name", "teacher", "rnn_mixer")
+IDENTITY = ("name", "teacher", "rnn_mixer", "architecture")
 """The settings that make a run what it is: a folder with others belongs to another run."""
 
 
@@ -172,10 +172,8 @@ def claim(folder: Path, config: Config) -> None:
         recorded, table = read_toml(path), config_table(config)
         for key in IDENTITY:
             if recorded.get(key) != table[key]:
-                raise UserError(
-                    f"{folder} belongs to another run ({key} = {recorded.get(key)!r}, now {table[key]!r}): "
-                    "choose another --run"
-                )
+                other = difference({key: recorded.get(key)}, {key: table[key]})
+                raise UserError(f"{folder} belongs to another run, with another {other}: choose another --run")
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files but no run (no config.toml): choose another --run")
 
@@ -209,10 +207,11 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "version"
 
 
-def teacher_fingerprint(folder: Path) -> str:
-    """A digest of a teacher's folder: its config, and of each weight file the size, the head and the tail."""
+def teacher_fingerprint(teacher: Path) -> str:
+    """A digest of a teacher: its config, and of each weight file, or of its GGUF file, size, head and tail."""
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    files = [teacher] if teacher.is_file() else [teacher / "config.json", *sorted(teacher.glob("*.safetensors"))]
+    for path in files:
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with open(path, "rb") as file:
             digest.update(file.read(1 << 20))

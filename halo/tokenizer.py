@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from halo.errors import UserError
+from halo.gguf_file import is_gguf, mend_tokenizer, where
 
 EOS = "<|endoftext|>"
 
@@ -53,17 +54,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder (or under a name on the Hugging Face hub).
+    """The tokenizer in a folder, in a GGUF file, or under a name on the Hugging Face hub.
 
     Raises:
         UserError: there is none, it is not a fast one, or it has no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(**where(source))
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer at {source}: neither a folder that holds one nor a name on the hub") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer at {source} has no tokenizer.json; save it as a fast tokenizer first")
+    if is_gguf(source):
+        mend_tokenizer(tokenizer, source)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer at {source} has no end-of-text token (eos_token)")
     return tokenizer

@@ -4,6 +4,7 @@ Writes `mixers.safetensors`: every layer's RNN mixer, keys `<layer>.<parameter>`
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ def run(context: Context) -> None:
     shards = shards_for(context, "align")
     teacher = load_teacher(context.teacher)
     torch.manual_seed(training.seed)
-    objective = Alignment(new_mixers(teacher, context.config.rnn_mixer), Teacher(teacher))
+    mixers = new_mixers(teacher, context.config.rnn_mixer, **context.config.architecture.switches())
+    objective = Alignment(mixers, Teacher(teacher))
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
 
     def finish() -> None:
@@ -37,9 +39,13 @@ def run(context: Context) -> None:
     on_rank0(finish)
 
 
-def new_mixers(teacher: PreTrainedModel, rnn_mixer: str) -> dict[int, nn.Module]:
-    """An RNN mixer for every attention layer of the teacher, initialised from its weights (Sec. 4.1)."""
-    config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=rnn_mixer)
+def new_mixers(teacher: PreTrainedModel, rnn_mixer: str, **switches: Any) -> dict[int, nn.Module]:
+    """An RNN mixer for every attention layer of the teacher, initialised from its weights (Sec. 4.1).
+
+    Args:
+        switches: as `hybrid_config` takes them.
+    """
+    config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=rnn_mixer, **switches)
     return {
         index: mixer_from_attention(layer.self_attn, config, index).to(teacher.dtype)
         for index, layer in enumerate(teacher.model.layers)

@@ -26,7 +26,12 @@ def run(context: Context) -> None:
     shards = shards_for(context, "distill")
     teacher = load_teacher(context.teacher)
     kept = context.folder("selection").load_json("scores.json")["attention_layers"]
-    config = hybrid_config(teacher.config, attention_layers=kept, rnn_mixer=context.config.rnn_mixer)
+    config = hybrid_config(
+        teacher.config,
+        attention_layers=kept,
+        rnn_mixer=context.config.rnn_mixer,
+        **context.config.architecture.switches(),
+    )
     torch.manual_seed(training.seed)
     student = hybrid_from_teacher(teacher, config, load_mixers(context.folder("align")))
     objective = Distillation(

@@ -1,4 +1,4 @@
-"""The finished hybrid as a Hugging Face folder: config, safetensors, tokenizer, model code, the chosen base a."""
+"""The finished hybrid as a Hugging Face folder: config, safetensors, tokenizer, model code, the chosen scaling."""
 
 import time
 
@@ -9,7 +9,6 @@ from halo.run import atomic_folder
 from halo.stages.distill import HYBRID
 from halo.stages.scale import SCALING
 from halo.tokenizer import load_tokenizer
-from hypenet.configuration_hypenet import hype_scaling
 from hypenet.export import export_pretrained
 
 MODEL = "model"
@@ -22,13 +21,13 @@ def run(context: Context) -> None:
 def _export(context: Context) -> None:
     began = time.perf_counter()
     folder = context.folder("export")
-    base = context.folder("scaling").load_json(SCALING)["a"]
+    scaling = context.folder("scaling").load_json(SCALING)["attn_logits_scaling"]
     with atomic_folder(folder.path / MODEL) as partial:
         export_pretrained(
             load_hybrid(context.run / "finetune" / HYBRID),
             load_tokenizer(context.teacher),
             partial,
-            logits_scaling=hype_scaling(base),
+            logits_scaling=scaling,
         )
     seconds = round(time.perf_counter() - began, 1)
-    folder.complete(folder.files_in(MODEL), {"logits_scaling_base": base, "seconds": seconds})
+    folder.complete(folder.files_in(MODEL), {"attn_logits_scaling": scaling, "seconds": seconds})

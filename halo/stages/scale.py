@@ -1,6 +1,6 @@
-"""The choice of the logits-scaling base a (Eq. 11): least loss on held-out documents, at a length beyond training's.
+"""The choice of the attention logits scaling (Eq. 11): least loss on held-out documents, at a length beyond training's.
 
-Writes `scaling.json`: the base, and every candidate's loss.
+Writes `scaling.json`: the chosen `attn_logits_scaling`, and every candidate's loss.
 """
 
 import time
@@ -25,17 +25,18 @@ def run(context: Context) -> None:
         settings.seq_len, settings.documents
     )
     hybrid = load_hybrid(context.run / "finetune" / HYBRID).to(device())
-    specs = {"none": None} | {f"{a:g}": hype_scaling(a) for a in settings.candidates}
+    scaled = {f"{a:g}": hype_scaling(a) if settings.form == "hype" else a for a in settings.candidates}
+    specs: dict[str, str | float | None] = {"none": None} | scaled
     losses = {}
     with progress_bar(len(specs) * len(samples), "scale", unit="sample") as bar:
         for name, spec in specs.items():
             hybrid.config.attn_logits_scaling = spec
             losses[name] = loss_at_length(hybrid, samples, progress=bar.update)
-    best = min(settings.candidates, key=lambda a: losses[f"{a:g}"])
+    best = min(scaled, key=lambda name: losses[name])
 
     def finish() -> None:
         folder = context.folder("scaling")
-        folder.save_json(SCALING, {"a": best, "loss": losses})
+        folder.save_json(SCALING, {"attn_logits_scaling": scaled[best], "loss": losses})
         seconds = round(time.perf_counter() - began, 1)
         folder.complete([SCALING], {"tokens": samples.numel() * len(specs), "parameters": 0, "seconds": seconds})
 

@@ -70,7 +70,8 @@ def _measure(context: Context, teacher: PreTrainedModel) -> dict[str, Any]:
     questions = build_questions(
         held_out.token_ids(), count=settings.questions, context=ask, continuation=answer, seed=settings.seed
     )
-    mixers, weights = new_mixers(teacher, context.config.rnn_mixer), load_mixers(context.folder("align"))
+    mixers = new_mixers(teacher, context.config.rnn_mixer, **context.config.architecture.switches())
+    weights = load_mixers(context.folder("align"))
     recall, csr = [], []
     batch = max(1, context.config.eval.batch_tokens // settings.seq_len)
     with progress_bar(len(mixers) * (len(needles) + len(questions)), "select", unit="sample") as bar:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.config import PRESETS, Training, config_table, load_config, to_toml
+from halo.config import PRESETS, Architecture, Training, config_table, load_config, to_toml
 from halo.errors import UserError
 from halo.trainer import learning_rate
-from hypenet import HypeNetForCausalLM
+from hypenet import HypeNetConfig, HypeNetForCausalLM
 from hypenet.transfer import hybrid_config
 from tests.halo.teachers import teacher_config
 
@@ -69,6 +69,15 @@ def test_the_paper_presets_train_on_the_papers_tokens(preset):
         (["--selection.epsilon", "0"], "epsilon must be more than 0, not 0.0"),
         (["--selection.layers", "[1, 1]"], "layers must be without repeats, not [1, 1]"),
         (["--scaling.candidates", "[1]"], "candidates must be numbers above 1, not [1.0]"),
+        (["--scaling.form", "constant"], "candidates must be at most 10 where they are constants, not [128.0, 256.0"),
+        (["--architecture.attn_use_rop", "true"], "unknown key 'attn_use_rop' (did you mean 'attn_use_rope'?)"),
+        (["--architecture.attn_use_rope", "yes"], "attn_use_rope must be true or false, not 'yes'"),
+        (["--architecture.mixer_options", "gla"], "mixer_options must be a table, not 'gla'"),
+        (["--architecture.mixer_options.gla", "1"], "mixer_options.gla must be a table, not 1"),
+        (
+            ["--rnn_mixer", "gla", "--architecture.lightning_use_rope", "false"],
+            "architecture.lightning_use_rope is Lightning's: set architecture.mixer_options.gla instead",
+        ),
         (["--eval.samples", "[3]"], "samples must be one number for each of lengths, not [3]"),
         (["distill.lr", "1"], "overrides are written --table.key value"),
     ],
@@ -82,6 +91,43 @@ def test_bad_overrides_are_named(overrides, message):
 def test_overrides_take_effect():
     config = load_config("tiny", ["--distill.lr", "5e-5", "--distill.steps=7", "--name", "mine"])
     assert (config.distill.lr, config.distill.steps, config.name) == (5e-5, 7, "mine")
+
+
+TABLE_3 = {
+    "w/o RNN RoPE": "lightning_use_rope false",
+    "w/ attention RoPE": "attn_use_rope true",
+    "w/o RNN QK-norm": "lightning_use_qk_norm false",
+    "w/o RNN GQA to MHA": "expand_kv_proj false",
+    "w/o RNN output gate": "lightning_use_output_gate false",
+    "w/o attention output gate": "attn_use_output_gate false",
+}
+
+
+@pytest.mark.parametrize("row", TABLE_3)
+def test_every_row_of_table_3_is_a_switch(row):
+    """It differs from the default, reaches HypeNet's configuration, and is in the guide."""
+    name, value = TABLE_3[row].split()
+    switches = load_config("tiny", [f"--architecture.{name}", value]).architecture.switches()
+    plain = load_config("tiny").architecture.switches()
+    assert {key for key in plain if plain[key] != switches[key]} == {name}
+    config = hybrid_config(teacher_config("Qwen/Qwen3-1.7B"), [0], **switches)
+    assert getattr(config, name) == switches[name]
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    assert f"| {row} | `--architecture.{TABLE_3[row]}` |" in guide
+
+
+def test_the_defaults_are_hypenet():
+    config = HypeNetConfig()
+    assert {name: getattr(config, name) for name in Architecture().switches()} == Architecture().switches()
+
+
+def test_another_mixers_options():
+    """Its name may have a hyphen; TOML has no None."""
+    given = ["--architecture.mixer_options.linear-attn.use-rope", "false"]
+    given += ["--architecture.mixer_options.linear-attn.qk_norm", "none"]
+    config = load_config("tiny", ["--rnn_mixer", "linear-attn", *given])
+    assert config.architecture.switches()["mixer_options"] == {"linear-attn": {"use_rope": False, "qk_norm": None}}
+    assert tomllib.loads(to_toml(config_table(config))) == config_table(config)
 
 
 def test_a_path_on_the_command_line_is_relative_to_where_one_stands():

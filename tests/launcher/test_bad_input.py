@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from halo.config import load_config
+from halo.config import config_table, load_config, to_toml
 from halo.errors import UserError
 from halo.launch import Job
 from halo.pipeline import run_stage
@@ -72,8 +73,38 @@ def test_a_teacher_whose_weights_are_cut_short(tmp_path, teacher):
 
 
 def test_a_teacher_of_another_family(tmp_path, teacher):
-    edit(teacher / "config.json", model_type="llama")
-    assert "is a 'llama'; supported: qwen3" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    edit(teacher / "config.json", model_type="gemma3")
+    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert "is a 'gemma3'; supported: llama, mistral, qwen2, qwen3" in message
+
+
+def test_a_teacher_that_hypenet_cannot_represent(tmp_path, teacher):
+    edit(teacher / "config.json", model_type="llama", mlp_bias=True)
+    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert f"no hybrid of this architecture from {teacher}: The teacher's MLPs have biases" in message
+
+
+def test_a_quantized_teacher(tmp_path, teacher):
+    edit(teacher / "config.json", quantization_config={"quant_method": "awq"})
+    assert f"the teacher at {teacher} is quantized" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
+
+
+def test_a_teacher_without_all_its_weights(tmp_path, teacher):
+    weights = load_file(teacher / "model.safetensors")
+    del weights["model.layers.3.self_attn.q_proj.weight"]
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert f"the teacher at {teacher} lacks weights, model.layers.3.self_attn.q_proj.weight among them" in message
+
+
+def test_a_teacher_with_weights_of_another_kind(tmp_path, teacher):
+    (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
+    assert "has no .safetensors weights" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
+
+
+def test_a_gguf_file_that_is_not_there(tmp_path):
+    message = refusal("align", tmp_path / "run", "--teacher", "/no/such/model.gguf")
+    assert message == "no teacher at '/no/such/model.gguf': there is no such file"
 
 
 def test_a_tokenizer_larger_than_the_embedding(tmp_path, teacher):
@@ -158,7 +189,7 @@ def test_a_stage_made_with_other_settings(finished):
 
 def test_a_folder_of_another_run(finished, teacher, tmp_path):
     message = refusal("align", finished, "--teacher", str(teacher))
-    assert "belongs to another run (teacher = " in message
+    assert f"belongs to another run, with another teacher ('{TEACHER}', now '{teacher}')" in message
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.tex").write_text("precious")
     assert "holds files but no run" in refusal("align", tmp_path / "papers")
@@ -184,7 +215,32 @@ def test_a_choice_of_layers_that_do_not_exist(finished):
 
 def test_an_unknown_mixer(tmp_path):
     message = refusal("align", tmp_path / "run", "--rnn_mixer", "lightning")
-    assert message == "no RNN mixer 'lightning'; there are: lightning-attn"
+    assert message.startswith("no RNN mixer 'lightning' (did you mean 'lightning-attn'?); there are: ")
+    assert "no RNN mixer 'attn'" in refusal("align", tmp_path / "run", "--rnn_mixer", "attn")
+
+
+def test_an_architecture_that_cannot_be(tmp_path):
+    for overrides, message in [
+        (("mixer_options.linear-attn.use_rope", "yes"), "use_rope must be true or false, not 'yes'"),
+        (("mixer_options.gla.use_rope", "false"), "mixer_options names gla, which no layer"),
+        (("mixer_options.linear-attn.qk_norm", "l3"), "qk_norm must be 'rms', 'l2' or None, not 'l3'"),
+        (("mixer_options.linear-attn.heads", "3"), "do not fit the mixer"),
+    ]:
+        given = (f"--architecture.{overrides[0]}", overrides[1])
+        assert message in refusal("align", tmp_path / "run", "--rnn_mixer", "linear-attn", *given)
+
+
+def test_a_misspelt_option_of_a_mixer(tmp_path):
+    given = ("--rnn_mixer", "linear-attn", "--architecture.mixer_options.linear-attn.use_rop", "false")
+    assert "linear-attn: unknown key 'use_rop' (did you mean 'use_rope'?)" in refusal("align", tmp_path / "run", *given)
+
+
+def test_another_architecture_than_the_one_aligned(finished):
+    change = ("--architecture.attn_use_rope", "true")
+    message = f"{finished} belongs to another run, with another attn_use_rope (False, now True): choose another --run"
+    assert refusal("distill", finished, *change) == message
+    (finished / "config.toml").write_text(to_toml(config_table(load_config("tiny", [*SMALL, *change]))))
+    assert "align was made from another attn_use_rope (False, now True)" in refusal("distill", finished, *change)
 
 
 def test_a_refused_command_leaves_the_run_as_it_was(finished):
