@@ -26,8 +26,10 @@ def header() -> str:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
+    spec = sys.modules["__main__"].__spec__
+    command = ["python", *(["-m", spec.name] if spec else [sys.argv[0]]), *sys.argv[1:]]
     gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"python {' '.join(sys.argv)}\n{gpu}, Python {platform.python_version()}, {', '.join(versions)}\n"
+    return f"{' '.join(command)}\n{gpu}, Python {platform.python_version()}, {', '.join(versions)}\n"
 
 
 def milliseconds(run: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3) -> float:
