@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--ds_config", default="ds_configs/zero1.json")
     parser.add_argument("--placement", default="replicated", choices=["replicated", "sharded"])
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true", help="print the kernels that take the most time")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -106,22 +105,15 @@ def build(args: argparse.Namespace, training: Distill) -> Objective:
     with torch.device(device()):
         model = Qwen3ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    teacher = Teacher(model, args.placement)
     if args.stage == "align":
-        objective: Objective = Alignment(new_mixers(model, "lightning-attn"), teacher)
-        compiled = [*model.model.layers, *objective.mixers.values()] if args.compile else []
-    else:
-        hybrid = hybrid_config(config, attention_layers=KEPT[args.teacher])
-        student = hybrid_from_teacher(model, hybrid).train()
-        checkpointing = {"activation_checkpointing": training.activation_checkpointing}
-        if args.stage == "distill":
-            objective = Distillation(student, teacher, **checkpointing)
-        else:
-            objective = NextToken(student, **checkpointing)
-        compiled = [*model.model.layers, *student.model.layers] if args.compile else []
-    for module in compiled:
-        module.compile()
-    return objective
+        mixers = new_mixers(model, "lightning-attn")
+        return Alignment(mixers, Teacher(model))
+    hybrid = hybrid_config(config, attention_layers=KEPT[args.teacher])
+    student = hybrid_from_teacher(model, hybrid).train()
+    checkpointing = {"activation_checkpointing": training.activation_checkpointing}
+    if args.stage == "distill":
+        return Distillation(student, Teacher(model, args.placement), **checkpointing)
+    return NextToken(student, **checkpointing)
 
 
 def weights_and_optimizer(objective: Objective) -> float:
