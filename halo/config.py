@@ -136,6 +136,15 @@ class Pretrain(Training):
 class Distill(Training):
     teacher_placement: Literal["replicated", "sharded"] = "replicated"
     """Whether each rank holds a whole teacher, or the ranks of a node share one."""
+    temperature: float = 1.0
+    """Of both distributions in the KL; the loss is scaled by its square."""
+    cross_entropy: float = 0.0
+    """The weight of the next token's cross entropy beside the KL. 0 is Eq. 10."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        _check(self.cross_entropy >= 0, "cross_entropy", self.cross_entropy, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hypenet.losses import exact_logits
+
 CHUNK_BYTES = 900 * 2**20
 """What the logits of a chunk, and their gradient, may take on a GPU."""
 
@@ -162,8 +164,8 @@ class _LinearKL(torch.autograd.Function):
             end = min(begin + whole, tokens)
             for a in range(begin, end, half):
                 b = min(a + half, end)
-                s = _logits(hidden[a:b], head[:words], student[: b - a])
-                t = _logits(teacher_hidden[a:b], teacher_head[:words], teacher[: b - a])
+                s = exact_logits(hidden[a:b], head[:words], student[: b - a])
+                t = exact_logits(teacher_hidden[a:b], teacher_head[:words], teacher[: b - a])
                 d = None if gradient is None else gradient[a - begin : b - begin]
                 w, label, u = (None if x is None else x[a:b] for x in (weights, labels, label_weights))
                 rows.append(rows_of(s, t, w, label, u, terms, d))
@@ -210,11 +212,3 @@ def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None) -> tuple
     half = max(128, half // 128 * 128)
     return min(half, tokens), min(2 * half, tokens)
 
-
-def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
-    """hidden @ head.T in float32, also from half precision."""
-    if hidden.dtype == torch.float32:
-        return torch.mm(hidden, head.T, out=out)
-    if hidden.is_cuda:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32, out=out)
-    return torch.mm(hidden.float(), head.T.float(), out=out)

@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halo.linear_kl import linear_kl
-from halo.losses import IGNORE, alignment_mse, linear_cross_entropy
 from halo.models import unpadded
 from halo.teacher import Teacher
 from halo.trainer import Objective
+from hypenet.losses import IGNORE, linear_cross_entropy
 
 
 class Alignment(Objective):
@@ -77,7 +78,7 @@ class _Regression(nn.Module):
         """hidden and target [B, T, hidden] -> the mean squared error."""
         (mixer,) = self._mixer
         output, _ = mixer(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None)
-        loss = alignment_mse(output, target)
+        loss = F.mse_loss(output.float(), target.float())
         parameters = list(mixer.parameters())
         return _Made.apply(loss.detach(), torch.autograd.grad(loss, parameters), *parameters)
 
@@ -114,19 +115,34 @@ class _Headed(Objective):
 
 
 class Distillation(_Headed):
-    """Stage 2 (Sec. 4.4): the hybrid learns the teacher's distribution over every next token."""
+    """Stage 2 (Sec. 4.4): the hybrid learns the teacher's distribution over every next token.
 
-    def __init__(self, student: PreTrainedModel, teacher: Teacher, *, activation_checkpointing: bool = False):
+    Args:
+        temperature, cross_entropy: as `linear_kl` takes them.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher,
+        *,
+        temperature: float = 1.0,
+        cross_entropy: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
         super().__init__(student, activation_checkpointing=activation_checkpointing)
         self._teacher = [teacher]
+        self._terms = {"temperature": temperature, "cross_entropy": cross_entropy}
 
     def teach(self, input_ids: Tensor) -> dict[str, Any]:
         return {"teacher": self._teacher[0].logits(input_ids)}
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logs the KL, the teacher's entropy, top-1 agreement and the student's cross entropy, all in nats."""
         hidden = self.hidden_states(input_ids).flatten(0, 1)
         teacher = taught["teacher"]
-        return linear_kl(hidden, self.student.lm_head.weight, teacher.hidden, teacher.head)
+        head = self.student.lm_head.weight
+        return linear_kl(hidden, head, teacher.hidden, teacher.head, labels=next_tokens(input_ids), **self._terms)
 
 
 class NextToken(_Headed):
@@ -134,5 +150,9 @@ class NextToken(_Headed):
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.hidden_states(input_ids).flatten(0, 1)
-        labels = nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE).flatten()
-        return linear_cross_entropy(hidden, self.student.lm_head.weight, labels), {}
+        return linear_cross_entropy(hidden, self.student.lm_head.weight, next_tokens(input_ids)), {}
+
+
+def next_tokens(input_ids: Tensor) -> Tensor:
+    """[B, T] -> [B * T], the token after each; IGNORE after the last of a row."""
+    return F.pad(input_ids[:, 1:], (0, 1), value=IGNORE).flatten()

@@ -3,8 +3,7 @@
     logits l_i = h_i W^T        loss = 1/n sum_i -log softmax(l_i)[label_i]
     d loss / d l_i = (softmax(l_i) - onehot(label_i)) / n
 
-Logits are products in the operands' precision (bf16 on a GPU, accumulated in fp32 and rounded); all after is fp32, or
-float64 where the operands are.
+Logits and all after them are float32, also from operands in half precision, or float64 where the operands are.
 
 N tokens, V words, D width, B batch, T tokens of a row.
 """
@@ -64,6 +63,20 @@ def next_token_loss(
     return linear_cross_entropy(hidden, head, shift_labels, count=num_items_in_batch)
 
 
+def exact_logits(hidden: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
+    """hidden [N, D] @ head.T [D, V] as it was accumulated, in float32 at least: not rounded to half precision.
+
+    Args:
+        out: [N, V], where to write them.
+    """
+    if hidden.dtype in (torch.float16, torch.bfloat16):
+        if hidden.is_cuda and head.dtype == hidden.dtype:
+            return torch.mm(hidden, head.T, out_dtype=torch.float32, out=out)
+        hidden, head = hidden.float(), head.float()
+    logits = torch.mm(hidden, head.T, out=out)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast has its own way
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in forward, while a chunk's logits exist, and only scaled in backward."""
 
@@ -76,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device, dtype=grads.dtype)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            log_p = F.log_softmax((hidden[rows] @ head.T).to(grads.dtype), dim=-1)
+            log_p = F.log_softmax(exact_logits(hidden[rows], head), dim=-1)
             ignored = (labels[rows] == IGNORE).unsqueeze(-1)
             target = labels[rows].unsqueeze(-1).masked_fill(ignored, 0)
             loss -= log_p.gather(-1, target).masked_fill(ignored, 0).sum()

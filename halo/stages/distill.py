@@ -37,6 +37,8 @@ def run(context: Context) -> None:
     objective = Distillation(
         student,
         Teacher(teacher, training.teacher_placement),
+        temperature=training.temperature,
+        cross_entropy=training.cross_entropy,
         activation_checkpointing=training.activation_checkpointing,
     )
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)

@@ -118,3 +118,20 @@ def test_stage_3_is_the_shifted_next_token_loss():
     ids = tokens()
     loss, _ = NextToken(student)(ids)
     torch.testing.assert_close(loss, student(ids, labels=ids).loss)
+
+
+def test_stage_2_logs_what_one_watches():
+    teacher = make_teacher()
+    student = make_student(teacher)
+    ids = tokens()
+    logits, taught = student(ids).logits, teacher.eval()(ids).logits
+    log_q, log_p = logits.log_softmax(-1), taught.log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    objective = Distillation(student, Teacher(teacher), temperature=1.0, cross_entropy=0.25)
+    loss, metrics = objective(ids, **objective.teach(ids))
+    torch.testing.assert_close(metrics["kl"], kl)
+    torch.testing.assert_close(metrics["cross_entropy"], nll)
+    torch.testing.assert_close(loss, kl + 0.25 * nll)
+    assert metrics.keys() == {"kl", "teacher_entropy", "agreement", "cross_entropy"}

@@ -162,3 +162,22 @@ def test_the_gradients_are_given_away_once():
     (0.5 * loss).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="no second backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("chunk", [64, 4096])
+def test_the_loss_alone_is_the_plain_one_also_from_half_precision(chunk):
+    """700 tokens are no multiple of a chunk; every seventh has no label."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((700, 16), (97, 16)))
+    labels = torch.randint(0, 97, (700,), generator=generator)
+    labels[::7] = IGNORE
+    exact = [x.double().requires_grad_() for x in (hidden, head)]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, labels, ignore_index=IGNORE)
+    expected.backward()
+    for x in (hidden, head):
+        x.requires_grad_()
+    loss = linear_cross_entropy(hidden, head, labels, chunk=chunk)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for x, x_exact in zip((hidden, head), exact, strict=True):
+        assert (x.grad.double() - x_exact.grad).norm() < 0.005 * x_exact.grad.norm()
