@@ -34,6 +34,7 @@ def _kl_rows(  # type: ignore[no-untyped-def]
     temperature,
     cross_entropy,
     HAS_LABELS: tl.constexpr,
+    TRAINS_LABELS: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
     TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -86,19 +87,20 @@ def _kl_rows(  # type: ignore[no-untyped-def]
     tl.store(agreement_out + row, (first_s == first_t).to(tl.float32))
     if HAS_LABELS:
         label = tl.maximum(tl.load(labels + row), 0).to(tl.int32)
-        tl.store(nll_out + row, log_z_1 - tl.load(student + label))
+        # A label that is no word of both heads shows, in place of reading what lies behind the row.
+        tl.store(nll_out + row, log_z_1 - tl.load(student + label, mask=label < words, other=float("nan")))
 
     if HAS_GRADIENT:
         gradient += row * gradient_stride
         to_kl = temperature * tl.load(weights + row)
-        if HAS_LABELS:
+        if TRAINS_LABELS:
             to_nll = cross_entropy * tl.load(label_weights + row)
         for begin in range(0, words, BLOCK):
             v = begin + lanes
             s = tl.load(student + v, mask=v < words, other=-1e30)
             t = tl.load(teacher + v, mask=v < words, other=-1e30)
             d = to_kl * (tl.exp(s * cooling - log_z_s) - tl.exp(t * cooling - log_z_t))
-            if HAS_LABELS:
+            if TRAINS_LABELS:
                 d += to_nll * (tl.exp(s - log_z_1) - tl.where(v == label, 1.0, 0.0))
             tl.store(gradient + v, d.to(gradient.dtype.element_ty), mask=v < words)
 
@@ -133,6 +135,7 @@ def kl_rows_triton(
         terms.temperature,
         terms.cross_entropy,
         HAS_LABELS=labels is not None,
+        TRAINS_LABELS=labels is not None and terms.cross_entropy != 0,
         HAS_GRADIENT=gradient is not None,
         TEMPERED=terms.temperature != 1.0,
         BLOCK=min(BLOCK, triton.next_power_of_2(words)),

@@ -21,10 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypenet.losses import exact_logits
+from hypenet.losses import exact_logits, handed_out
 
 CHUNK_BYTES = 900 * 2**20
 """What the logits of a chunk, and their gradient, may take on a GPU."""
+
+FEW_CHUNKS = 8
+"""Over so many, the head's gradient is summed in the head's own precision, which spares a float32 copy of the head. In
+bf16 that costs as much again as the rounding of its operands; the error would grow with more chunks."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def linear_kl(
         raise ValueError("linear_kl needs labels for a cross entropy: give them, or leave cross_entropy at 0.")
     if temperature <= 0:
         raise ValueError(f"the temperature must be positive, not {temperature}.")
-    counted = hidden.new_ones(len(hidden), dtype=torch.float32) if mask is None else mask.float()
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    counted = hidden.new_ones(len(hidden), dtype=dtype) if mask is None else mask.to(dtype)
     weights = _mean_weights(counted)
     label_weights = None if labels is None else _mean_weights(counted * (labels >= 0))
     terms = Terms(temperature, cross_entropy)
@@ -117,7 +122,7 @@ def kl_rows(
         gradient: [C, V] in the precision that the matrix products take, or None: not wanted.
     """
     temperature = terms.temperature
-    agreement = (student.argmax(-1) == teacher.argmax(-1)).float()
+    agreement = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
     log_q, log_p = F.log_softmax(student / temperature, dim=-1), F.log_softmax(teacher / temperature, dim=-1)
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1)
@@ -152,10 +157,13 @@ class _LinearKL(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tokens, words = len(hidden), min(len(head), len(teacher_head))
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         rows_of = _rows_of(hidden)
         half, whole = _chunks(tokens, words, hidden, chunk)
-        student = hidden.new_empty(half, words, dtype=torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        to_head = None
+        if ctx.needs_input_grad[1]:
+            to_head = torch.zeros_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
+        student = hidden.new_empty(half, words, dtype=wide)
         teacher = torch.empty_like(student)
         gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
 
@@ -174,12 +182,12 @@ class _LinearKL(torch.autograd.Function):
                 if to_hidden is not None:
                     torch.mm(d, head[:words], out=to_hidden[begin:end])
                 if to_head is not None:
-                    to_head[:words].addmm_(d.T, hidden[begin:end])
+                    _add_product(to_head[:words], d.T, hidden[begin:end])
 
         kl, entropy, agreement, nll = (torch.cat(column) for column in zip(*rows, strict=True))
         kl, entropy, agreement = weights @ kl, weights @ entropy, weights @ agreement
         nll = nll.new_zeros(()) if label_weights is None else label_weights @ nll
-        ctx.gradients = to_hidden, to_head
+        ctx.gradients = to_hidden, None if to_head is None else to_head.to(head.dtype)
         loss = terms.temperature**2 * kl + terms.cross_entropy * nll
         metrics = (kl, entropy, agreement, nll)
         ctx.mark_non_differentiable(*metrics)
@@ -187,7 +195,17 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *(None if x is None else x.mul_(grad) for x in ctx.gradients), *(None,) * 7
+        return *handed_out(ctx, grad), *(None,) * 7
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, also where `total` is wider than the factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _rows_of(hidden: Tensor) -> Callable[..., Rows]:
@@ -211,4 +229,3 @@ def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None) -> tuple
     half = CHUNK_BYTES // (words * (2 * 4 + 2 * hidden.element_size()))
     half = max(128, half // 128 * 128)
     return min(half, tokens), min(2 * half, tokens)
-

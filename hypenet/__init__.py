@@ -3,12 +3,24 @@
 Importing it lets `AutoModelForCausalLM.from_pretrained` load HypeNet checkpoints without their own code.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .cache import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
-from .modeling_hypenet import HypeNetForCausalLM
+from .export import export_pretrained
+from .modeling_hypenet import HypeNetForCausalLM, HypeNetModel
+from .transfer import hybrid_config, hybrid_from_teacher
 
-__all__ = ["HypeNetConfig", "HypeNetForCausalLM"]
+__all__ = [
+    "HypeNetCache",
+    "HypeNetConfig",
+    "HypeNetForCausalLM",
+    "HypeNetModel",
+    "export_pretrained",
+    "hybrid_config",
+    "hybrid_from_teacher",
+]
 
 AutoConfig.register(HypeNetConfig.model_type, HypeNetConfig)
+AutoModel.register(HypeNetConfig, HypeNetModel)
 AutoModelForCausalLM.register(HypeNetConfig, HypeNetForCausalLM)

@@ -21,6 +21,24 @@ def hype_scaling(base: float) -> str:
     return f"hype {base:.12g}"
 
 
+def read_scaling(spec: str | float) -> tuple[str, float]:
+    """An `attn_logits_scaling` that is not None: ("hype", a) or ("constant", s).
+
+    Raises:
+        ValueError: it is neither a positive number nor "hype a" with a > 1.
+    """
+    if isinstance(spec, int | float) and not isinstance(spec, bool) and spec > 0:
+        return "constant", float(spec)
+    name, _, base = spec.partition(" ") if isinstance(spec, str) else ("", "", "")
+    try:
+        a = float(base)
+    except ValueError:
+        a = 0.0
+    if name != "hype" or not a > 1:
+        raise ValueError(f"attn_logits_scaling must be None, a positive number, or 'hype a' with a > 1, not {spec!r}.")
+    return name, a
+
+
 def _rope_of_this_version(kwargs: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 reads the keys of 4, but 4 would ignore the `rope_parameters` that 5 writes: translate them."""
     rope = kwargs.get("rope_parameters")
@@ -136,10 +154,34 @@ class HypeNetConfig(Qwen3Config):
             raise ValueError(
                 f"mixer_types names {len(self.mixer_types)} mixers, but num_hidden_layers is {self.num_hidden_layers}."
             )
-        if LIGHTNING in self.mixer_options:
-            raise ValueError(f"Lightning's options are the lightning_* keys: take {LIGHTNING!r} out of mixer_options.")
+        for mixer, keys in ((LIGHTNING, "lightning_*"), (ATTENTION, "attn_*")):
+            if mixer in self.mixer_options:
+                raise ValueError(f"The options of {mixer!r} are the {keys} keys: take it out of mixer_options.")
         if unused := self.mixer_options.keys() - set(self.mixer_types):
             raise ValueError(f"mixer_options names {', '.join(sorted(unused))}, which no layer of mixer_types has.")
+        if self.attn_logits_scaling is not None:
+            read_scaling(self.attn_logits_scaling)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}."
+            )
+        switches = (
+            "lightning_use_rope",
+            "lightning_use_qk_norm",
+            "lightning_use_output_norm",
+            "lightning_use_output_gate",
+        )
+        off = [name for name in switches if not getattr(self, name)]
+        if off and LIGHTNING not in self.mixer_types:
+            raise ValueError(f"{', '.join(off)} without a Lightning layer: set mixer_options of the mixers there are.")
+        if not self.expand_kv_proj and self.lightning_nkv != self.num_key_value_heads:
+            raise ValueError(
+                f"expand_kv_proj is False, but lightning_nkv is {self.lightning_nkv} and not num_key_value_heads, "
+                f"{self.num_key_value_heads}: leave lightning_nkv out."
+            )
+        if getattr(self, "lightning_rope_scaling", None):
+            raise ValueError("lightning_rope_scaling must be null: RNN layers have the RoPE that the model has.")
         if self.lightning_nh % self.lightning_nkv:
             raise ValueError(f"lightning_nh {self.lightning_nh} is no multiple of lightning_nkv {self.lightning_nkv}.")
         if self.lightning_scale != "1/sqrt(d)":

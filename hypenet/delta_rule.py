@@ -186,7 +186,7 @@ def rwkv7(
         return _plain(q, k, v, a, b, log_decay, scale=scale, state=state, keep_state=keep_state)
     run = kernel("rwkv7.chunk_rwkv7")
     carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": cu_seqlens}
-    return run(q, log_decay, k, v, a, b, scale=scale, lower_bound=RWKV7_STRONGEST_DECAY, **carried)
+    return run(r=q, w=log_decay, k=k, v=v, a=a, b=b, scale=scale, lower_bound=RWKV7_STRONGEST_DECAY, **carried)
 
 
 def _scores(rows: Tensor, columns: Tensor, decay: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Export: a Hugging Face folder that carries the model's code and so loads where this project is not installed."""
 
 import os
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_hypenet import HypeNetConfig
-from .modeling_hypenet import HypeNetForCausalLM
+from .configuration_hypenet import HypeNetConfig, read_scaling
+from .modeling_hypenet import HypeNetForCausalLM, HypeNetModel
 
 
 def export_pretrained(
@@ -20,13 +21,25 @@ def export_pretrained(
 
     Args:
         logits_scaling: the `attn_logits_scaling` to write, e.g. `hype_scaling(500)`. The model keeps its own.
+
+    Raises:
+        ValueError: `logits_scaling` is none that there is.
     """
-    HypeNetConfig.register_for_auto_class()
-    HypeNetForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    if logits_scaling is not None:
+        read_scaling(logits_scaling)
     before = model.config.attn_logits_scaling
     model.config.attn_logits_scaling = logits_scaling
+    classes: dict[Any, tuple[str, ...]] = {
+        HypeNetConfig: (),
+        HypeNetModel: ("AutoModel",),
+        HypeNetForCausalLM: ("AutoModelForCausalLM",),
+    }
     try:
+        for cls, name in classes.items():
+            cls.register_for_auto_class(*name)
         model.save_pretrained(folder)
-    finally:
+    finally:  # later, models are saved without their code again
+        for cls in classes:
+            cls._auto_class = None
         model.config.attn_logits_scaling = before
     tokenizer.save_pretrained(folder)

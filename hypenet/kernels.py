@@ -16,6 +16,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+FLA = "0.6.0"
+"""The first fla-core whose operations are called as here."""
+
 
 def serves(x: Tensor) -> bool:
     """Whether fla's kernels take `x` and its like: half precision on a GPU, fla-core installed."""
@@ -53,24 +56,34 @@ def check_gated_backward(gate: Tensor) -> None:
 @torch.compiler.assume_constant_result
 @cache
 def _installed() -> bool:
+    slow = "RNN layers run in plain torch, many times slower, without fla-core %s or newer (pip install fla-core): %s"
     try:
+        fla = importlib.import_module("fla")
         importlib.import_module("fla.ops.simple_gla")
     except ImportError as error:
-        logger.warning("RNN layers run in plain torch, many times slower, without fla-core: %s", error)
+        logger.warning(slow, FLA, error)
+        return False
+    if _numbers(fla.__version__) < _numbers(FLA):  # other names and orders of arguments
+        logger.warning(slow, FLA, f"this one is {fla.__version__}")
         return False
     return True
 
 
 @cache
 def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
 def _triton_miscompiles() -> bool:
     if importlib.util.find_spec("tilelang"):
         return False
-    return (3, 4, 0) <= tuple(int(part) for part in re.findall(r"\d+", _triton_version())[:3]) < (3, 7, 1)
+    return (3, 4, 0) <= _numbers(_triton_version()) < (3, 7, 1)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """ "3.7.0+git1" -> (3, 7, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _triton_version() -> str:

@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *LinearGradients.scaled(ctx, grad), None, None, None
+        return *handed_out(ctx, grad), None, None, None
 
 
 class LinearGradients:
@@ -125,20 +125,17 @@ class LinearGradients:
             self.to_head += to_logits.T @ self.hidden[rows]
 
     def save(self, ctx: Any) -> None:
-        """Keep the gradients for `scaled`."""
+        """Keep the gradients for backward, which hands them out."""
         ctx.gradients = (self.to_hidden, None if self.to_head is None else self.to_head.to(self.head.dtype))
 
-    @staticmethod
-    def scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(gradient of the hidden states, of the head), each times `grad`. Once: they are scaled in place.
 
-        Raises:
-            RuntimeError: backward runs a second time.
-        """
-        if ctx.gradients is None:
-            raise RuntimeError("This loss has no second backward: it gives away its gradients. Run forward again.")
-        (to_hidden, to_head), ctx.gradients = ctx.gradients, None
-        return (
-            None if to_hidden is None else to_hidden.mul_(grad),
-            None if to_head is None else to_head.mul_(grad),
-        )
+def handed_out(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """In backward: the gradients that forward left in `ctx.gradients`, times `grad`. Once: they are given away.
+
+    Raises:
+        RuntimeError: backward runs a second time.
+    """
+    if ctx.gradients is None:
+        raise RuntimeError("This loss has no second backward: it gives away its gradients. Run forward again.")
+    gradients, ctx.gradients = ctx.gradients, None
+    return tuple(None if gradient is None else gradient.mul_(grad) for gradient in gradients)

@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
-from .configuration_hypenet import ATTENTION, HypeNetConfig
+from .configuration_hypenet import ATTENTION, HypeNetConfig, read_scaling
 from .mixers import mixer
 from .norm import RMSNorm
 
@@ -30,16 +30,10 @@ def logits_scale(positions: Tensor, spec: str | float) -> Tensor:
     Raises:
         ValueError: `spec` is neither a number nor "hype a" with a > 1.
     """
-    if isinstance(spec, int | float):
-        return torch.full_like(positions, spec, dtype=torch.float32)
-    name, _, base = spec.partition(" ")
-    try:
-        a = float(base)
-    except ValueError:
-        a = math.nan
-    if name != "hype" or not a > 1:
-        raise ValueError(f"attn_logits_scaling must be None, a number, or 'hype a' with a > 1, not {spec!r}.")
-    return torch.log(positions.float() + a) / math.log(a)
+    form, value = read_scaling(spec)
+    if form == "constant":
+        return torch.full_like(positions, value, dtype=torch.float32)
+    return torch.log(positions.float() + value) / math.log(value)
 
 
 @mixer(ATTENTION)

@@ -31,6 +31,11 @@ class DeltaNetOptions(RNNOptions):
     activation: str | None = "silu"
     negative_eigenvalues: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.qk_norm != "l2":
+            raise ValueError(f"qk_norm must be 'l2', not {self.qk_norm!r}: with longer keys the delta rule diverges.")
+
 
 @mixer("deltanet")
 class DeltaNet(RNNMixer):

@@ -80,10 +80,10 @@ class RWKV7(RNNMixer):
             return x.unflatten(-1, (self.heads, self.head_dim))
 
         log_decay = RWKV7_STRONGEST_DECAY * torch.sigmoid(widen(self.w_proj(hidden_states)) + self.w_0)
-        rate = by_head(torch.sigmoid(widen(self.a_proj(hidden_states)) + self.a_0))
-        kappa = F.normalize(widen(k) * by_head(self.k_k), dim=-1, eps=1e-6)  # zero where k is, at padding
-        written = widen(k) * (1 + (rate - 1) * by_head(self.k_a))
-        bonus = (widen(q) * by_head(self.r_k) * written).sum(-1, keepdim=True) * v
+        rate = by_head(torch.sigmoid(self.a_proj(hidden_states) + self.a_0))
+        kappa = F.normalize(widen(k * by_head(self.k_k)), dim=-1, eps=1e-6).to(k.dtype)  # zero where k is, at padding
+        written = k * (1 + (rate - 1) * by_head(self.k_a))
+        bonus = (q * by_head(self.r_k) * written).sum(-1, keepdim=True) * v
         k, a, b = (x.to(q.dtype) for x in (written, -kappa, kappa * rate))
         output, state = rwkv7(q, k, v, a, b, by_head(log_decay), scale=1.0, **carried)
         return output + bonus.to(q.dtype), state

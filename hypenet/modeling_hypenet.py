@@ -257,6 +257,13 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
                 f"not {list(attention_mask.shape)}."
             )
 
+        if attention_mask is not None:
+            if seen and "linear_attention" in self.config.layer_types and (attention_mask.diff() < 0).any():
+                raise ValueError(
+                    "attention_mask has padding after tokens that RNN layers have seen, which their states have "
+                    "forgotten part of: pad on the left of everything, or continue each row alone."
+                )
+            attention_mask = _padding(attention_mask)
         bounds = kwargs.pop("cu_seq_lens_q", None)
         if attention_mask is None and past_key_values is None:
             bounds = documents(position_ids, bounds, batch, tokens)
@@ -272,8 +279,6 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
-        if attention_mask is not None:
-            attention_mask = _padding(attention_mask)
         masks = layer_masks(
             self.config, inputs_embeds, attention_mask, past_key_values, None if bounds is None else position_ids
         )
@@ -361,7 +366,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
         """
         every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and every_logit and attention_mask is None and past_key_values is None:
+        padding = None if attention_mask is None else _padding(attention_mask)
+        if labels is not None and padding is None and past_key_values is None:
             bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), *labels.shape)
             if bounds is not None:
                 kwargs["cu_seq_lens_q"] = bounds

@@ -76,7 +76,7 @@ class RNNMixer(nn.Module):
         if options.use_rope and self.head_dim != config.head_dim:
             raise ValueError(
                 f"Layer {layer_idx}: RoPE is made for heads of {config.head_dim}, not of {self.head_dim}: "
-                "set use_rope to false, or leave head_dim alone."
+                "leave RoPE out of this mixer, or leave its head_dim alone."
             )
         self.queries_per_key = self.heads // kv_heads
         self.scaling = self.head_dim**-0.5
@@ -155,6 +155,7 @@ class RNNMixer(nn.Module):
 
         q, k, v = self.project(hidden_states)
         k, gates = self.keys_and_gates(k, hidden_states)
+        made_gates = gates is not hidden_states
         if self.options.use_rope:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         if self.queries_per_key > 1:
@@ -168,7 +169,8 @@ class RNNMixer(nn.Module):
         without_autocast: AbstractContextManager[Any] = nullcontext()
         if torch.is_autocast_enabled(device):  # it takes what a product takes; what is in float32 is so on purpose
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-            gates = gates.to(self.q_proj.weight.dtype)
+            if not made_gates:
+                gates = gates.to(self.q_proj.weight.dtype)
             without_autocast = torch.autocast(device, enabled=False)
         with without_autocast:
             if cu_seq_lens_q is not None:

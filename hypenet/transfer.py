@@ -75,7 +75,7 @@ def hybrid_config(
     layers = teacher_config.num_hidden_layers
     if len(set(attention_layers)) != len(attention_layers) or not set(attention_layers) <= set(range(layers)):
         raise ValueError(f"attention_layers must be distinct, from 0 to {layers - 1}, not {list(attention_layers)}.")
-    known = inspect.signature(HypeNetConfig.__init__).parameters
+    known = inspect.signature(HypeNetConfig.__init__).parameters.keys() - {"self", "kwargs", "mixer_types"}
     if unknown := switches.keys() - known:
         raise ValueError(f"HypeNetConfig has no {', '.join(sorted(unknown))}.")
 

@@ -126,6 +126,35 @@ def test_half_precision_has_float32_logits(factors):
     assert loss.dtype == torch.float32 and half["head"].grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("tokens", "tolerance"), [(64, 0.004), (700, 0.006), (6400, 0.004)])
+def test_the_heads_gradient_in_half_precision_does_not_decay_with_more_chunks(tokens, tolerance):
+    """1, 11 and 100 chunks: few are summed in bf16, many in float32."""
+    g = torch.Generator().manual_seed(0)
+    hidden, taught = (torch.randn(tokens, 16, generator=g).bfloat16() for _ in range(2))
+    head, taught_head = (torch.randn(V, 16, generator=g).bfloat16() for _ in range(2))
+    exact = head.double().requires_grad_()
+    plain(hidden.double(), exact, taught.double(), taught_head.double())[0].backward()
+    head.requires_grad_()
+    linear_kl(hidden, head, taught, taught_head, chunk=64)[0].backward()
+    assert (head.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
+
+
+def test_float64_stays_float64(factors):
+    factors = {k: v.double().requires_grad_() for k, v in factors.items()}
+    loss, _ = linear_kl(**factors)
+    expected, *_ = plain(**factors)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_there_is_no_second_backward(factors):
+    """The gradients are handed out, not copied."""
+    factors["hidden"].requires_grad_()
+    loss, _ = linear_kl(**factors)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second backward"):
+        loss.backward()
+
+
 def test_what_is_not_trained_gets_no_gradient(factors):
     factors["hidden"].requires_grad_()
     linear_kl(**factors)[0].backward()

@@ -7,6 +7,7 @@ import transformers
 from transformers import AutoConfig
 
 from hypenet import HypeNetConfig
+from hypenet.mixers import build_mixer
 from tests.hypenet.sizes import MIXERS, SIZES
 
 PUBLISHED = {
@@ -90,3 +91,33 @@ def test_without_mixer_types_every_layer_is_attention():
 def test_what_the_model_cannot_do_is_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         HypeNetConfig(**{**SIZES, "mixer_types": MIXERS, **keys})
+
+
+GLA = ["gla", "attn", "gla", "attn"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"mixer_options": {"attn": {"use_rope": True}}}, "The options of 'attn' are the attn_\\* keys"),
+        ({"mixer_options": {"lightning-attn": {}}}, "The options of 'lightning-attn' are the lightning_\\* keys"),
+        ({"mixer_types": GLA, "lightning_use_rope": False}, "lightning_use_rope without a Lightning layer"),
+        ({"expand_kv_proj": False, "lightning_nkv": 4}, "expand_kv_proj is False, but lightning_nkv is 4"),
+        ({"lightning_rope_scaling": {"factor": 4}}, "lightning_rope_scaling must be null"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        *(
+            ({"attn_logits_scaling": spec}, "attn_logits_scaling must be None, a positive number, or 'hype a'")
+            for spec in ("hype500", "hype 1", "500", True, 0, -1.5)
+        ),
+    ],
+)
+def test_what_would_have_no_effect_or_none_that_is_meant_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        HypeNetConfig(**{**SIZES, "mixer_types": MIXERS, **keys})
+
+
+@pytest.mark.parametrize("name", ["deltanet", "gdn", "kda"])
+def test_a_delta_rule_needs_keys_of_length_one(name):
+    config = HypeNetConfig(**{**SIZES, "mixer_types": [name] * 4, "mixer_options": {name: {"qk_norm": "rms"}}})
+    with pytest.raises(ValueError, match="qk_norm must be 'l2', not 'rms': with longer keys the delta rule diverges"):
+        build_mixer(config, 0)

@@ -1,6 +1,7 @@
 """What is said where fla's kernels cannot serve."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +57,21 @@ def test_without_fla_plain_torch_serves_and_says_so(monkeypatch):
     monkeypatch.setattr(kernels.logger, "warning", lambda message, *args: said.append(message % args))
     assert not kernels._installed() and not kernels._installed()
     kernels._installed.cache_clear()
-    assert said == ["RNN layers run in plain torch, many times slower, without fla-core: No module named 'fla'"]
+    assert said == [
+        "RNN layers run in plain torch, many times slower, without fla-core 0.6.0 or newer (pip install fla-core): "
+        "No module named 'fla'"
+    ]
+
+
+def test_an_older_fla_is_as_none(monkeypatch):
+    """Its operations have other arguments."""
+    said = []
+    kernels._installed.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__="0.5.2"))
+    monkeypatch.setattr(kernels.logger, "warning", lambda message, *args: said.append(message % args))
+    assert not kernels._installed()
+    kernels._installed.cache_clear()
+    assert "this one is 0.5.2" in said[0]
 
 
 def test_the_cpu_has_no_kernels():

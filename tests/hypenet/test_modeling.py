@@ -3,10 +3,10 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hypenet import HypeNetForCausalLM
+from hypenet import HypeNetForCausalLM, HypeNetModel
 from hypenet.mixer_lightning import LightningAttention
 from hypenet.modeling_hypenet import layer_masks
 
@@ -250,11 +250,38 @@ def test_arguments_that_do_not_fit_are_refused(hybrid, tokens):
     for bounds in ([0, 70, 100], [1, 50, 100], [0, 50], [0, 50, 50, 100], [0, 60, 50, 100]):
         with pytest.raises(ValueError, match="cu_seq_lens_q must rise from 0 to 100, and no document of it go on"):
             hybrid(tokens, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
-    for other in ({"attention_mask": torch.ones(2, 50)}, {"use_cache": True}):
+    padded = torch.ones(2, 50).index_fill(1, torch.tensor(0), 0)
+    for other in ({"attention_mask": padded}, {"use_cache": True}):
         with pytest.raises(ValueError, match="Packed documents take neither attention_mask nor a cache"):
             hybrid(tokens, cu_seq_lens_q=torch.tensor([0, 50, 100], dtype=torch.int32), **other)
     with pytest.raises(ValueError, match="leave cache_implementation unset"):
         hybrid.generate(tokens, cache_implementation="static", max_new_tokens=1)
+
+
+def test_documents_are_seen_behind_a_mask_of_ones(hybrid, tokens):
+    """Most collators send one."""
+    positions = torch.cat([torch.arange(20), torch.arange(30)]).expand(2, 50)
+    packed = hybrid(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
+    close(packed, hybrid(tokens, position_ids=positions).logits)
+    close(packed[:, 20:], hybrid(tokens[:, 20:]).logits)
+
+
+def test_padding_after_tokens_that_a_state_has_seen_is_refused(make_hybrid, hybrid, tokens):
+    cache = hybrid(tokens[:, :20], use_cache=True).past_key_values
+    mask = torch.ones_like(tokens[:, :30])
+    mask[0, 20:25] = 0
+    with pytest.raises(ValueError, match="padding after tokens that RNN layers have seen"):
+        hybrid(tokens[:, 20:30], attention_mask=mask, past_key_values=cache)
+    attention_alone = make_hybrid(mixer_types=["attn"] * 4)
+    cache = attention_alone(tokens[:, :20], use_cache=True).past_key_values
+    attention_alone(tokens[:, 20:30], attention_mask=mask, past_key_values=cache)
+
+
+def test_the_model_without_its_head_loads_from_the_same_folder(hybrid, tokens, tmp_path):
+    hybrid.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is HypeNetModel
+    assert torch.equal(loaded(tokens).last_hidden_state, hybrid.model(tokens).last_hidden_state)
 
 
 def test_the_sliding_mask_is_left_to_the_layer_where_it_can(make_hybrid, tokens):
