@@ -51,8 +51,9 @@ def row(name: str, run: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor
 def losses() -> dict[str, Callable[..., Tensor]]:
     """By name: (hidden, head, teacher_hidden, teacher_head) -> KL, mean over tokens."""
 
-    def ours(*inputs: Tensor) -> Tensor:
-        return linear_kl(*inputs)[0]
+    def ours(hidden: Tensor, *inputs: Tensor) -> Tensor:
+        labels = torch.arange(len(hidden), device=hidden.device)  # as stage 2 gives them, for the metrics
+        return linear_kl(hidden, *inputs, labels=labels)[0]
 
     def fla(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
         loss = import_module("fla.modules.fused_kl_div").FusedKLDivLoss()

@@ -30,6 +30,9 @@ FEW_CHUNKS = 8
 """Over so many, the head's gradient is summed in the head's own precision, which spares a float32 copy of the head. In
 bf16 that costs as much again as the rounding of its operands; the error would grow with more chunks."""
 
+ROWS = 32_768
+"""Of the head's gradient that are added to at a time, where they are summed in float32."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -199,13 +202,12 @@ class _LinearKL(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, also where `total` is wider than the factors."""
+    """total += a @ b, also where `total` is wider than the factors: then a slice of rows at a time."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        return
+    for rows, factor in zip(total.split(ROWS), a.split(ROWS), strict=True):
+        rows += exact_logits(factor, b.T)
 
 
 def _rows_of(hidden: Tensor) -> Callable[..., Rows]:

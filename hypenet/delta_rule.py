@@ -157,7 +157,7 @@ def delta_rule(
     else:
         run = kernel("kda.chunk_kda")
     carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": cu_seqlens}
-    return run(q, k, v, beta=beta, **gate, scale=scale, **carried)
+    return run(q, k, v, beta=beta.to(q.dtype), **gate, scale=scale, **carried)
 
 
 def rwkv7(

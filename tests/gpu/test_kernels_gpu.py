@@ -4,6 +4,7 @@ The first call of a kernel with a head size autotunes, for minutes in all; fla k
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -106,13 +107,17 @@ def run(function: Callable, inputs: dict[str, torch.Tensor | None], gradient: to
     return output, state if isinstance(state, tuple) else (state,), dict(zip(names, gradients, strict=True))
 
 
+def rounded(inputs: dict[str, torch.Tensor | None], dtype: torch.dtype = torch.bfloat16):
+    """What the kernels take in half precision, and the log-decays in float32."""
+    return {name: x if x is None or name == "log_decay" else x.to(dtype) for name, x in inputs.items()}
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("case", CASES)
 def test_output_state_and_gradients(case, dim):
     torch.manual_seed(0)
     function, inputs = CASES[case](dim)
-    # What the kernels take in bf16, and the log-decays in float32.
-    inputs = {n: x if x is None or n == "log_decay" else x.bfloat16() for n, x in inputs.items()}
+    inputs = rounded(inputs)
     assert serves(inputs["q"])
     gradient = normal(B, T, H, dim).bfloat16()
     output, states, gradients = run(function, inputs, gradient)
@@ -127,12 +132,52 @@ def test_output_state_and_gradients(case, dim):
     assert max(errors.values()) < TOLERANCE, errors
 
 
+@pytest.mark.parametrize("case", ["Lightning, RetNet", "DeltaNet"])
+def test_output_and_state_in_float16(case):
+    torch.manual_seed(0)
+    function, inputs = CASES[case](64)
+    inputs = rounded(inputs, torch.float16)
+    assert serves(inputs["q"])
+    output, state = function(**inputs, scale=0.125, keep_state=True)
+    exact = {name: None if x is None else x.double() for name, x in inputs.items()}
+    expected, expected_state = function(**exact, scale=0.125, keep_state=True)
+    assert (output.dtype, state.dtype) == (torch.float16, torch.float32)
+    assert relative_error(output, expected) < TOLERANCE
+    assert relative_error(state, expected_state) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_packed_documents_are_those_of_each_alone(case):
+    """Two documents, of 70 tokens and of 336: by one call with their bounds, and by a call each."""
+    torch.manual_seed(0)
+    function, inputs = CASES[case](64)
+    packed = {n: x if x is None or x.ndim < 3 else x.flatten(0, 1)[None] for n, x in rounded(inputs).items()}
+    gradient = normal(1, B * T, H, 64).bfloat16()
+    bounds = [0, 70, B * T]
+    cu_seqlens = torch.tensor(bounds, device="cuda", dtype=torch.int32)  # as the model has them
+    output, states, gradients = run(function, packed, gradient, cu_seqlens=cu_seqlens)
+
+    alone = []
+    for begin, end in pairwise(bounds):
+        document = {n: x if x is None or x.ndim < 3 else x[:, begin:end] for n, x in packed.items()}
+        alone.append(run(function, document, gradient[:, begin:end]))
+    outputs, states_alone, gradients_alone = zip(*alone, strict=True)
+    errors = {"output": relative_error(output, torch.cat(outputs, dim=1).double())}
+    for i, state in enumerate(states):
+        errors[f"state {i}"] = relative_error(state, torch.cat([each[i] for each in states_alone]).double())
+    for name in gradients:
+        expected = torch.cat([each[name] for each in gradients_alone], dim=1)
+        errors[f"d {name}"] = relative_error(gradients[name], expected.double())
+    print(case, {name: f"{error:.4f}" for name, error in errors.items()})
+    assert max(errors.values()) < TOLERANCE, errors
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_sequence_in_parts_is_the_sequence(case):
     """Prefill, another chunk from the state of the first, then one token."""
     torch.manual_seed(0)
     function, inputs = CASES[case](64)
-    inputs = {n: x if x is None or n == "log_decay" else x.bfloat16() for n, x in inputs.items()}
+    inputs = rounded(inputs)
 
     def call(begin: int, end: int, state):
         part = {n: x if x is None or x.ndim < 3 else x[:, begin:end] for n, x in inputs.items()}
@@ -173,6 +218,21 @@ def test_packed_documents_are_each_alone(name):
     together = packed(tokens, position_ids=positions).logits
     alone = torch.cat([packed(x).logits for x in tokens.split(lengths, dim=1)], dim=1)
     assert relative_error(together, alone.double()) < 0.02
+
+
+@torch.no_grad()
+def test_a_left_padded_row_is_the_row_alone():
+    """Logits of the prompts and of one token more, within 2% of the norm: in bf16 chunks begin at other tokens."""
+    hybrid = model(["lightning-attn", "attn"]).eval()
+    tokens = torch.randint(1, 61, (2, 301), device="cuda")
+    mask = torch.ones_like(tokens)
+    mask[1, :170] = 0
+    prompts = hybrid((tokens * mask)[:, :300], attention_mask=mask[:, :300], use_cache=True)
+    more = hybrid(tokens[:, 300:], attention_mask=mask, past_key_values=prompts.past_key_values)
+    batch = torch.cat([prompts.logits, more.logits], dim=1)
+    for row, begin in enumerate((0, 170)):
+        alone = hybrid(tokens[row : row + 1, begin:]).logits
+        assert relative_error(batch[row : row + 1, begin:], alone.double()) < 0.02
 
 
 def test_chunked_prefill_takes_no_more_memory_with_more_chunks():

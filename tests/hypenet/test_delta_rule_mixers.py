@@ -9,12 +9,14 @@ import torch.nn.functional as F
 
 from hypenet.cache import HypeNetCache
 from hypenet.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrence, rwkv7
+from hypenet.mixer_ttt import InnerNorm, ttt_chunked, ttt_recurrence
 from hypenet.mixers import build_mixer
 from hypenet.transfer import hybrid_config, mixer_from_attention
 from tests.hypenet.sizes import SIZES
 
 HEADS, DIM, HIDDEN = SIZES["num_attention_heads"], SIZES["head_dim"], SIZES["hidden_size"]
 MIXERS = ["deltanet", "gdn", "kda", "rwkv7", "ttt"]
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def random(*shape, seed=0):
@@ -59,7 +61,7 @@ def assert_chunked_equals_recurrence(*inputs, state):
         output, final = form(*inputs[:-1], scale=0.5, state=inputs[-1])
         loss = (output * torch.cos(torch.arange(output.numel()).view_as(output))).sum() + final.sin().sum()
         results.append((output, final, *torch.autograd.grad(loss, wanted)))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(results[1], results[0], **EXACT)
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
@@ -126,7 +128,7 @@ def test_delta_rule_and_its_gradients(length, decay):
     ):
         gradients = torch.autograd.grad(output.sin().sum() + final.cos().sum(), [x for x in inputs if x is not None])
         results.append((output, final, *gradients))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(results[1], results[0], **EXACT)
     assert delta_rule(*sequence, scale=0.5)[1] is None
 
 
@@ -196,7 +198,7 @@ def finished(mixer, o, z):
 
 
 def assert_layer_gives(model, x, expected):
-    torch.testing.assert_close(run(model, x, torch.arange(x.shape[1])[None]), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(model, x, torch.arange(x.shape[1])[None]), expected, **EXACT)
 
 
 def deltanet_decay(mixer, x):
@@ -288,6 +290,27 @@ def test_ttt_layer(make_layers, x, size):
     assert_layer_gives(model, x, expected)
 
 
+@pytest.mark.parametrize("filled", [0, 3])
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 23])
+def test_ttt_chunked_equals_recurrence(length, filled):
+    """Mini-batches of 5, the first of which `filled` tokens have opened before."""
+    q, k, v = random(3, 2, length, 3, 8)
+    eta = torch.sigmoid(random(2, length, 3, seed=1)) / 8
+    weight, bias = random(2, 3, 8, seed=2)
+    learned = random(2, 3, 8, 8, seed=3), random(2, 3, 8, seed=4)
+    sums = 0.1 * filled * random(2, 3, 8, 8, seed=5), 0.1 * filled * random(2, 3, 8, seed=6)
+    wanted = [x.requires_grad_() for x in (q, k, v, eta, weight, bias, *learned, *sums)]
+    ln, state, results = InnerNorm(weight, bias, 1e-6), (*learned, *sums, torch.full([2], filled)), []
+    for output, final in (
+        ttt_recurrence(q, k, v, eta, None, ln, 5, state),
+        ttt_chunked(q, k, v, eta, ln, 5, state),
+    ):
+        loss = output.sin().sum() + sum((x * torch.cos(torch.arange(x.numel())).view_as(x)).sum() for x in final[:-1])
+        results.append((output, *final, *torch.autograd.grad(loss, wanted)))
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+    assert (results[0][5] == (filled + length) % 5).all()
+
+
 def test_ttt_chunked_has_the_gradients_of_the_recurrence(make_layers, x):
     """Padding that is none makes no difference; a row with padding goes token by token."""
     model, positions = make_layers("ttt"), torch.arange(37)[None]
@@ -297,7 +320,7 @@ def test_ttt_chunked_has_the_gradients_of_the_recurrence(make_layers, x):
     gradients = []
     for output in (run(model, x, positions), run(model, padded, positions, attention_mask=mask)[:2]):
         gradients.append(torch.autograd.grad(output.sin().sum(), list(mixer.parameters())))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], **EXACT)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -310,12 +333,12 @@ def test_left_padding_leaves_no_trace(make_layers, x, name):
     cache, alone = HypeNetCache(model.config), HypeNetCache(model.config)
     output = run(model, padded, positions, attention_mask=mask, past_key_values=cache)
     expected = run(model, x[:1, 20:], torch.arange(17)[None], past_key_values=alone)
-    torch.testing.assert_close(output[:1, 20:], expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(output[1:], run(model, x[1:], torch.arange(37)[None]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output[:1, 20:], expected, **EXACT)
+    torch.testing.assert_close(output[1:], run(model, x[1:], torch.arange(37)[None]), **EXACT)
 
     more = run(model, x[:, :9], positions[:, -1:] + torch.arange(1, 10), past_key_values=cache)
     expected = run(model, x[:1, :9], torch.arange(17, 26)[None], past_key_values=alone)
-    torch.testing.assert_close(more[:1], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(more[:1], expected, **EXACT)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -328,8 +351,8 @@ def test_any_split_into_calls_is_one_call(make_layers, x, name, cuts):
     for begin, end in pairwise([0, *cuts, 37]):
         positions = torch.arange(begin, end)[None]
         outputs.append(run(model, x[:, begin:end], positions, past_key_values=split))
-    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(split.state(2), whole.state(2), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, **EXACT)
+    torch.testing.assert_close(split.state(2), whole.state(2), **EXACT)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -339,7 +362,7 @@ def test_packed_documents_are_each_alone(make_layers, x, name):
     output = run(model, x[:1], positions, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
     for begin, end in pairwise(bounds):
         alone = run(model, x[:1, begin:end], torch.arange(end - begin)[None])
-        torch.testing.assert_close(output[:, begin:end], alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(output[:, begin:end], alone, **EXACT)
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -19,8 +19,7 @@ HEADS, DIM, HIDDEN, LAYERS = (SIZES[n] for n in ("num_attention_heads", "head_di
 LENGTHS = [1, 15, 16, 17, 70]
 DECAYS = {"none": None, "head": (3,), "token": (2, 70, 3), "channel": (2, 70, 3, 6)}
 STRENGTHS = ["mild", "strongest", "zero", "mixed"]
-# Exact but for Qwen3's norms, which round to float32 whatever they are given.
-ALMOST = {"rtol": 1e-5, "atol": 1e-6}
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def normal(*shape, seed=0):
@@ -70,7 +69,7 @@ def test_linear_attention_in_chunks_equals_its_recurrence(decay, strength, lengt
     expected, gradients = with_gradients(linear_attention_recurrence, inputs, state, scale=0.4)
     results, own = with_gradients(linear_attention_chunked, inputs, state, scale=0.4)
     assert_close(results, expected, rtol=0, atol=1e-10)
-    assert_close(own, gradients, rtol=1e-10, atol=1e-10)
+    assert_close(own, gradients, **EXACT)
     begun = linear_attention_chunked(*inputs, scale=0.4)
     assert_close(begun, linear_attention_recurrence(*inputs, scale=0.4), rtol=0, atol=1e-10)
 
@@ -107,7 +106,7 @@ def test_slot_attention_in_chunks_equals_its_recurrence(strength, length):
     expected, gradients = with_gradients(gsa_recurrence, inputs, state, scale=0.4)
     results, own = with_gradients(gsa_chunked, inputs, state, scale=0.4)
     assert_close(results, expected, rtol=0, atol=1e-10)
-    assert_close(own, gradients, rtol=1e-10, atol=1e-10)
+    assert_close(own, gradients, **EXACT)
     begun = flat(gsa_chunked(*inputs, scale=0.4))
     assert_close(begun, flat(gsa_recurrence(*inputs, scale=0.4)), rtol=0, atol=1e-10)
     assert gsa(*inputs, scale=0.4)[1] is None
@@ -268,7 +267,7 @@ def test_the_layer_is_its_equation(make_mixer, name, x):
     assert (mixer.q_norm is not None) == (name in ("linear-attn", "retnet", "gsa"))
     o = PLAIN[name](mixer, x, lambda y: rotate(y, positions))
     y = rms_norm(o.flatten(2), mixer.o_norm.weight) * torch.sigmoid(x @ mixer.z_proj.weight.mT)
-    assert_close(run(mixer, x), y @ mixer.o_proj.weight.mT, **ALMOST)
+    assert_close(run(mixer, x), y @ mixer.o_proj.weight.mT, **EXACT)
 
 
 def test_shared_key_and_value_heads_are_cloned_ones(make_mixer, name, x):
@@ -278,7 +277,7 @@ def test_shared_key_and_value_heads_are_cloned_ones(make_mixer, name, x):
         if part in weights:
             weights[part] = weights[part].unflatten(0, (-1, DIM)).repeat_interleave(2, dim=0).flatten(0, 1)
     expanded.load_state_dict(weights)
-    assert_close(run(shared, x), run(expanded, x), **ALMOST)
+    assert_close(run(shared, x), run(expanded, x), **EXACT)
 
 
 def test_padding_leaves_no_trace(make_mixer, name, x):
@@ -290,9 +289,9 @@ def test_padding_leaves_no_trace(make_mixer, name, x):
     cache, alone = HypeNetCache(mixer.config), HypeNetCache(mixer.config)
     output = run(mixer, padded, positions, attention_mask=mask, past_key_values=cache)
     expected = run(mixer, x[:1, 20:], past_key_values=alone)
-    assert_close(output[:1, 20:], expected, **ALMOST)
-    assert_close(output[1:], run(mixer, x[1:]), **ALMOST)
-    assert_close([s[:1] for s in flat(cache.state(0))], flat(alone.state(0)), **ALMOST)
+    assert_close(output[:1, 20:], expected, **EXACT)
+    assert_close(output[1:], run(mixer, x[1:]), **EXACT)
+    assert_close([s[:1] for s in flat(cache.state(0))], flat(alone.state(0)), **EXACT)
 
 
 def test_a_cache_continues_the_sequence(make_mixer, name, x):
@@ -301,7 +300,7 @@ def test_a_cache_continues_the_sequence(make_mixer, name, x):
     for begin, end in ((0, 19), (19, 35), (35, 36), (36, 37)):
         positions = torch.arange(begin, end)[None]
         outputs.append(run(mixer, x[:, begin:end], positions, past_key_values=cache))
-    assert_close(torch.cat(outputs, dim=1), run(mixer, x), **ALMOST)
+    assert_close(torch.cat(outputs, dim=1), run(mixer, x), **EXACT)
     assert cache.get_seq_length() == 37
     assert all(s.dtype == torch.float64 for s in flat(cache.state(0)))
 
@@ -311,7 +310,7 @@ def test_packed_documents_are_sequences_of_their_own(make_mixer, name, x):
     positions = torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)]).view(2, 37)
     output = run(mixer, x, positions, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
     alone = [run(mixer, x.flatten(0, 1)[None, a:b]) for a, b in pairwise(bounds)]
-    assert_close(output.flatten(0, 1)[None], torch.cat(alone, dim=1), **ALMOST)
+    assert_close(output.flatten(0, 1)[None], torch.cat(alone, dim=1), **EXACT)
 
 
 def test_half_precision(make_mixer, name, x):
@@ -333,7 +332,7 @@ def test_every_part_can_be_left_out(make_mixer, name, x):
     mixer = make_mixer(name, options)
     assert not {"q_norm", "k_norm", "o_norm", "z_proj"} & dict(mixer.named_children()).keys()
     o = PLAIN[name](mixer, x, lambda y: y)
-    assert_close(run(mixer, x), o.flatten(2) @ mixer.o_proj.weight.mT, rtol=1e-10, atol=1e-10)
+    assert_close(run(mixer, x), o.flatten(2) @ mixer.o_proj.weight.mT, **EXACT)
 
 
 def test_hgrn2_forgets_at_most_what_its_bound_lets_it(make_mixer):
@@ -412,7 +411,7 @@ def test_linear_attention_without_a_feature_map(make_mixer, x):
     mixer = make_mixer("linear-attn", {"feature_map": None})
     retnet = make_mixer("retnet")
     retnet.load_state_dict(mixer.state_dict())
-    assert_close(run(mixer, x[:, :1]), run(retnet, x[:, :1]), **ALMOST)  # no decay has been yet
+    assert_close(run(mixer, x[:, :1]), run(retnet, x[:, :1]), **EXACT)  # no decay has been yet
     assert not torch.allclose(run(mixer, x), run(make_mixer("linear-attn"), x), atol=1e-3)
 
 

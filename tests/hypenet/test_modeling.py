@@ -174,6 +174,13 @@ def test_generation_goes_on_from_a_cache(hybrid, tokens):
     assert torch.equal(again, hybrid.generate(longer, max_new_tokens=5, do_sample=False))
 
 
+def test_assisted_generation_is_refused(hybrid, teacher, tokens):
+    """It rolls the cache back to the tokens that were right, and a state cannot be rolled back."""
+    for assistance in ({"assistant_model": teacher}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match="assisted generation is not supported"):
+            generate(hybrid, tokens[:1], **assistance)
+
+
 def test_logits_to_keep_and_hidden_states(hybrid, tokens):
     whole = hybrid(tokens, output_hidden_states=True)
     close(hybrid(tokens, logits_to_keep=3).logits, whole.logits[:, -3:])

@@ -337,6 +337,16 @@ def test_hybrid_has_the_teachers_weights_and_fresh_gates(teacher):
     assert hybrid_from_teacher(teacher.train(), hybrid.config).training
 
 
+def test_hybrid_generates_as_the_teacher_says(teacher):
+    teacher.generation_config.update(do_sample=True, temperature=0.3, top_k=7, eos_token_id=[5, 9])
+    hybrid = hybrid_from_teacher(teacher, hybrid_config(teacher.config, [1]))
+    assert hybrid.generation_config.to_dict() == teacher.generation_config.to_dict()
+    assert hybrid.generation_config.eos_token_id == [5, 9]
+    hybrid.generation_config.temperature = 0.9
+    hybrid.generation_config.eos_token_id.append(3)
+    assert teacher.generation_config.temperature == 0.3 and teacher.generation_config.eos_token_id == [5, 9]
+
+
 def test_trained_mixers_take_their_layers(teacher):
     config = hybrid_config(teacher.config, [])
     mixers = {i: mixer_from_attention(teacher.model.layers[i].self_attn, config, i) for i in range(4)}
