@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 WITH_PATH = PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher test check
+.PHONY: help install demo teacher test soak check
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -30,6 +30,9 @@ teacher: install ## remake the embedded teacher from its preset
 
 test: install ## run the tests
 	$(WITH_PATH) OMP_NUM_THREADS=1 python -m pytest
+
+soak: install ## kill a training run 20 times, and compare it with one that was not
+	$(WITH_PATH) OMP_NUM_THREADS=1 python -m tests.distributed.soak --steps 60 --kills 20
 
 check: install ## lint, format check and types
 	$(BIN)/ruff check .

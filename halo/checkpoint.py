@@ -1,88 +1,263 @@
-"""Resumable training state. A checkpoint is a folder that appears in one step: `step-000123`, never half of it.
+"""Resumable training state. A checkpoint is a folder that appears in one step: `step-000000123`, never half of it.
 
-Everything the next step depends on goes in: ZeRO's shards, the optimizer, the step, the data stream's position and
-the random states. The newest is kept; the one before it goes once the newest is whole.
+    checkpoints/latest             the name of the checkpoint to go on from
+    checkpoints/step-000000123/
+        engine/                    ZeRO's shards: weights and optimizer, and nothing that is frozen
+        random-00000.pt            a rank's random states
+        state.json                 what it was made from, by how many ranks, and the run's progress
+        manifest.json              every file's size and SHA-256
+
+Each rank writes its own files, brings them to the disk and takes their checksums; rank 0 then renames the folder,
+points `latest` to it, and removes what is no longer kept. Going on, the ranks verify all files first, each a share.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from halo.distributed import barrier, on_rank0
-from halo.engine import Engine
+from halo.config import Training
+from halo.distributed import barrier, device, on_every_rank, on_rank0, rank, world_size
+from halo.engine import Engine, write_tensors
 from halo.errors import UserError
-from halo.run import difference
+from halo.run import atomic, difference, sha256
 
-MADE_FROM = "made_from.json"
+ENGINE, STATE, MANIFEST = "engine", "state.json", "manifest.json"
+T = TypeVar("T")
+Files = dict[str, dict[str, Any]]
+"""File name -> {"bytes", "sha256"}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is: what the next step depends on beside the engine's state and the random states."""
+
+    step: int = 0
+    """Steps done, skipped ones among them."""
+    seconds: float = 0.0
+    loss: float = float("nan")
+    """Of the last step that was not skipped."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    stream: dict[str, Any] = field(default_factory=dict)
+    """Where the data stream stands."""
+
+    def after(self, *, loss: float, skipped: bool, seconds: float, stream: dict[str, Any]) -> "Progress":
+        """One step further."""
+        return Progress(
+            step=self.step + 1,
+            seconds=seconds,
+            loss=self.loss if skipped else loss,
+            skipped=self.skipped + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+            stream=stream,
+        )
 
 
 class Checkpoints:
-    """The checkpoints of one stage, under `folder`. Every rank calls every method.
+    """The checkpoints of one stage, under `folder`. Every rank calls `save` and `resume`.
 
     Args:
         made_from: what the stage is made from. A checkpoint of anything else is refused.
+        training: which checkpoints are kept.
     """
 
-    def __init__(self, folder: Path, made_from: dict[str, Any]):
+    def __init__(self, folder: Path, made_from: dict[str, Any], training: Training):
         self.folder = folder
         self.made_from = made_from
+        self._keep_last = training.keep_last
+        self._keep_every = training.keep_every
 
     def latest(self) -> Path | None:
-        whole = sorted(self.folder.glob("step-*[0-9]"))
+        """The checkpoint that `latest` names; where that one was removed by hand, the newest there is."""
+        whole, pointer = self._whole(), self.folder / "latest"
+        if pointer.is_file() and (named := self.folder / pointer.read_text(errors="replace").strip()) in whole:
+            return named
         return whole[-1] if whole else None
 
-    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
-        final = self.folder / f"step-{step:09d}"
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Raises:
+        UserError: a rank could not write its part; on every rank. Nothing is left of it, and `latest` stands.
+        """
+        final = self.folder / f"step-{progress.step:09d}"
         partial = final.with_suffix(".partial")
-        on_rank0(lambda: shutil.rmtree(partial, ignore_errors=True))
-        engine.save(partial, {**state, "torch_rng": torch.get_rng_state()})
-        barrier()
-        on_rank0(lambda: self._publish(engine, partial, final))
 
-    def resume(self, engine: Engine) -> dict[str, Any] | None:
-        """Load the newest checkpoint into `engine`; None when there is none.
+        def begin() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / ENGINE).mkdir(parents=True)
+
+        def write() -> Files:
+            written = engine.save(partial / ENGINE)  # first: the other ranks need this one for it
+            states = partial / _random_file(rank())
+            write_tensors(_random_states(), states)
+            return _listed(partial, [*written, states])
+
+        def publish(parts: list[Files]) -> None:
+            state = {"made_from": self.made_from, "ranks": world_size(), "zero_stage": engine.zero_stage}
+            _write_json(partial / STATE, state | {"progress": asdict(progress)})
+            files = _listed(partial, [partial / STATE])
+            for part in parts:
+                files |= part
+            _write_json(partial / MANIFEST, files)
+            shutil.rmtree(final, ignore_errors=True)  # of a run that went on from an earlier one
+            partial.rename(final)
+            with atomic(self.folder / "latest") as pointer:
+                pointer.write_text(final.name + "\n")
+            self._remove_all_but_kept(progress.step)
+
+        try:
+            on_rank0(lambda: self._writing(progress.step, begin))
+            parts = on_every_rank(lambda: self._writing(progress.step, write))
+            on_rank0(lambda: self._writing(progress.step, lambda: publish(parts)))
+        except UserError:
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def resume(self, engine: Engine) -> Progress | None:
+        """Load the latest checkpoint into `engine`, whatever number of ranks wrote it; None when there is none.
 
         Raises:
-            UserError: it was made from something else or by other ranks, or it is damaged.
+            UserError: it was made from something else or under another ZeRO stage, or it is damaged.
         """
-        latest = on_rank0(lambda: self._checked(engine))
-        if latest is None:
+        chosen = on_rank0(lambda: self._choose(engine))
+        if chosen is None:
             return None
-        state = engine.load(latest)
-        torch.set_rng_state(state["torch_rng"])
-        return state
+        checkpoint, files, ranks, progress = chosen
+        mine = sorted(files, key=lambda name: files[name]["bytes"])[rank() :: world_size()]
+        on_every_rank(lambda: self._verify(checkpoint, {name: files[name] for name in mine}))
+        if ranks == world_size():
+            self._load(engine, checkpoint, checkpoint / ENGINE)
+        else:
+            self._load_converted(engine, checkpoint, ranks)
+        # More ranks than before share the states there are: nothing random tells ranks apart.
+        _set_random_states(torch.load(checkpoint / _random_file(rank() % ranks), weights_only=True))
+        return progress
 
-    def _checked(self, engine: Engine) -> Path | None:
-        latest = self.latest()
-        if latest is None:
+    def _whole(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*[0-9]"))
+
+    def _remove_all_but_kept(self, newest: int) -> None:
+        """Also what was given up (later steps than the newest), and what a killed run left half-written."""
+        steps = [step for path in self._whole() if (step := int(path.name.removeprefix("step-"))) <= newest]
+        kept = set(steps[-self._keep_last :]) | {s for s in steps if self._keep_every and s % self._keep_every == 0}
+        names = {f"step-{step:09d}" for step in kept}
+        for path in self.folder.glob("step-*"):
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _writing(self, step: int, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except OSError as error:
+            latest = self.latest()
+            onward = f"goes on from {latest.name}" if latest else "starts the stage again"
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({error.strerror or error}): "
+                f"mend that, and the same command {onward}"
+            ) from error
+
+    def _choose(self, engine: Engine) -> tuple[Path, Files, int, Progress] | None:
+        checkpoint = self.latest()
+        if checkpoint is None:
             return None
         try:
-            saved = json.loads((latest / MADE_FROM).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{latest} is damaged: remove {self.folder} to start the stage again") from error
-        for what, old, new in [
-            ("settings", saved["made_from"], self.made_from),
-            ("partition", saved["partition"], engine.partition()),
+            files: Files = json.loads((checkpoint / MANIFEST).read_text())
+            self._verify(checkpoint, {STATE: files[STATE]})
+            state = json.loads((checkpoint / STATE).read_text())
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(checkpoint, f"{MANIFEST} cannot be read") from error
+        for old, new in [
+            (state["made_from"], self.made_from),
+            ({"ZeRO stage": state["zero_stage"]}, {"ZeRO stage": engine.zero_stage}),
         ]:
             if old != new:
                 raise UserError(
-                    f"{latest} was made with another {what}, {difference(old, new)}: go on with the same, "
+                    f"{checkpoint} was made with another {difference(old, new)}: go on with the same, "
                     f"or remove {self.folder} to start the stage again"
                 )
-        return latest
+        return checkpoint, files, state["ranks"], Progress(**state["progress"])
 
-    def _publish(self, engine: Engine, partial: Path, final: Path) -> None:
-        record = {"made_from": self.made_from, "partition": engine.partition()}
-        (partial / MADE_FROM).write_text(json.dumps(record, indent=2) + "\n")
-        for root, _, files in os.walk(partial):
-            for name in files:
-                with open(os.path.join(root, name), "rb") as file:
-                    os.fsync(file.fileno())
-        partial.rename(final)
-        for other in self.folder.iterdir():
-            if other != final:
-                shutil.rmtree(other)
+    def _verify(self, checkpoint: Path, files: Files) -> None:
+        for name, expected in files.items():
+            file = checkpoint / name
+            try:
+                if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+                    raise self._damaged(checkpoint, f"{name} is not what was written")
+            except OSError as error:
+                raise self._damaged(checkpoint, f"{name}: {error.strerror}") from error
+
+    def _damaged(self, checkpoint: Path, what: str) -> UserError:
+        earlier = [path.name for path in self._whole() if path.name < checkpoint.name]
+        onward = f"go on from {earlier[-1]}" if earlier else "start the stage again"
+        return UserError(f"{checkpoint} is damaged ({what}): remove it to {onward}")
+
+    def _load(self, engine: Engine, checkpoint: Path, folder: Path, *, converted: bool = False) -> None:
+        try:
+            engine.load(folder, converted=converted)
+        except Exception as error:  # torch, zip and DeepSpeed each have their own for a file that is cut short
+            raise self._damaged(checkpoint, str(error).partition("\n")[0]) from error
+
+    def _load_converted(self, engine: Engine, checkpoint: Path, ranks: int) -> None:
+        """Through a form that any number of ranks can read, in a folder beside the checkpoint, removed afterwards."""
+        beside = checkpoint.with_suffix(".converted")
+
+        def convert() -> None:
+            print(f"{checkpoint}: saved on {ranks} rank(s), converting it for {world_size()}", flush=True)
+            shutil.rmtree(beside, ignore_errors=True)
+            try:
+                engine.convert(checkpoint / ENGINE, beside / ENGINE)
+            except OSError as error:
+                shutil.rmtree(beside, ignore_errors=True)
+                raise UserError(
+                    f"{checkpoint} cannot be converted for {world_size()} ranks ({error}): go on with {ranks}"
+                ) from error
+
+        on_rank0(convert)
+        self._load(engine, checkpoint, beside / ENGINE, converted=True)
+        barrier()
+        on_rank0(lambda: shutil.rmtree(beside))
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.pt"
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """Of torch's generators. NumPy's and Python's global ones serve nothing in training."""
+    states = {"cpu": torch.get_rng_state()}
+    if device().type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device().type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _listed(folder: Path, files: list[Path]) -> Files:
+    """Bring `files` to the disk and take their sizes and checksums."""
+    listed = {}
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        name = path.relative_to(folder).as_posix()
+        listed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return listed

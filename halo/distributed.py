@@ -2,7 +2,9 @@
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,6 +13,11 @@ import torch.distributed as dist
 from halo.errors import UserError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=24)
+"""How long a rank waits for another where work is uneven: rank 0 alone downloads, tokenizes and writes."""
+STEP_LIMIT = timedelta(seconds=60)
+"""How long a rank waits for another within a training step: what takes longer is dead."""
 
 
 def rank() -> int:
@@ -31,6 +38,23 @@ def device() -> torch.device:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def waits_of_at_most(limit: timedelta) -> Iterator[None]:
+    """Within, a collective of any group that waits longer than `limit` for a rank fails. Afterwards, PATIENCE."""
+    _limit_waits(limit)
+    try:
+        yield
+    finally:
+        _limit_waits(PATIENCE)
+
+
+def _limit_waits(limit: timedelta) -> None:
+    # All groups: DeepSpeed makes one of its own and trains on that.
+    for group in dist.distributed_c10d._world.pg_map:
+        for kind in group._device_types:
+            group._get_backend(kind)._set_default_timeout(limit)
 
 
 def on_rank0(function: Callable[[], T]) -> T:
@@ -57,6 +81,27 @@ def on_rank0(function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def on_every_rank(function: Callable[[], T]) -> list[T]:
+    """Run `function` on every rank and hand every rank's result to each, by rank.
+
+    Raises:
+        UserError: `function` raised it on some rank; the first such, on every rank, so that all end together.
+    """
+    result: T | None = None
+    failure: UserError | None = None
+    try:
+        result = function()
+    except UserError as error:
+        failure = error
+    outcomes: list[tuple[T | None, UserError | None]] = [(result, failure)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(outcomes, (result, failure))
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:

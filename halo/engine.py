@@ -6,12 +6,16 @@ from the preset; a JSON file that contradicts it is refused.
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
@@ -31,7 +35,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        UserError: the file is missing, is not JSON, or sets what the preset sets.
+        UserError: the file is missing, is not JSON, sets what the preset sets, or no ZeRO that can skip a step.
     """
     try:
         config = json.loads(Path(path).read_text())
@@ -42,21 +46,32 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     for key in OURS:
         if key in config:
             raise UserError(f"{path} sets '{key}', which HALO's preset decides: remove it")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise UserError(f"{path} has no zero_optimization with stage 1, 2 or 3: set one, also for a single GPU")
+    if not zero.get("compute_grad_norm", True):
+        raise UserError(
+            f"{path} sets compute_grad_norm = false, but the norm tells a step that must be skipped: remove it"
+        )
     return config
 
 
-def split_batch(training: Training) -> tuple[int, int]:
+def split_batch(training: Training, ranks: int | None = None) -> tuple[int, int]:
     """How a batch is taken: (sequences a rank takes at once, times it does so for one optimizer step).
+
+    Args:
+        ranks: how many there are. None: as many as run here.
 
     Raises:
         UserError: the ranks do not divide the batch.
     """
-    share, rest = divmod(training.batch, world_size())
+    ranks = world_size() if ranks is None else ranks
+    share, rest = divmod(training.batch, ranks)
     if share == 0:
-        raise UserError(f"{world_size()} ranks are more than the {training.batch} samples of a batch: use fewer ranks")
+        raise UserError(f"{ranks} ranks are more than the {training.batch} samples of a batch: use fewer ranks")
     if rest:
-        most = max(n for n in range(1, world_size()) if training.batch % n == 0)
-        raise UserError(f"{world_size()} ranks do not divide a batch of {training.batch}: use {most} ranks")
+        most = max(n for n in range(1, ranks) if training.batch % n == 0)
+        raise UserError(f"{ranks} ranks do not divide a batch of {training.batch}: use {most} ranks")
     micro = max(n for n in range(1, share + 1) if share % n == 0 and n <= training.micro_batch)
     return micro, share // micro
 
@@ -112,26 +127,38 @@ class Engine:
         # DeepSpeed casts buffers with the weights: RoPE's frequencies in bf16 are off by radians at long context.
         for name, buffer in self.module.named_buffers():
             buffer.data = buffers[name]
+        self._writer = self._engine.checkpoint_engine = _Writer()
+        # Copies of its conversion scripts: they would be written apart from all the rest.
+        self._engine._copy_recovery_script = lambda folder: None
         self._sharded = self._engine.zero_optimization_partition_weights()
         if self._sharded:
             for owner, parameter in external:
                 register_external_parameter(owner, parameter)
 
-    def partition(self) -> dict[str, int]:
-        """How the state is cut: only the same cut can load it again."""
-        return {"ranks": world_size(), "zero_stage": self._engine.zero_optimization_stage()}
+    @property
+    def zero_stage(self) -> int:
+        return int(self._engine.zero_optimization_stage())
 
     def accumulate(self, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward and backward of one micro-batch. Returns its loss and metrics, detached."""
         loss, metrics = self._engine(**inputs)
-        self._engine.backward(loss)
+        # A loss that is not finite makes its gradients so: they alone decide on every rank (`step`).
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
         return loss.detach(), metrics
 
     def step(self, lr: float) -> None:
-        """Take the optimizer's step if this micro-batch completes the batch."""
+        """Take the optimizer's step if this micro-batch completes the batch.
+
+        Where the global gradient norm is not finite, ZeRO (of each stage, in each precision) drops the gradients and
+        leaves weights and optimizer as they are. The norm is a sum over the ranks, so all of them do.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+
+    def skipped(self) -> bool:
+        """Whether the step that completed the last batch was left out: a loss or gradient was not finite."""
+        return not self._engine.was_step_applied()
 
     def gradient_norm(self) -> float:
         """The last step's global gradient norm, before clipping."""
@@ -146,21 +173,80 @@ class Engine:
                     whole[name] = parameter.detach().cpu().clone()
         return whole
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write the engine's shards and `state` into `folder`. Every rank must call this."""
-        self._engine.save_checkpoint(str(folder), tag="engine", client_state=state, save_latest=False)
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's shards into `folder`, which exists. Every rank must call this.
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Restore what `save` wrote; returns its `state`."""
-        try:
-            path, state = self._engine.load_checkpoint(str(folder), tag="engine")
-        except Exception as error:  # torch, zip and DeepSpeed each have their own for a file that is cut short
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{folder} is damaged ({reason}): remove it to start the stage again") from error
+        Returns:
+            The files that this rank wrote.
+
+        Raises:
+            OSError: this rank could not write; after the others are done.
+        """
+        self._writer.begin()
+        self._engine.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            client_state={UNIVERSAL_CHECKPOINT_INFO: {}},  # what allows `convert` of ZeRO 1 and 2
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+        return self._writer.end()
+
+    def load(self, folder: Path, *, converted: bool = False) -> None:
+        """Restore what `save` wrote on as many ranks, or what `convert` made of it."""
+        self._engine._config.load_universal_checkpoint = converted
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
         if path is None:
-            raise UserError(f"{folder} is not whole: remove it to start the stage again")
-        return state
+            raise FileNotFoundError(f"no checkpoint of DeepSpeed in {folder}")
+        if converted:
+            for parameter, state in self._engine.optimizer.optimizer.state.items():
+                # DeepSpeed hands one tensor, on the CPU, to all: each would count every parameter group's steps.
+                state["step"] = state["step"].to(parameter.device, copy=True)
+
+    @staticmethod
+    def convert(folder: Path, into: Path) -> None:
+        """Rewrite what `save` wrote so that any number of ranks can load it, under the same ZeRO stage. On one rank.
+
+        Raises:
+            OSError: it could not be read or written.
+        """
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]  # a process: it forks workers
+        command += ["--input_folder", str(folder), "--output_folder", str(into)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(done.stderr.strip().rpartition("\n")[2])
 
     def close(self) -> None:
         """Free ZeRO's hooks and buffers, so that another engine can follow in this process."""
         self._engine.destroy()
+
+
+class _Writer(TorchCheckpointEngine):
+    """Writes DeepSpeed's files. A failure waits until `end`: the other ranks still need this one's collectives."""
+
+    def begin(self) -> None:
+        self._written: list[Path] = []
+        self._failure: OSError | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            write_tensors(state_dict, Path(path))
+            self._written.append(Path(path))
+        except OSError as error:
+            self._failure = error
+
+    def end(self) -> list[Path]:
+        if self._failure is not None:
+            raise self._failure
+        return self._written
+
+
+def write_tensors(value: Any, path: Path) -> None:
+    """torch.save, where the file system's own error is raised if it cannot write (torch's names a place in the zip)."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

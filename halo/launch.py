@@ -21,11 +21,14 @@ import torch
 import torch.distributed as dist
 
 from halo.config import Config, load_config
-from halo.errors import UserError
+from halo.distributed import PATIENCE
+from halo.errors import Stopped, UserError
 
 EXIT_USER_ERROR = 2
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another: the longest rank 0 works alone is preparing a corpus."""
+EXIT_SAVED = 75
+"""Asked to stop by a signal, and saved: the same command goes on."""
+RENDEZVOUS = timedelta(minutes=30)
+"""How long a rank waits for all others to start."""
 DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
 
 
@@ -43,12 +46,13 @@ class Job:
 def launch(job: Callable[[Job], object], *, description: str) -> None:
     """Parse, join the ranks, run `job`, leave.
 
-    A UserError ends every rank: the first rank to meet it prints one line, and each exits with status 2.
+    A UserError ends every rank: the first rank to meet it prints one line, and each exits with status 2. Stopped ends
+    every rank too, with status 75: all raise it, at one step.
     """
     arguments, overrides = _parser(description).parse_known_args()
     _fill_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))
     try:
         preset = arguments.preset or "tiny"
         run = Path(arguments.run or Path("runs") / load_config(preset, overrides).name)
@@ -66,6 +70,11 @@ def launch(job: Callable[[Job], object], *, description: str) -> None:
         if store.add("halo/errors", 1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(store, rank, world_size)
+    except Stopped as stopped:
+        if rank == 0:
+            print(f"{stopped}: the same command goes on from there", flush=True)
+        dist.destroy_process_group()
+        sys.exit(EXIT_SAVED)
     dist.destroy_process_group()
 
 
@@ -106,7 +115,7 @@ def _join(store: dist.Store, rank: int, world_size: int) -> None:
     if torch.cuda.is_available():
         backend = "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
 def _leave(store: dist.Store, rank: int, world_size: int) -> NoReturn:

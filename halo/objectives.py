@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halo.flops import align_flops, distill_flops, next_token_flops
 from halo.linear_kl import linear_kl
 from halo.models import unpadded
 from halo.teacher import Teacher
 from halo.trainer import Objective
-from hypenet.losses import IGNORE, linear_cross_entropy
+from hypenet.losses import IGNORE, handed_out, linear_cross_entropy
 
 
 class Alignment(Objective):
@@ -34,6 +35,9 @@ class Alignment(Objective):
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self.regressions[name], p) for name, mixer in self.mixers.items() for p in mixer.parameters()]
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return align_flops(self.mixers.values(), self._teacher[0].model.model, seq_len)
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the layers' losses (Eq. 7): each layer's gradient is its own.
@@ -93,7 +97,7 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient.mul_(grad) for gradient in ctx.gradients)
+        return None, None, *handed_out(ctx, grad)
 
 
 class _Headed(Objective):
@@ -108,6 +112,9 @@ class _Headed(Objective):
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self, self.student.lm_head.weight)]
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return next_token_flops(self.student, seq_len)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
@@ -132,7 +139,10 @@ class Distillation(_Headed):
     ):
         super().__init__(student, activation_checkpointing=activation_checkpointing)
         self._teacher = [teacher]
-        self._terms = {"temperature": temperature, "cross_entropy": cross_entropy}
+        self._terms: dict[str, Any] = {"temperature": temperature, "cross_entropy": cross_entropy}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return distill_flops(self.student, self._teacher[0].model, seq_len)
 
     def teach(self, input_ids: Tensor) -> dict[str, Any]:
         return {"teacher": self._teacher[0].logits(input_ids)}

@@ -43,7 +43,7 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, placement: Literal["replicated", "sharded"] = "replicated"):
         self.model = model.eval().requires_grad_(False)
-        _fuse_norms(self.model)
+        fuse_norms(self.model)
         if placement == "sharded" and world_size() > 1:
             mesh = DeviceMesh.from_group(_node_group(), device().type)
             for layer in self.layers:
@@ -69,7 +69,7 @@ class Teacher:
         return FactoredLogits(self.hidden_states(input_ids).flatten(0, 1), self.head)
 
 
-def _fuse_norms(model: PreTrainedModel) -> None:
+def fuse_norms(model: PreTrainedModel) -> None:
     """Have every RMSNorm run as one kernel, as HypeNet's do; transformers' own make seven passes in float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

@@ -6,21 +6,26 @@ objective(input_ids, ...)      the loss, inside the engine
 
 import math
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halo.checkpoint import Checkpoints
+from halo.checkpoint import Checkpoints, Progress
 from halo.config import Training
-from halo.distributed import device, rank, world_size
+from halo.distributed import PATIENCE, STEP_LIMIT, device, rank, waits_of_at_most, world_size
 from halo.engine import Engine, split_batch
-from halo.errors import UserError
+from halo.errors import Stopped, UserError
 from halo.metrics import Metrics, mean_over_ranks
 from halo.run import StageFolder
+from halo.stop import stop_requests
 from halo.stream import TokenStream
+
+MAX_RETURNS = 3
+"""How often a run goes back to one checkpoint, for losses and gradients that are not finite, before it gives up."""
 
 
 class Objective(nn.Module):
@@ -33,6 +38,10 @@ class Objective(nn.Module):
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """[B, T] tokens -> the mean loss (a scalar), and scalars to log."""
         raise NotImplementedError
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Useful FLOPs of one token of a sequence (halo/flops.py); 0: not known."""
+        return 0.0
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         """(module, parameter) pairs where the module's forward reads a parameter that a child owns."""
@@ -49,6 +58,8 @@ class Result:
     parameters: int
     seconds: float
     loss: float
+    skipped: int
+    """Steps left out, their loss or gradient not being finite."""
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -56,6 +67,7 @@ class Result:
             "parameters": self.parameters,
             "seconds": round(self.seconds, 1),
             "loss": self.loss,
+            "skipped": self.skipped,
         }
 
 
@@ -79,51 +91,114 @@ def train(
     """Train `objective` on the samples in `shards`, from the last checkpoint in `folder` or from the start.
 
     Raises:
-        UserError: settings that do not fit the ranks or the data, an unreadable checkpoint, a loss that is not finite.
+        UserError: settings that do not fit the ranks or the data, a checkpoint that cannot be read or written, losses
+            or gradients that stay other than finite.
+        Stopped: a signal asked for it (halo/stop.py), and the state is saved.
     """
     micro_batch, accumulation = split_batch(training)
     stream = TokenStream(shards, micro_batch=micro_batch, seed=training.seed, rank=rank(), world_size=world_size())
     torch.manual_seed(training.seed)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     engine = Engine(objective.train(), training, ds_config, objective.external_parameters())
-    checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from)
-    state = checkpoints.resume(engine) or {"step": 0, "seconds": 0.0, "loss": math.nan}
-    if "stream" in state:
-        stream.load_state_dict(state["stream"])
-    metrics = Metrics(folder.path, name=folder.name, steps=training.steps, step=state["step"])
-    began, earlier = time.perf_counter(), state["seconds"]
+    checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
+    progress = checkpoints.resume(engine) or Progress(stream=stream.state_dict())
+    stream.load_state_dict(progress.stream)
+    metrics = _metrics(folder, training, progress, objective)
+    began = time.perf_counter() - progress.seconds
+    returns: Counter[int] = Counter()
+    limit = PATIENCE  # the first step compiles
     try:
-        for step in range(state["step"], training.steps):
-            lr = learning_rate(training, step)
-            values = mean_over_ranks(_batch(objective, engine, stream, accumulation, lr))
-            state = {"step": step + 1, "seconds": earlier + time.perf_counter() - began, "loss": values["loss"]}
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"{folder.name}: the loss is {values['loss']} at step {step}: lower the learning rate")
-            values |= {"lr": lr, "gradient_norm": engine.gradient_norm()}
-            metrics.log(step, values, tokens=training.batch * training.seq_len)
-            if (step + 1) % training.save_every == 0 or step + 1 == training.steps:
-                checkpoints.save(engine, step + 1, {**state, "stream": stream.state_dict()})
+        with stop_requests() as asked_to_stop:
+            while progress.step < training.steps:
+                lr = learning_rate(training, progress.step)
+                with waits_of_at_most(limit):
+                    values = _batch(objective, engine, stream, accumulation, lr, metrics)
+                    values["stop"] = torch.tensor(float(asked_to_stop()), device=device())
+                    means = mean_over_ranks(values)
+                    stop = means.pop("stop") > 0
+                    progress = progress.after(
+                        loss=means["loss"],
+                        skipped=engine.skipped(),
+                        seconds=time.perf_counter() - began,
+                        stream=stream.state_dict(),
+                    )
+                    means |= {"lr": lr, "gradient_norm": engine.gradient_norm(), "skipped": progress.skipped}
+                    metrics.log(progress.step - 1, means, tokens=training.batch * training.seq_len)
+                limit = STEP_LIMIT
+                if progress.skipped_in_a_row > training.max_skipped:
+                    progress = _go_back(checkpoints, engine, progress, returns, folder.name)
+                    metrics.close()
+                    metrics = _metrics(folder, training, progress, objective)
+                elif stop or _is_due(training, progress):
+                    with metrics.pause("checkpoint"):
+                        checkpoints.save(engine, progress)
+                if stop:
+                    raise Stopped(f"{folder.name}: stopped after {progress.step} of {training.steps} steps, and saved")
+        if math.isnan(progress.loss):
+            raise UserError(f"{folder.name}: no step had a finite loss and gradient: lower the learning rate")
         return Result(
             weights=engine.parameters_on_rank0(),
             tokens=training.steps * training.batch * training.seq_len,
             parameters=parameters,
-            seconds=state["seconds"],
-            loss=state["loss"],
+            seconds=progress.seconds,
+            loss=progress.loss,
+            skipped=progress.skipped,
         )
     finally:
         metrics.close()
         engine.close()
 
 
+def _metrics(folder: StageFolder, training: Training, progress: Progress, objective: Objective) -> Metrics:
+    return Metrics(
+        folder.path,
+        name=folder.name,
+        steps=training.steps,
+        step=progress.step,
+        flops_per_token=objective.flops_per_token(training.seq_len),
+        profile_from=training.profile_from,
+        profile_steps=training.profile_steps,
+    )
+
+
 def _batch(
-    objective: Objective, engine: Engine, stream: TokenStream, accumulation: int, lr: float
+    objective: Objective, engine: Engine, stream: TokenStream, accumulation: int, lr: float, metrics: Metrics
 ) -> dict[str, Tensor]:
     """One optimizer step. Returns the loss and metrics, mean over the micro-batches of this rank."""
     total: dict[str, Tensor] = {}
     for _ in range(accumulation):
-        input_ids = next(stream).to(device(), non_blocking=True)
-        loss, metrics = engine.accumulate(input_ids=input_ids, **objective.teach(input_ids))
-        for name, value in ({"loss": loss} | metrics).items():
+        with metrics.waiting("data"):
+            input_ids = next(stream).to(device(), non_blocking=True)
+        with metrics.waiting("teacher"):
+            taught = objective.teach(input_ids)
+        loss, values = engine.accumulate(input_ids=input_ids, **taught)
+        for name, value in ({"loss": loss} | values).items():
             total[name] = total.get(name, 0) + value / accumulation
         engine.step(lr)
     return total
+
+
+def _is_due(training: Training, progress: Progress) -> bool:
+    """Whether to save. Not amid skipped steps: one goes back to a checkpoint from which training went well."""
+    due = progress.step % training.save_every == 0 and not progress.skipped_in_a_row
+    return due or progress.step == training.steps
+
+
+def _go_back(
+    checkpoints: Checkpoints, engine: Engine, progress: Progress, returns: Counter[int], name: str
+) -> Progress:
+    """To the last checkpoint, but with the stream where it stands: past the data that gave no finite loss.
+
+    Args:
+        returns: how often this process went back to a checkpoint, by its step.
+    """
+    ended = f"{name}: {progress.skipped_in_a_row} steps in a row had no finite loss and gradient"
+    saved = checkpoints.resume(engine)
+    if saved is None:
+        raise UserError(f"{ended}, the last of them step {progress.step - 1}: lower the learning rate")
+    returns[saved.step] += 1
+    if returns[saved.step] > MAX_RETURNS:
+        raise UserError(f"{ended}, as after every return to step {saved.step}: lower the learning rate")
+    if rank() == 0:
+        print(f"{ended}: back to step {saved.step}, with the data that follows", flush=True)
+    return replace(progress, step=saved.step, loss=saved.loss, skipped_in_a_row=0)

@@ -64,7 +64,7 @@ def next_token_loss(
 
 
 def exact_logits(hidden: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
-    """hidden [N, D] @ head [V, D] transposed, as it was accumulated, in float32 at least: not rounded to half precision.
+    """hidden [N, D] @ head [V, D] transposed, in float32 at least, as accumulated: not rounded to half precision.
 
     Args:
         out: [N, V], where to write them.

@@ -13,5 +13,5 @@ launch() {
     --rdzv_backend=c10d \
     --rdzv_endpoint="${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 40000))" \
     --rdzv_id="$SLURM_JOB_ID" \
-    "$@"
+    -- "$@" # without the dashes, torchrun would take the launcher's --run for an abbreviation of its own
 }

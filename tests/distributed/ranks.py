@@ -2,6 +2,7 @@
 
 import os
 import pickle  # not the pipe's own, which passes tensors as file handles that end with their process
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tqdm import tqdm
+
+# A server that has imported everything once forks the ranks: importing it takes longer than most jobs.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.jobs"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
@@ -25,10 +31,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     # The parent holds the store, so that its port is free for certain.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        context.Process(
+        CONTEXT.Process(
             target=_rank, args=(rank, world_size, store.port, pipes[rank][1], timeout, function, args), daemon=True
         )
         for rank in range(world_size)
@@ -70,13 +75,7 @@ def _collect(ranks: dict[Connection, int], timeout: float) -> list[Any]:
 def _rank(
     rank: int, world_size: int, port: int, sender: Connection, timeout: float, function: Callable[..., Any], args: Any
 ) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
-    )
-    limit = timedelta(seconds=timeout)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    join(rank, world_size, port, timedelta(seconds=timeout))
     try:
         sender.send_bytes(pickle.dumps((function(*args), None)))
     except Exception as error:
@@ -84,3 +83,14 @@ def _rank(
         sender.send_bytes(pickle.dumps((None, error)))
         time.sleep(timeout)  # stay until the parent ends all: no other rank shall fail for want of this one
     dist.destroy_process_group()
+
+
+def join(rank: int, world_size: int, port: int, timeout: timedelta) -> None:
+    """Make this process a rank of a gloo world whose store is at `port`."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes, and missed where one is killed
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

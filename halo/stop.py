@@ -1,0 +1,24 @@
+"""SIGTERM and SIGUSR1 ask a training run to stop: it finishes the step, saves and ends.
+
+One rank's signal is enough, since the ranks tell each other in a collective that each step has anyway. Outside of
+training there is nothing to save, and the signals end the process as ever.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within, the signals end nothing. Yields a function that says whether one came to this rank."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+    try:
+        yield lambda: bool(came)
+    finally:
+        if not came:  # else the run is ending, and another signal must not cut that short
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,167 @@
+"""Kill a training run again and again, and see that its end shows nothing of it.
+
+    python -m tests.distributed.soak --steps 60 --kills 20
+
+Stage 2 of a tiny hybrid on two ranks under ZeRO-3. At random moments of a run (while it starts or goes on, in a step,
+while a checkpoint is written) one rank or both get SIGKILL; a rank that is left must end by itself, with an error,
+within a minute. The same command then goes on. In the end every loss in metrics.jsonl and every weight must be those
+of a run that nobody killed, bit for bit.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from halo.distributed import PATIENCE, rank
+from halo.shards import write_shards
+from tests.distributed import jobs
+from tests.distributed.ranks import CONTEXT, join
+
+RANKS = 2
+SECONDS_TO_END = 60.0
+LONGEST_DELAY = {"start": 3.0, "step": 0.15, "save": 0.1}
+"""About as many seconds as a start, a step, and writing a checkpoint take."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When which ranks are killed: `delay` seconds after `moment`."""
+
+    moment: str
+    """`start` of the processes, the end of step `step`, or when the first checkpoint after it is being written."""
+    step: int
+    delay: float
+    victims: tuple[int, ...]
+
+    def __str__(self) -> str:
+        when = {"start": "the start", "step": f"step {self.step}", "save": f"a save begun after step {self.step}"}
+        return f"rank {' and '.join(map(str, self.victims))} {self.delay:.2f} s after {when[self.moment]}"
+
+
+def plan(steps: int, kills: int, seed: int) -> list[Kill]:
+    """All moments in turn, in random steps that grow: the run gets on between them."""
+    choose = random.Random(seed)
+    moments = cycle(("step", "save", "start", "save"))
+    victims = cycle(((0, 1), (0,), (1,)))
+    return [
+        Kill(moment, step, choose.uniform(0, LONGEST_DELAY[moment]), next(victims))
+        for moment, step in zip(moments, sorted(choose.sample(range(steps - 4), kills)), strict=False)
+    ]
+
+
+def soak(folder: Path, *, steps: int, kills: int, seed: int, save_every: int = 3) -> None:
+    """Raises:
+    AssertionError: the run that was killed differs from the one that was not, or a rank did not end.
+    """
+    settings = jobs.training(steps=steps, save_every=save_every, micro_batch=4)
+    shards = folder / "shards"
+    write_shards(shards, np.random.default_rng(0).integers(0, 64, (60, 16)).astype(np.uint16), {"tokenizer": "none"})
+    whole, killed = folder / "whole", folder / "killed"
+    for ended in _wait(_start(shards, whole, settings)):
+        assert ended == 0, f"a rank that nobody killed ended with {ended}: see {whole / 'rank-*.log'}"
+    done = 0
+    for kill in plan(steps, kills, seed):
+        began, processes = time.time(), _start(shards, killed, settings)
+        if not _await(kill, killed, processes, began):
+            print(f"not killed, the run is over: {kill}", flush=True)
+            break
+        for victim in kill.victims:
+            processes[victim].kill()
+        began = time.monotonic()
+        for ended in _wait(processes):
+            assert ended != 0, "a rank ended well beside one that was killed"
+        done += 1
+        print(f"killed {kill}; all ended within {time.monotonic() - began:.1f} s", flush=True)
+    for ended in _wait(_start(shards, killed, settings)):
+        assert ended == 0, f"the run could not go on: see {killed / 'rank-*.log'}"
+    assert done == kills, f"only {done} of {kills} kills happened before the run was over"
+    assert jobs.losses(killed) == jobs.losses(whole), "other losses"
+    weights = [torch.load(run / "weights.pt") for run in (whole, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), f"other weights: {name}"
+    print(f"{steps} losses and {len(weights[0])} weights are bit for bit those of a run without kills", flush=True)
+
+
+def _start(shards: Path, folder: Path, settings: jobs.Training) -> list[BaseProcess]:
+    folder.mkdir(exist_ok=True)
+    # This process holds the store, so that its port is free for certain.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes: list[BaseProcess] = [
+        CONTEXT.Process(target=_rank, args=(rank, store.port, shards, folder, settings), daemon=True)
+        for rank in range(RANKS)
+    ]
+    for process in processes:
+        process.start()
+        process.store = store  # type: ignore[attr-defined]  # it lives as long as they do
+    return processes
+
+
+def _rank(rank_here: int, port: int, shards: Path, folder: Path, settings: jobs.Distill) -> None:
+    log = os.open(folder / f"rank-{rank_here}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    join(rank_here, RANKS, port, PATIENCE)
+    result = jobs.distill(shards, folder, "zero3.json", settings)
+    if rank() == 0:
+        torch.save(result.weights, folder / "weights.pt")
+    dist.destroy_process_group()
+
+
+def _await(kill: Kill, folder: Path, processes: list[BaseProcess], began: float) -> bool:
+    """Wait for the moment of a kill. False: the run was over before."""
+    while not _has_come(kill, folder, began):
+        if not any(process.is_alive() for process in processes):
+            return False
+        time.sleep(0.002)
+    time.sleep(kill.delay)
+    return any(process.is_alive() for process in processes)
+
+
+def _has_come(kill: Kill, folder: Path, began: float) -> bool:
+    if kill.moment == "start":
+        return True
+    # What an earlier, killed process left does not count.
+    if kill.moment == "save":
+        partial = [path for path in folder.glob("checkpoints/step-*.partial") if _after(path, began)]
+        return any(int(path.stem.removeprefix("step-")) > kill.step for path in partial)
+    metrics = folder / "metrics.jsonl"
+    return _after(metrics, began) and len(metrics.read_bytes().splitlines()) > kill.step
+
+
+def _after(path: Path, began: float) -> bool:
+    try:
+        return path.stat().st_mtime > began
+    except FileNotFoundError:
+        return False
+
+
+def _wait(processes: list[BaseProcess]) -> Iterator[int | None]:
+    """How each ended. A run that goes well may take its time; the others have a minute."""
+    for process in processes:
+        process.join(SECONDS_TO_END)
+        assert process.exitcode is not None, f"process {process.pid} did not end"
+        yield process.exitcode
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=random.randrange(1000), help="of the moments; printed")
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        soak(Path(scratch), **vars(arguments))

@@ -1,0 +1,202 @@
+"""A run that was interrupted goes on as if it had not been: exactly, on any number of ranks, from what is whole."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from halo.checkpoint import ENGINE
+from halo.errors import UserError
+from halo.run import sha256
+from tests.distributed import jobs
+from tests.distributed.ranks import run_ranks
+
+SETTINGS = jobs.training(save_every=2)
+
+
+def interrupt(step: int, ranks: int, job, shards: Path, folder: Path, zero: str = "zero3.json", settings=SETTINGS):
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_ranks(ranks, jobs.interrupted, step, job, shards, folder, zero, settings)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]):
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert torch.equal(two[name], weight), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Six steps of stage 2 on two ranks under ZeRO-3, not interrupted: losses and weights."""
+    folder = tmp_path_factory.mktemp("whole")
+    weights = run_ranks(2, jobs.distill, shards, folder, "zero3.json", SETTINGS)[0].weights
+    return jobs.losses(folder), weights
+
+
+@pytest.fixture(scope="module")
+def stopped_at_5(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """The same run, ended as step 5 began: its checkpoints are those of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    interrupt(5, 2, jobs.distill, shards, folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_at_5: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(stopped_at_5, tmp_path / "stage")
+
+
+def test_an_interrupted_run_goes_on_exactly(stopped, shards, whole):
+    assert checkpoints(stopped) == ["latest", "step-000000002", "step-000000004"]
+    weights = run_ranks(2, jobs.distill, shards, stopped, "zero3.json", SETTINGS)[0].weights
+    assert jobs.losses(stopped) == whole[0]
+    assert_equal(whole[1], weights)
+
+
+@pytest.mark.parametrize("zero", ["zero1.json", "zero2.json", "zero3.json"])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, shards, whole, zero):
+    """2 -> 1 -> 2, where ZeRO-3 steps its weights in several parts, as it does those of large models."""
+    config = json.loads((jobs.DS_CONFIGS / zero).read_text())
+    config["zero_optimization"]["sub_group_size"] = 3000
+    zero = str(tmp_path / zero)
+    Path(zero).write_text(json.dumps(config))
+    folder = tmp_path / "stage"
+    interrupt(3, 2, jobs.distill, shards, folder, zero)
+    interrupt(5, 1, jobs.distill, shards, folder, zero)
+    weights = run_ranks(2, jobs.distill, shards, folder, zero, SETTINGS)[0].weights
+    assert jobs.losses(folder) == pytest.approx(whole[0], abs=1e-4)
+    for name, weight in whole[1].items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    assert checkpoints(folder) == ["latest", "step-000000004", "step-000000006"]
+
+
+def test_each_rank_keeps_its_random_state(tmp_path, shards):
+    """ZeRO-1 writes what it is given of rank 0 alone."""
+    run_ranks(2, jobs.noisy, shards, tmp_path / "whole", "zero1.json", SETTINGS)
+    interrupt(3, 2, jobs.noisy, shards, tmp_path / "parts", "zero1.json")
+    run_ranks(2, jobs.noisy, shards, tmp_path / "parts", "zero1.json", SETTINGS)
+    assert jobs.losses(tmp_path / "parts") == jobs.losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("zero", ["zero1.json", "zero3.json"])
+def test_what_is_frozen_is_not_saved(tmp_path, shards, zero):
+    whole = run_ranks(2, jobs.partly_frozen, shards, tmp_path / "whole", zero, SETTINGS)[0].weights
+    parts = tmp_path / "parts"
+    interrupt(3, 2, jobs.partly_frozen, shards, parts, zero)
+    assert sum(path.stat().st_size for path in (parts / "checkpoints" / "step-000000002").rglob("*")) < 1e6
+    assert_equal(whole, run_ranks(2, jobs.partly_frozen, shards, parts, zero, SETTINGS)[0].weights)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_step_and_saves(tmp_path, shards, whole, number):
+    settings = jobs.training()
+    told = run_ranks(2, jobs.asked_to_stop, 3, number, jobs.distill, shards, tmp_path, "zero3.json", settings)
+    assert told == [f"{tmp_path.name}: stopped after 4 of 6 steps, and saved"] * 2
+    assert checkpoints(tmp_path) == ["latest", "step-000000004"]
+    weights = run_ranks(2, jobs.distill, shards, tmp_path, "zero3.json", settings)[0].weights
+    assert jobs.losses(tmp_path) == whole[0]
+    assert_equal(whole[1], weights)
+
+
+def test_which_checkpoints_are_kept(tmp_path, shards):
+    settings = jobs.training(steps=10, save_every=2, keep_last=1, keep_every=4)
+    run_ranks(1, jobs.finetune, shards, tmp_path, "zero1.json", settings)
+    assert checkpoints(tmp_path) == ["latest", "step-000000004", "step-000000008", "step-000000010"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000000010\n"
+
+
+def test_a_checkpoint_lists_every_file(stopped):
+    for checkpoint in stopped.glob("checkpoints/step-*"):
+        files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
+        listed = json.loads(files.pop("manifest.json").read_text())
+        assert {name: entry["sha256"] for name, entry in listed.items()} == {n: sha256(p) for n, p in files.items()}
+        assert {"state.json", "random-00000.pt", "random-00001.pt"} < listed.keys()
+        assert len([name for name in listed if name.startswith(f"{ENGINE}/")]) == 4
+
+
+def refusal(folder: Path, shards: Path, zero: str = "zero3.json", **changes) -> str:
+    with pytest.raises(UserError) as error:
+        run_ranks(2, jobs.distill, shards, folder, zero, jobs.training(save_every=2, **changes))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_checkpoint_goes_on_only_with_its_own_settings(stopped, shards):
+    latest, before = stopped / "checkpoints" / "step-000000004", checkpoints(stopped)
+    assert refusal(stopped, shards, lr=0.5) == (
+        f"{latest} was made with another lr (0.001, now 0.5): go on with the same, "
+        f"or remove {latest.parent} to start the stage again"
+    )
+    assert f"{latest} was made with another ZeRO stage (3, now 1)" in refusal(stopped, shards, "zero1.json")
+    assert checkpoints(stopped) == before
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(stopped, shards, whole):
+    latest, earlier = stopped / "checkpoints" / "step-000000004", stopped / "checkpoints" / "step-000000002"
+    before = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
+    onward = ": remove it to go on from step-000000002"
+    shard = next(latest.rglob("*rank_1*optim_states.pt"))
+    intact = shard.read_bytes()
+    name = shard.relative_to(latest)
+    for broken in (intact[:-100], intact[:500] + bytes([intact[500] ^ 1]) + intact[501:]):
+        shard.write_bytes(broken)
+        assert refusal(stopped, shards) == f"{latest} is damaged ({name} is not what was written)" + onward
+    shard.unlink()
+    assert refusal(stopped, shards) == f"{latest} is damaged ({name}: No such file or directory)" + onward
+    shard.write_bytes(intact)
+    state = (latest / "state.json").read_text()
+    (latest / "state.json").write_text(state.replace('"step": 4', '"step": 5'))
+    assert refusal(stopped, shards) == f"{latest} is damaged (state.json is not what was written)" + onward
+    for text in ("{", "[]", "{}"):
+        (latest / "manifest.json").write_text(text)
+        assert refusal(stopped, shards) == f"{latest} is damaged (manifest.json cannot be read)" + onward
+    assert before == {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
+
+    shutil.rmtree(latest)
+    weights = run_ranks(2, jobs.distill, shards, stopped, "zero3.json", SETTINGS)[0].weights
+    assert jobs.losses(stopped) == whole[0]
+    assert_equal(whole[1], weights)
+
+
+def test_a_lone_damaged_checkpoint(stopped, shards):
+    shutil.rmtree(stopped / "checkpoints" / "step-000000002")
+    latest = stopped / "checkpoints" / "step-000000004"
+    (latest / "random-00001.pt").write_bytes(b"")
+    assert refusal(stopped, shards).endswith("is not what was written): remove it to start the stage again")
+
+
+def test_what_a_killed_run_leaves_behind_is_no_checkpoint(stopped, shards, whole):
+    """Half of a checkpoint, half of a conversion, a checkpoint that `latest` does not name yet."""
+    folder = stopped / "checkpoints"
+    (folder / "step-000000006.partial").mkdir()
+    (folder / "step-000000004.converted").mkdir()
+    (folder / "latest").write_text("step-000000002\n")
+    weights = run_ranks(2, jobs.distill, shards, stopped, "zero3.json", SETTINGS)[0].weights
+    assert jobs.losses(stopped) == whole[0]
+    assert_equal(whole[1], weights)
+    assert checkpoints(stopped) == ["latest", "step-000000004", "step-000000006"]
+
+
+def test_a_full_disk_ends_all_ranks_and_spoils_nothing(tmp_path, shards, whole):
+    told = run_ranks(2, jobs.on_a_full_disk, 3, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
+    folder = tmp_path / "checkpoints"
+    assert (
+        told
+        == [
+            f"the checkpoint of step 4 cannot be written to {folder} (File too large): "
+            "mend that, and the same command goes on from step-000000002"
+        ]
+        * 2
+    )
+    assert checkpoints(tmp_path) == ["latest", "step-000000002"]
+    weights = run_ranks(2, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)[0].weights
+    assert jobs.losses(tmp_path) == whole[0]
+    assert_equal(whole[1], weights)

@@ -1,0 +1,108 @@
+"""Signals to real commands: what they end with, and what they leave."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from halo.launch import EXIT_SAVED
+from tests.launcher.conftest import BIN, ROOT, SMALL
+
+SECONDS = 60.0
+ENDLESS = [*SMALL, "--align.steps", "1000000", "--align.save_every", "1000000"]
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """A list for commands that must not outlive the test."""
+    commands: list[subprocess.Popen[str]] = []
+    yield commands
+    for command in commands:
+        if command.poll() is None:
+            for process in [*psutil.Process(command.pid).children(recursive=True), command]:
+                process.kill()
+        command.wait()
+
+
+def start(*command: object, **environment: object) -> subprocess.Popen[str]:
+    variables = {name: str(value) for name, value in environment.items()}
+    path = f"{BIN}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_ranks(run: Path) -> list[subprocess.Popen[str]]:
+    """Two ranks of stage 1 without a launcher, as srun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = (sys.executable, "launcher/align.py", "--run", run, "--ds_config", "ds_configs/zero3.json", *ENDLESS)
+    return [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
+
+
+def steps(run: Path) -> int:
+    metrics = run / "align" / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+
+
+def wait_for_steps(run: Path, number: int, command: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while steps(run) < number:
+        assert command.poll() is None, command.communicate()[0]
+        assert time.monotonic() < deadline, "no training within a minute"
+        time.sleep(0.05)
+
+
+def saved(run: Path) -> int:
+    """The step that the run's next start goes on from; all that metrics.jsonl has was done before."""
+    latest = (run / "align" / "checkpoints" / "latest").read_text().strip()
+    state = json.loads((run / "align" / "checkpoints" / latest / "state.json").read_text())
+    assert state["progress"]["step"] == steps(run)
+    return steps(run)
+
+
+def test_ranks_that_are_asked_to_stop_or_killed(tmp_path, started):
+    run = tmp_path / "run"
+    ranks = start_ranks(run)
+    started += ranks
+    wait_for_steps(run, 2, ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)
+    told = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, told
+    done = saved(run)
+    assert f"align: stopped after {done} of 1000000 steps, and saved: the same command goes on from there" in told[0]
+
+    ranks = start_ranks(run)
+    started += ranks
+    wait_for_steps(run, done + 2, ranks[0])
+    ranks[1].kill()
+    ranks[0].communicate(timeout=SECONDS)
+    assert ranks[0].returncode not in (0, EXIT_SAVED)
+
+
+def test_the_deepspeed_launcher_passes_the_status_on(tmp_path, started):
+    run = tmp_path / "run"
+    command = start(BIN / "deepspeed", "--num_gpus", 2, "launcher/align.py", "--run", run, *ENDLESS)
+    started.append(command)
+    wait_for_steps(run, 2, command)
+    family = psutil.Process(command.pid).children(recursive=True)
+    (rank,) = [process for process in family if "--local_rank=1" in process.cmdline()]
+    rank.send_signal(signal.SIGUSR1)
+    told = command.communicate(timeout=SECONDS)[0]
+    assert command.returncode == EXIT_SAVED, told
+    assert saved(run) >= 2
