@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 WITH_PATH = PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher test soak check
+.PHONY: help install demo teacher test compat soak check
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -30,6 +30,14 @@ teacher: install ## remake the embedded teacher from its preset
 
 test: install ## run the tests
 	$(WITH_PATH) OMP_NUM_THREADS=1 python -m pytest
+
+# The resolver picks transformers 4 (pyproject.toml says why); the model code also runs on 5, which stands apart.
+TRANSFORMERS5 := .venv/transformers5
+
+compat: install ## run the model's tests on transformers 5
+	test -d $(TRANSFORMERS5) || $(BIN)/python -m pip install --no-deps --target $(TRANSFORMERS5) \
+		transformers==5.17.0 huggingface-hub==1.33.0 tokenizers==0.23.2
+	$(WITH_PATH) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRANSFORMERS5) python -m pytest -q tests/hypenet
 
 soak: install ## kill a training run 20 times, and compare it with one that was not
 	$(WITH_PATH) OMP_NUM_THREADS=1 python -m tests.distributed.soak --steps 60 --kills 20
