@@ -203,8 +203,11 @@ class Checkpoints:
     def _load(self, engine: Engine, checkpoint: Path, folder: Path, *, converted: bool = False) -> None:
         try:
             engine.load(folder, converted=converted)
-        except Exception as error:  # torch, zip and DeepSpeed each have their own for a file that is cut short
-            raise self._damaged(checkpoint, str(error).partition("\n")[0]) from error
+        except Exception as error:  # no damage: the files were verified; memory, say, or another version of DeepSpeed
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise UserError(
+                f"{checkpoint} cannot be loaded, though its files are as they were written ({reason})"
+            ) from error
 
     def _load_converted(self, engine: Engine, checkpoint: Path, ranks: int) -> None:
         """Through a form that any number of ranks can read, in a folder beside the checkpoint, removed afterwards."""

@@ -16,8 +16,11 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=24)
 """How long a rank waits for another where work is uneven: rank 0 alone downloads, tokenizes and writes."""
-STEP_LIMIT = timedelta(seconds=60)
-"""How long a rank waits for another within a training step: what takes longer is dead."""
+STEP_LIMIT = timedelta(minutes=5)
+"""How long a rank waits for another within a training step: what takes longer hangs. Enough for a file system that
+stalls, or a rank that writes a trace. A rank that dies is noticed at once, by its connections and its launcher."""
+SLOW_LIMIT = timedelta(hours=1)
+"""The same where training is slow for once: a first step, which compiles, and checkpoints."""
 
 
 def rank() -> int:

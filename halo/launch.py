@@ -116,6 +116,7 @@ def _join(store: dist.Store, rank: int, world_size: int) -> None:
         backend = "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+    dist.barrier()  # NCCL's ranks meet here, within the rendezvous' limit, and not while rank 0 works alone
 
 
 def _leave(store: dist.Store, rank: int, world_size: int) -> NoReturn:

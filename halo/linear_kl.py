@@ -191,7 +191,9 @@ class _LinearKL(torch.autograd.Function):
         kl, entropy, agreement = weights @ kl, weights @ entropy, weights @ agreement
         nll = nll.new_zeros(()) if label_weights is None else label_weights @ nll
         ctx.gradients = to_hidden, None if to_head is None else to_head.to(head.dtype)
-        loss = terms.temperature**2 * kl + terms.cross_entropy * nll
+        loss = terms.temperature**2 * kl
+        if terms.cross_entropy:
+            loss = loss + terms.cross_entropy * nll
         metrics = (kl, entropy, agreement, nll)
         ctx.mark_non_differentiable(*metrics)
         return loss, *metrics

@@ -107,7 +107,8 @@ class Metrics:
             tensorboard.mkdir(parents=True, exist_ok=True)
             self._writer = SummaryWriter(str(tensorboard), purge_step=step)
             path = folder / "metrics.jsonl"
-            before = path.read_text().splitlines(keepends=True)[:step] if path.is_file() else []
+            lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+            before = [line for line in lines if _step_of(line) < step]
             with atomic(path) as partial:
                 partial.write_text("".join(before))
             self._lines = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
@@ -174,6 +175,14 @@ class Metrics:
         if self._writer is not None and self._lines is not None:
             self._writer.close()
             self._lines.close()
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of metrics.jsonl records; infinity where a power cut left half of it."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 class _Trace:

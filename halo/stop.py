@@ -7,6 +7,9 @@ training there is nothing to save, and the signals end the process as ever.
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from halo.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -18,7 +21,16 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
     try:
         yield lambda: bool(came)
-    finally:
-        if not came:  # else the run is ending, and another signal must not cut that short
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    except Stopped:
+        raise  # the run is ending, and another signal must not cut that short
+    except BaseException:
+        _restore(before)
+        raise
+    _restore(before)
+    if came:  # after the last step's look: it is saved, and what follows was not asked for
+        signal.raise_signal(came[-1])
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from halo.checkpoint import Checkpoints, Progress
 from halo.config import Training
-from halo.distributed import PATIENCE, STEP_LIMIT, device, rank, waits_of_at_most, world_size
+from halo.distributed import SLOW_LIMIT, STEP_LIMIT, device, rank, waits_of_at_most, world_size
 from halo.engine import Engine, split_batch
 from halo.errors import Stopped, UserError
 from halo.metrics import Metrics, mean_over_ranks
@@ -99,14 +99,15 @@ def train(
     stream = TokenStream(shards, micro_batch=micro_batch, seed=training.seed, rank=rank(), world_size=world_size())
     torch.manual_seed(training.seed)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    engine = Engine(objective.train(), training, ds_config, objective.external_parameters())
-    checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
-    progress = checkpoints.resume(engine) or Progress(stream=stream.state_dict())
+    with waits_of_at_most(SLOW_LIMIT):
+        engine = Engine(objective.train(), training, ds_config, objective.external_parameters())
+        checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
+        progress = checkpoints.resume(engine) or Progress(stream=stream.state_dict())
     stream.load_state_dict(progress.stream)
     metrics = _metrics(folder, training, progress, objective)
     began = time.perf_counter() - progress.seconds
     returns: Counter[int] = Counter()
-    limit = PATIENCE  # the first step compiles
+    limit = SLOW_LIMIT  # the first step compiles
     try:
         with stop_requests() as asked_to_stop:
             while progress.step < training.steps:
@@ -130,7 +131,7 @@ def train(
                     metrics.close()
                     metrics = _metrics(folder, training, progress, objective)
                 elif stop or _is_due(training, progress):
-                    with metrics.pause("checkpoint"):
+                    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
                         checkpoints.save(engine, progress)
                 if stop:
                     raise Stopped(f"{folder.name}: stopped after {progress.step} of {training.steps} steps, and saved")
@@ -145,8 +146,10 @@ def train(
             skipped=progress.skipped,
         )
     finally:
-        metrics.close()
-        engine.close()
+        try:
+            metrics.close()
+        finally:
+            engine.close()
 
 
 def _metrics(folder: StageFolder, training: Training, progress: Progress, objective: Objective) -> Metrics:

@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # What every sbatch script of this folder shares: how the ranks of a job are started.
 
+# Fifteen minutes before its time is over (--signal), a job is told to stop: ranks finish their step and save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-840}"
+
 # Run a launcher on all nodes of the job, one rank a GPU (or one rank a node where the job has no GPUs).
 #   launch launcher/kd.py --preset hypenet-9b
 launch() {

@@ -10,6 +10,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=2-00:00:00
+#SBATCH --signal=TERM@900
 set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the root of the repository}"
