@@ -7,7 +7,6 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,16 +17,13 @@ from halo.config import Distill, load_config
 from halo.distributed import device, rank, world_size
 from halo.engine import Engine, read_ds_config
 from halo.objectives import Alignment, Distillation, NextToken
+from halo.plan_load import PUBLISHED
 from halo.stages.align import new_mixers
 from halo.teacher import Teacher
 from halo.trainer import Objective
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "1.7b": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
-    "4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
-    "8b": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12_288},
-}
+TEACHERS = {"1.7b": "Qwen/Qwen3-1.7B", "4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}
 PRESETS = {"1.7b": "hypenet-2b", "4b": "hypenet-5b", "8b": "hypenet-9b"}
 KEPT = {"1.7b": [3, 21, 2, 9, 25, 6, 8], "4b": [10, 6, 7, 24, 33, 2, 4, 1, 34], "8b": [10, 6, 7, 24, 33, 2, 4, 1, 34]}
 
@@ -39,7 +35,7 @@ ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["align", "distill", "finetune"], required=True)
-    parser.add_argument("--teacher", choices=SHAPES, required=True)
+    parser.add_argument("--teacher", choices=TEACHERS, required=True)
     parser.add_argument("--micro_batch", type=int, help="sequences a rank takes at once (default: the preset's)")
     parser.add_argument("--seq_len", type=int, help="(default: the preset's)")
     parser.add_argument("--ds_config", default="ds_configs/zero1.json")
@@ -57,7 +53,7 @@ def main() -> None:
     training = settings(args)
     torch.manual_seed(rank())
     objective = build(args, training)
-    state = weights_and_optimizer(objective)
+    state = weights(objective)
     engine = Engine(objective, training, read_ds_config(Path(args.ds_config)), objective.external_parameters())
     torch.cuda.synchronize()
     ready = torch.cuda.memory_allocated() / 2**30
@@ -91,16 +87,7 @@ def settings(args: argparse.Namespace) -> Distill:
 
 def build(args: argparse.Namespace, training: Distill) -> Objective:
     """The stage's objective on this GPU, in bf16."""
-    config = Qwen3Config(
-        **SHAPES[args.teacher],
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151_936,
-        rope_theta=1e6,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=args.teacher != "8b",
-        attn_implementation="sdpa",
-    )
+    config = Qwen3Config(**PUBLISHED[TEACHERS[args.teacher]], rope_theta=1e6, attn_implementation="sdpa")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device()):
         model = Qwen3ForCausalLM(config)
@@ -116,7 +103,7 @@ def build(args: argparse.Namespace, training: Distill) -> Objective:
     return NextToken(student, **checkpointing)
 
 
-def weights_and_optimizer(objective: Objective) -> float:
+def weights(objective: Objective) -> float:
     """GiB of the trained weights in bf16."""
     return sum(p.numel() * 2 for p in objective.parameters()) / 2**30
 

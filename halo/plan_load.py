@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
-from halo.config import Config, Pretrain, Training
+from halo.config import Config, Training
 from halo.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
 from halo.errors import UserError
 from halo.flops import align_flops, distill_flops, next_token_flops
 from halo.gguf_file import is_gguf, where
 from halo.importance import default_k
 from halo.linear_kl import CHUNK_BYTES
+from halo.stages.pretrain import model_config
 from halo.teacher import fuse_norms
 from hypenet import HypeNetForCausalLM
 from hypenet.losses import IGNORE, linear_cross_entropy
@@ -141,7 +142,7 @@ def build_models(config: Config) -> Models:
             converted = HypeNetForCausalLM(every)
             hybrid = HypeNetForCausalLM(hybrid_config(shapes, kept, rnn_mixer=config.rnn_mixer, **switches))
             teacher = AutoModelForCausalLM.from_config(shapes)
-            scratch = AutoModelForCausalLM.from_config(_scratch(config.pretrain)) if config.pretrain else None
+            scratch = AutoModelForCausalLM.from_config(model_config(config.pretrain)) if config.pretrain else None
     except ValueError as error:
         raise UserError(f"no hybrid of this architecture from {config.teacher}: {error}") from error
     for model in (converted, hybrid, teacher, scratch):
@@ -307,16 +308,3 @@ def _inputs(model: PreTrainedModel, batch: int, length: int) -> tuple[Tensor, tu
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _scratch(pretrain: Pretrain) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=pretrain.vocab_size,
-        hidden_size=pretrain.hidden_size,
-        intermediate_size=pretrain.ffn,
-        num_hidden_layers=pretrain.layers,
-        num_attention_heads=pretrain.heads,
-        num_key_value_heads=pretrain.kv_heads,
-        head_dim=pretrain.head_dim,
-        tie_word_embeddings=True,
-    )

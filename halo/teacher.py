@@ -10,11 +10,10 @@ What it supplies is its logits, in factored form: final hidden states and the fr
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from halo.distributed import device, world_size
 from halo.errors import UserError
 from halo.models import unpadded
+from hypenet.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,7 @@ def fuse_norms(model: PreTrainedModel) -> None:
     """Have every RMSNorm run as one kernel, as HypeNet's do; transformers' own make seven passes in float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_rms_norm, module)
-
-
-def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    return F.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
+            module.forward = partial(RMSNorm.forward, module)
 
 
 def _node_group() -> dist.ProcessGroup:

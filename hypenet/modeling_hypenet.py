@@ -258,12 +258,13 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
             )
 
         if attention_mask is not None:
-            if seen and "linear_attention" in self.config.layer_types and (attention_mask.diff() < 0).any():
-                raise ValueError(
-                    "attention_mask has padding after tokens that RNN layers have seen, which their states have "
-                    "forgotten part of: pad on the left of everything, or continue each row alone."
-                )
             attention_mask = _padding(attention_mask)
+        recurrent = "linear_attention" in self.config.layer_types
+        if attention_mask is not None and seen and recurrent and (attention_mask.diff() < 0).any():
+            raise ValueError(
+                "attention_mask has padding after tokens that RNN layers have seen, which their states have "
+                "forgotten part of: pad on the left of everything, or continue each row alone."
+            )
         bounds = kwargs.pop("cu_seq_lens_q", None)
         if attention_mask is None and past_key_values is None:
             bounds = documents(position_ids, bounds, batch, tokens)
@@ -366,8 +367,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
         """
         every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        padding = None if attention_mask is None else _padding(attention_mask)
-        if labels is not None and padding is None and past_key_values is None:
+        if labels is not None and past_key_values is None and (attention_mask is None or attention_mask.all()):
             bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), *labels.shape)
             if bounds is not None:
                 kwargs["cu_seq_lens_q"] = bounds

@@ -60,8 +60,8 @@ def run(job: Job) -> Path:
     return folder.path / TEACHER
 
 
-def model_config(training: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
-    """A Qwen3 of the preset's shape, with tied embeddings."""
+def model_config(training: Pretrain, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen3Config:
+    """A Qwen3 of the preset's shape, with tied embeddings; its special tokens are the tokenizer's."""
     return Qwen3Config(
         vocab_size=training.vocab_size,
         hidden_size=training.hidden_size,
@@ -74,8 +74,8 @@ def model_config(training: Pretrain, tokenizer: PreTrainedTokenizerBase) -> Qwen
         rope_theta=training.rope_theta,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if tokenizer else None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer else None,
     )
 
 
