@@ -54,7 +54,10 @@ def main() -> None:
     torch.manual_seed(rank())
     objective = build(args, training)
     state = weights(objective)
-    engine = Engine(objective, training, read_ds_config(Path(args.ds_config)), objective.external_parameters())
+    external = objective.external_parameters()
+    engine = Engine(
+        objective, training, read_ds_config(Path(args.ds_config)), external, clip_apart=objective.clip_apart
+    )
     torch.cuda.synchronize()
     ready = torch.cuda.memory_allocated() / 2**30
     seconds = run(objective, engine, training, args.steps)
@@ -81,7 +84,7 @@ def settings(args: argparse.Namespace) -> Distill:
     chosen = {"micro_batch": args.micro_batch, "seq_len": args.seq_len, "activation_checkpointing": args.checkpointing}
     values = vars(preset) | {name: value for name, value in chosen.items() if value is not None}
     known = {name: value for name, value in values.items() if name in Distill.__dataclass_fields__}
-    known |= {"batch": known["micro_batch"] * world_size(), "clip": 0.0 if args.stage == "align" else known["clip"]}
+    known |= {"batch": known["micro_batch"] * world_size()}
     return Distill(**known | {"teacher_placement": args.placement})
 
 

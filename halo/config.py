@@ -87,7 +87,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest gradient norm: of all layers together, in stage 1 of each alone; 0 turns clipping off."""
     activation_checkpointing: bool = False
     seed: int = 0
     save_every: int = 500

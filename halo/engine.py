@@ -23,6 +23,7 @@ from torch import nn
 from halo.config import Training
 from halo.distributed import device, rank, world_size
 from halo.errors import UserError
+from halo.gradients import Gradients, by_layer
 
 deepspeed_logger.setLevel(logging.WARNING)
 # On a CPU, DeepSpeed would compile a collective of its own at the first start, which needs a compiler. Gloo does.
@@ -104,6 +105,7 @@ class Engine:
         training: batch, optimizer and clipping.
         ds_config: as read from JSON.
         external: parameters that a module's forward reads though a child owns them (a fused loss and its head).
+        clip_apart: whether each layer's gradient is clipped by its own norm, not all by the norm of all.
     """
 
     def __init__(
@@ -112,10 +114,14 @@ class Engine:
         training: Training,
         ds_config: dict[str, Any],
         external: Iterable[tuple[nn.Module, nn.Parameter]] = (),
+        *,
+        clip_apart: bool = False,
     ):
         self.module = module.to(device())
+        layers = by_layer(module)
+        groups = list(layers.values()) if clip_apart else [[p for layer in layers.values() for p in layer]]
         optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad],
+            [{"params": group} for group in groups],
             lr=0.0,
             betas=training.betas,
             weight_decay=training.weight_decay,
@@ -127,6 +133,7 @@ class Engine:
         # DeepSpeed casts buffers with the weights: RoPE's frequencies in bf16 are off by radians at long context.
         for name, buffer in self.module.named_buffers():
             buffer.data = buffers[name]
+        self._gradients = Gradients(self._engine.optimizer, layers, training.clip, apart=clip_apart)
         self._writer = self._engine.checkpoint_engine = _Writer()
         # Copies of its conversion scripts: they would be written apart from all the rest.
         self._engine._copy_recovery_script = lambda folder: None
@@ -160,9 +167,10 @@ class Engine:
         """Whether the step that completed the last batch was left out: a loss or gradient was not finite."""
         return not self._engine.was_step_applied()
 
-    def gradient_norm(self) -> float:
-        """The last step's global gradient norm, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+    def gradient_norms(self) -> dict[str, float]:
+        """Before clipping, of the last step: `gradient_norm` of all, `gradient_norm/<layer>` of each layer."""
+        norms = self._gradients.norms()
+        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 
     def parameters_on_rank0(self) -> dict[str, torch.Tensor]:
         """The whole, unpartitioned parameters on rank 0's CPU (empty elsewhere). Every rank must call this."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from halo.flops import align_flops, distill_flops, next_token_flops
 from halo.linear_kl import linear_kl
 from halo.models import unpadded
+from halo.squared_error import squared_error
 from halo.teacher import Teacher
 from halo.trainer import Objective
 from hypenet.losses import IGNORE, handed_out, linear_cross_entropy
@@ -26,6 +27,8 @@ class Alignment(Objective):
         mixers: layer index -> the RNN layer that may replace it.
         teacher: the frozen Transformer.
     """
+
+    clip_apart = True  # the layers are regressions of their own
 
     def __init__(self, mixers: Mapping[int, nn.Module], teacher: Teacher):
         super().__init__()
@@ -50,9 +53,11 @@ class Alignment(Objective):
         def regress(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
                 with torch.enable_grad():  # the teacher's forward has none
-                    loss = self.regressions[name](kwargs["hidden_states"], kwargs["position_embeddings"], output[0])
+                    loss, silence = self.regressions[name](
+                        kwargs["hidden_states"], kwargs["position_embeddings"], output[0]
+                    )
                 losses[name] = loss
-                relative[f"relative/{name}"] = loss.detach() / output[0].float().square().mean()
+                relative[f"relative/{name}"] = loss.detach() / silence
 
             return hook
 
@@ -78,13 +83,15 @@ class _Regression(nn.Module):
         super().__init__()
         self._mixer = [mixer]  # in a list: `Alignment.mixers` names its parameters
 
-    def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """hidden and target [B, T, hidden] -> the mean squared error."""
+    def forward(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """hidden and target [B, T, hidden] -> the mean squared error, and the target's mean square."""
         (mixer,) = self._mixer
         output, _ = mixer(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None)
-        loss = F.mse_loss(output.float(), target.float())
+        loss, silence = squared_error(output, target)
         parameters = list(mixer.parameters())
-        return _Made.apply(loss.detach(), torch.autograd.grad(loss, parameters), *parameters)
+        return _Made.apply(loss.detach(), torch.autograd.grad(loss, parameters), *parameters), silence
 
 
 class _Made(torch.autograd.Function):

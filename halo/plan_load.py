@@ -18,11 +18,11 @@ from halo.config import Config, Training
 from halo.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
 from halo.errors import UserError
 from halo.flops import align_flops, distill_flops, next_token_flops
+from halo.fuse import fuse
 from halo.gguf_file import is_gguf, where
 from halo.importance import default_k
 from halo.linear_kl import CHUNK_BYTES
 from halo.stages.pretrain import model_config
-from halo.teacher import fuse_norms
 from hypenet import HypeNetForCausalLM
 from hypenet.losses import IGNORE, linear_cross_entropy
 from hypenet.transfer import TEACHERS, hybrid_config
@@ -149,7 +149,7 @@ def build_models(config: Config) -> Models:
         if model is not None:
             model.to(torch.bfloat16)
             model.config._attn_implementation = "sdpa"
-    fuse_norms(teacher)
+    fuse(teacher)
     return Models(
         source=source,
         teacher=teacher.requires_grad_(False),

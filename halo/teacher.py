@@ -9,7 +9,6 @@ What it supplies is its logits, in factored form: final hidden states and the fr
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -21,8 +20,8 @@ from transformers import PreTrainedModel
 
 from halo.distributed import device, world_size
 from halo.errors import UserError
+from halo.fuse import fuse
 from halo.models import unpadded
-from hypenet.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, placement: Literal["replicated", "sharded"] = "replicated"):
         self.model = model.eval().requires_grad_(False)
-        fuse_norms(self.model)
+        fuse(self.model)
         if placement == "sharded" and world_size() > 1:
             mesh = DeviceMesh.from_group(_node_group(), device().type)
             for layer in self.layers:
@@ -67,13 +66,6 @@ class Teacher:
     def logits(self, input_ids: Tensor) -> FactoredLogits:
         """input_ids [B, T] -> factored logits of its B x T tokens."""
         return FactoredLogits(self.hidden_states(input_ids).flatten(0, 1), self.head)
-
-
-def fuse_norms(model: PreTrainedModel) -> None:
-    """Have every RMSNorm run as one kernel, as HypeNet's do; transformers' own make seven passes in float32."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(RMSNorm.forward, module)
 
 
 def _node_group() -> dist.ProcessGroup:

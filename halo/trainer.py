@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ MAX_RETURNS = 3
 
 class Objective(nn.Module):
     """What a stage trains. Its parameters are the trained ones; a frozen teacher must not be registered on it."""
+
+    clip_apart: ClassVar[bool] = False
+    """Whether `clip` is of each layer's gradient norm, not of all layers' together."""
 
     def teach(self, input_ids: Tensor) -> dict[str, Any]:
         """What the loss needs from the teacher for [B, T] tokens, without gradient. Becomes forward's keywords."""
@@ -100,7 +103,8 @@ def train(
     torch.manual_seed(training.seed)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     with waits_of_at_most(SLOW_LIMIT):
-        engine = Engine(objective.train(), training, ds_config, objective.external_parameters())
+        external = objective.external_parameters()
+        engine = Engine(objective.train(), training, ds_config, external, clip_apart=objective.clip_apart)
         checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
         progress = checkpoints.resume(engine) or Progress(stream=stream.state_dict())
     stream.load_state_dict(progress.stream)
@@ -123,7 +127,7 @@ def train(
                         seconds=time.perf_counter() - began,
                         stream=stream.state_dict(),
                     )
-                    means |= {"lr": lr, "gradient_norm": engine.gradient_norm(), "skipped": progress.skipped}
+                    means |= {"lr": lr, "skipped": progress.skipped} | engine.gradient_norms()
                     metrics.log(progress.step - 1, means, tokens=training.batch * training.seq_len)
                 limit = STEP_LIMIT
                 if progress.skipped_in_a_row > training.max_skipped:

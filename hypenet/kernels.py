@@ -1,4 +1,4 @@
-"""fla's GPU kernels: where they serve, and what to say where they cannot.
+"""GPU kernels: where fla's serve, and what to say where they cannot.
 
 Everything has a plain torch form, which runs where a kernel does not: on the CPU, and in single or double precision.
 """
@@ -23,6 +23,13 @@ FLA = "0.6.0"
 def serves(x: Tensor) -> bool:
     """Whether fla's kernels take `x` and its like: half precision on a GPU, fla-core installed."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _installed()
+
+
+@torch.compiler.assume_constant_result
+@cache
+def has_triton() -> bool:
+    """Whether this project's own kernels can be compiled (hypenet/fused.py)."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def kernel(operation: str) -> Callable[..., Any]:

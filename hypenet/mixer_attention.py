@@ -9,13 +9,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
 from .configuration_hypenet import ATTENTION, HypeNetConfig, read_scaling
+from .fused import gated, turn
 from .mixers import mixer
-from .norm import RMSNorm
+from .norm import HeadNorm
 
 
 def logits_scale(positions: Tensor, spec: str | float) -> Tensor:
@@ -59,8 +59,8 @@ class HypeNetAttention(Qwen3Attention):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attn_o_bias)
         self.q_norm = self.k_norm = self.o_gate = None
         if config.attn_use_qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps)
         if config.attn_use_output_gate:
             self.o_gate = nn.Linear(config.hidden_size, width, bias=False)
 
@@ -88,13 +88,14 @@ class HypeNetAttention(Qwen3Attention):
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        rope = position_embeddings if self.use_rope else None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, rope), self.k_norm(k, rope)
+        else:
+            q, k = turn(q, None, 0.0, rope), turn(k, None, 0.0, rope)
         v = self.v_proj(hidden_states).view(shape)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
 
-        if self.use_rope:
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         q = self.scale_logits(q, position_ids)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -102,7 +103,7 @@ class HypeNetAttention(Qwen3Attention):
 
         output = output.flatten(2)
         if self.o_gate is not None:
-            output = output * torch.sigmoid(self.o_gate(hidden_states))
+            output = gated(output, None, 0.0, self.o_gate(hidden_states))
         return self.o_proj(output), weights
 
     def scale_logits(self, q: Tensor, positions: Tensor | None) -> Tensor:

@@ -70,8 +70,11 @@ class RWKV7(RNNMixer):
         self.k_a = nn.Parameter(torch.full([width], 1.02))
         self.r_k = nn.Parameter(torch.full([width], -0.04))
 
-    def gate(self, hidden_states: Tensor) -> Tensor | None:
-        return None if self.z_proj is None else self.z_proj(hidden_states)
+    def norm_and_gate(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """The sigmoid of this gate is between its two factors, not behind them."""
+        if self.o_norm is not None:
+            output = self.o_norm(output)
+        return output if self.z_proj is None else output * self.z_proj(hidden_states)
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any

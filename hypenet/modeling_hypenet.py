@@ -29,6 +29,8 @@ from transformers.utils.generic import can_return_tuple
 from .cache import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
 from .delta_rule import delta_rule
+from .fused import swiglu
+from .fused_kernels import triton
 from .kernels import serves
 from .linear_attention import linear_attention
 from .losses import IGNORE, next_token_loss
@@ -141,6 +143,16 @@ class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):
         return super()._apply(move, recurse)
 
 
+class HypeNetMLP(Qwen3MLP):
+    """Qwen3's, with SwiGLU in one kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        if self.config.hidden_act != "silu":
+            return super().forward(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
 class HypeNetDecoderLayer(Qwen3DecoderLayer):
     """Eq. 15 and 16: Qwen3's layer around the mixer that the configuration names."""
 
@@ -149,7 +161,7 @@ class HypeNetDecoderLayer(Qwen3DecoderLayer):
         self.hidden_size = config.hidden_size
         self.attention_type = config.layer_types[layer_idx]
         self.self_attn = build_mixer(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = HypeNetMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from .cache import HypeNetCache, State
 from .configuration_hypenet import HypeNetConfig
+from .fused import Rope, gated, turn
 from .kernels import serves
 from .linear_attention import widen
-from .norm import RMSNorm
+from .norm import HeadNorm, OutputNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,10 @@ class RNNMixer(nn.Module):
         self.q_norm = self.k_norm = self.o_norm = None
         self.z_proj: nn.Module | None = None
         if options.qk_norm == "rms":
-            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps)
         if options.use_output_norm:
-            self.o_norm = RMSNorm(width, eps=config.rms_norm_eps)
+            self.o_norm = OutputNorm(width, eps=config.rms_norm_eps)
         if options.use_output_gate:
             self.z_proj = nn.Linear(config.hidden_size, width, bias=False)
 
@@ -153,11 +153,9 @@ class RNNMixer(nn.Module):
         if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
             raise ValueError(f"RNN layer {self.layer_idx} needs a HypeNetCache: give one, or pass use_cache=False.")
 
-        q, k, v = self.project(hidden_states)
-        k, gates = self.keys_and_gates(k, hidden_states)
+        rope = position_embeddings if self.options.use_rope else None
+        q, k, v, gates = self.heads_and_gates(hidden_states, rope)
         made_gates = gates is not hidden_states
-        if self.options.use_rope:
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         if self.queries_per_key > 1:
             k, v = (x.repeat_interleave(self.queries_per_key, dim=2) for x in (k, v))
         tokens = None
@@ -182,22 +180,31 @@ class RNNMixer(nn.Module):
         if past_key_values is not None and state is not None:
             past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
 
-        output = output.flatten(2)
-        if self.o_norm is not None:
-            output = self.o_norm(output)
-        gate = self.gate(hidden_states)
-        if gate is not None:
-            output = output * gate
-        return self.o_proj(output), None
+        return self.o_proj(self.norm_and_gate(output.flatten(2), hidden_states)), None
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before RoPE: [B, T, heads, D] each."""
+    def heads_and_gates(self, hidden_states: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values as `recur` takes them, [B, T, heads, D] each, and what it makes its gates from."""
+        kind = type(self)
+        nothing_between = (kind.project, kind.keys_and_gates) == (RNNMixer.project, RNNMixer.keys_and_gates)
+        if nothing_between and self.q_norm is not None and self.k_norm is not None:
+            q, k, v = self._activated_heads(hidden_states)
+            return self.q_norm(q, rope), self.k_norm(k, rope), v, hidden_states
+        q, k, v = self.project(hidden_states)
+        k, gates = self.keys_and_gates(k, hidden_states)
+        return turn(q, None, 0.0, rope), turn(k, None, 0.0, rope), v, gates
+
+    def _activated_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_proj(hidden_states).view(shape)
         k = self.k_proj(hidden_states).view(shape)
         v = self.v_proj(hidden_states).view(shape)
         if self.options.activation is not None:
             q, k, v = (ACT2FN[self.options.activation](x) for x in (q, k, v))
+        return q, k, v
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before RoPE: [B, T, heads, D] each."""
+        q, k, v = self._activated_heads(hidden_states)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.options.qk_norm == "l2":
@@ -211,9 +218,12 @@ class RNNMixer(nn.Module):
         """
         return k, hidden_states
 
-    def gate(self, hidden_states: Tensor) -> Tensor | None:
-        """z_t of Eq. 14, [B, T, H * D], or None: there is no output gate."""
-        return None if self.z_proj is None else torch.sigmoid(self.z_proj(hidden_states))
+    def norm_and_gate(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """Eq. 14, as far as the options have its parts: [B, T, H * D]."""
+        gate = None if self.z_proj is None else self.z_proj(hidden_states)
+        if self.o_norm is not None:
+            return self.o_norm(output, gate)
+        return output if gate is None else gated(output, None, 0.0, gate)
 
     def _recur_by_document(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, bounds: Tensor) -> Tensor:
         """`recur` with a new state at each of `bounds`, [documents + 1], of the B x T tokens."""

@@ -1,0 +1,38 @@
+"""A teacher on HypeNet's kernels (hypenet/fused.py): the same function, in fewer passes over memory.
+
+transformers' own norms, RoPE and MLPs take a kernel for each operation, most of them in float32.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hypenet.mixer_attention import HypeNetAttention
+from hypenet.modeling_hypenet import HypeNetMLP
+from hypenet.norm import HeadNorm, RMSNorm
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Have the layers of a `model` of hypenet.transfer.TEACHERS run as HypeNet's do. Its weights stay as they are."""
+    for layer in model.model.layers:
+        layer.mlp.forward = partial(HypeNetMLP.forward, layer.mlp)
+        _fuse_attention(layer.self_attn)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.forward = partial(RMSNorm.forward, norm)
+    model.model.norm.forward = partial(RMSNorm.forward, model.model.norm)
+
+
+def _fuse_attention(attention: Any) -> None:
+    """HypeNetAttention's forward with RoPE, no scaling of logits and no gate, in the teacher's own module."""
+    for name in ("q_norm", "k_norm"):
+        norm: nn.Module | None = getattr(attention, name, None)
+        if norm is not None:
+            norm.forward = partial(HeadNorm.forward, norm)  # type: ignore[arg-type]
+        setattr(attention, name, norm)
+    attention.use_rope, attention.o_gate = True, None
+    attention.scale_logits = lambda q, _: q
+    window = getattr(attention, "sliding_window", None)
+    attention.attend = partial(HypeNetAttention.attend, attention, sliding_window=window)
+    attention.forward = partial(HypeNetAttention.forward, attention)

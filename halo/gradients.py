@@ -1,0 +1,98 @@
+"""Gradient norms by layer, and clipping: what stands for DeepSpeed's own between backward and the optimizer.
+
+DeepSpeed widens each gradient to float64 for its norm, looks through all of them again for what is not finite, and
+multiplies all by the clipping factor: three more passes over memory, and ten kernels for each parameter. Here the norms
+are one pass, by which what is not finite shows too, and the optimizer's kernel applies the factor.
+
+The norm of a layer is that of the mean gradient over all ranks and micro-batches, whatever ZeRO holds where.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from halo.distributed import device
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|mixers)\.(\d+)\.")
+
+
+def by_layer(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters of each layer, by its index; of what is in no layer, by the module's name."""
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            found = _LAYER.search(name)
+            layer = found.group(1) if found else name.split(".")[-2] if "." in name else name
+            layers.setdefault(layer, []).append(parameter)
+    return layers
+
+
+class Gradients:
+    """Measures and clips the gradients of a DeepSpeed optimizer, in the place of its own methods.
+
+    Args:
+        zero: DeepSpeed's ZeRO optimizer, of stage 1, 2 or 3, around a fused AdamW.
+        layers: as `by_layer` gives them.
+        clip: the largest norm; 0 turns clipping off.
+        apart: whether each layer is clipped by its own norm. The optimizer's parameter groups are then the layers.
+    """
+
+    def __init__(self, zero: Any, layers: Mapping[str, list[nn.Parameter]], clip: float, *, apart: bool):
+        self._zero, self._clip, self._apart = zero, clip, apart
+        self._names = list(layers)
+        self._index = {id(p): i for i, parameters in enumerate(layers.values()) for p in parameters}
+        self._norms = torch.zeros(len(layers), device=device())
+        self._factors: Tensor | None = None
+        # What it does not find, the norm does.
+        zero.check_overflow = lambda *_, **__: None
+        if hasattr(zero, "fp16_groups"):  # ZeRO-3
+            zero._get_norm_groups = lambda: [self._measure()]
+        else:
+            zero.scaled_global_norm = self._measure
+        zero.unscale_and_clip_grads = lambda *_: None
+        self._plain_step, zero._optimizer_step = zero._optimizer_step, self._step
+
+    def norms(self) -> dict[str, Tensor]:
+        """Before clipping, of the last step: `gradient_norm` of all, `gradient_norm/<layer>` of each."""
+        norms = {f"gradient_norm/{name}": norm for name, norm in zip(self._names, self._norms, strict=True)}
+        return {"gradient_norm": torch.linalg.vector_norm(self._norms)} | norms
+
+    def _measure(self) -> Tensor:
+        """The global norm, on the device; not finite where a gradient is not."""
+        squares = torch.zeros(len(self._names), device=device())
+        for index, norms in self._shares():
+            squares.index_add_(0, torch.tensor(index, device=device()), norms.to(squares).square())
+        dist.all_reduce(squares, group=self._zero.dp_process_group)
+        self._norms = squares.sqrt()
+        total = squares.sum().sqrt()
+        if self._clip:
+            norms = self._norms if self._apart else total.expand(1)
+            self._factors = ((norms + 1e-6) / self._clip).clamp(min=1.0)
+        return total
+
+    def _shares(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Of this rank's share of the gradients: the layer and the norm of each."""
+        zero = self._zero
+        three = hasattr(zero, "fp16_groups")
+        for group, parameters in enumerate(zero.fp16_groups if three else zero.params_in_partition):
+            if zero.offload_optimizer if three else zero.cpu_offload:  # measured as they left the GPU
+                norms = [(p, zero.norm_for_param_grads.get(zero.get_param_id(p))) for p in parameters]
+                found = [(self._index[id(p)], float(norm)) for p, norm in norms if norm is not None]
+                if found:
+                    yield [i for i, _ in found], torch.tensor([norm for _, norm in found])
+                continue
+            gradients = [g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
+            index = [self._index[id(p)] for p, _ in zip(parameters, gradients, strict=False)]
+            if index:
+                yield index, torch.stack(torch._foreach_norm(gradients[: len(index)], 2, dtype=torch.float32))
+
+    def _step(self, group: int) -> None:
+        """One group's step of the optimizer; of a group's part, under ZeRO-3."""
+        if self._factors is not None:
+            layer = getattr(self._zero, "sub_group_to_group_id", {}).get(group, group) if self._apart else 0
+            self._zero.optimizer.grad_scale = self._factors[layer]
+        self._plain_step(group)

@@ -1,0 +1,179 @@
+"""What stands between a layer's matrix products, each as one kernel on a GPU and as plain torch elsewhere.
+
+    turn(x, w, rope)      RoPE(RMSNorm(x) w), head by head: queries and keys (Eq. 12 and 18)
+    gated(x, w, z)        RMSNorm(x) w * sigmoid(z): the output gate (Eq. 14 and 17)
+    swiglu(g, u)          silu(g) u: the MLP
+
+A kernel rounds once, where torch's operations round after each; it keeps its inputs for backward and nothing else.
+
+Shapes: B batch, T tokens, H heads, D their width, W any width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+from . import fused_kernels
+from .kernels import has_triton
+
+Rope = tuple[Tensor, Tensor]
+"""RoPE's cos and sin, [B or 1, T, D] each."""
+
+PROGRAMS = 1056
+"""Of a kernel that sums over rows: eight for each multiprocessor of an H100."""
+LANES = 2048
+"""Elements a program of an elementwise kernel takes."""
+WIDEST = 16_384
+"""Of a row that one program holds."""
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernels take `x`: half precision on a GPU, Triton installed."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_triton()
+
+
+def turn(x: Tensor, weight: Tensor | None, eps: float, rope: Rope | None) -> Tensor:
+    """[B, T, H, D] -> the same, normed where there is a `weight` [D], and turned where there is a `rope`."""
+    half = x.shape[-1] // 2
+    if serves(x) and half & (half - 1) == 0 and (weight is not None or rope is not None):
+        return _Turn.apply(x, weight, eps, *(rope or (None, None)))
+    if weight is not None:
+        x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    if rope is not None:
+        x, _ = apply_rotary_pos_emb(x, x[:, :, :0], *rope, unsqueeze_dim=2)
+    return x
+
+
+def gated(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor) -> Tensor:
+    """[..., W], its norm where there is a `weight` [W], times the sigmoid of `gate`, [..., W]."""
+    if serves(x) and x.shape[-1] <= WIDEST:
+        return _Gated.apply(x, weight, eps, gate)
+    if weight is not None:
+        x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return x * torch.sigmoid(gate)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [..., W]."""
+    return _SwiGLU.apply(gate, up) if serves(gate) else F.silu(gate) * up
+
+
+@torch.compiler.disable
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
+    """Run one of hypenet/fused_kernels.py on the device of its first argument."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, num_warps=warps)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None
+    ) -> Tensor:
+        x = x.contiguous()
+        if cos is not None and sin is not None:
+            cos, sin = cos.contiguous(), sin.contiguous()
+        y = torch.empty_like(x)
+        ctx.shape = _turn_shape(x, weight, cos)
+        batch, tokens = x.shape[:2]
+        launch(
+            fused_kernels.turn_forward,
+            batch * tokens,
+            *(x, weight, cos, sin, y, tokens, _batch_stride(cos), eps),
+            **ctx.shape,
+        )
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin = ctx.saved_tensors
+        to_y, to_x = to_y.contiguous(), torch.empty_like(x)
+        batch, tokens = x.shape[:2]
+        programs = min(batch * tokens, PROGRAMS)
+        partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
+        launch(
+            fused_kernels.turn_backward,
+            programs,
+            *(x, weight, cos, sin, to_y, to_x, partial, batch * tokens, tokens, _batch_stride(cos), ctx.eps),
+            **ctx.shape,
+        )
+        return to_x, _summed(partial, weight), None, None, None
+
+
+def _turn_shape(x: Tensor, weight: Tensor | None, cos: Tensor | None) -> dict[str, Any]:
+    heads, width = x.shape[2:]
+    return {
+        "HEADS": heads,
+        "LANES": _power_of_two(heads),
+        "HALF": width // 2,
+        "NORM": weight is not None,
+        "ROPE": cos is not None,
+    }
+
+
+def _batch_stride(cos: Tensor | None) -> int:
+    return 0 if cos is None or cos.shape[0] == 1 else cos.stride(0)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor) -> Tensor:
+        x, gate = x.contiguous(), gate.contiguous()
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        ctx.shape = {"WIDTH": width, "LANES": _power_of_two(width), "NORM": weight is not None}
+        launch(fused_kernels.gate_forward, x.numel() // width, x, weight, gate, y, eps, warps=8, **ctx.shape)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, gate)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate = ctx.saved_tensors
+        to_y, to_x, to_gate = to_y.contiguous(), torch.empty_like(x), torch.empty_like(gate)
+        rows = x.numel() // x.shape[-1]
+        programs = min(rows, PROGRAMS)
+        partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
+        launch(
+            fused_kernels.gate_backward,
+            programs,
+            *(x, weight, gate, to_y, to_x, to_gate, partial, rows, ctx.eps),
+            warps=8,
+            **ctx.shape,
+        )
+        return to_x, _summed(partial, weight), None, to_gate
+
+
+def _summed(partial: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    return None if partial is None or weight is None else partial.sum(0).to(weight.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        launch(fused_kernels.swiglu_forward, -(-y.numel() // LANES), gate, up, y, y.numel(), LANES=LANES)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
+        launch(
+            fused_kernels.swiglu_backward,
+            -(-gate.numel() // LANES),
+            *(gate, up, to_y.contiguous(), to_gate, to_up, gate.numel()),
+            LANES=LANES,
+        )
+        return to_gate, to_up

@@ -1,0 +1,186 @@
+"""Triton kernels of hypenet/fused.py. Each reads its inputs once and writes its outputs once, in float32 between.
+
+Where weights have a gradient, few programs walk over many rows each, and leave one partial sum a program.
+
+Shapes: N tokens, H heads, D their width, W the width of a row; halves are the two parts that RoPE turns together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # nothing here is called then
+    triton = None
+
+
+def _jit(function: Any) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+@_jit
+def turn_forward(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    cos,
+    sin,
+    y,
+    tokens,
+    cos_stride,
+    eps,
+    HEADS: tl.constexpr,
+    LANES: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """One token: all its heads, normed and turned."""
+    token = tl.program_id(0).to(tl.int64)
+    heads, half = tl.arange(0, LANES)[:, None], tl.arange(0, HALF)[None, :]
+    place = token * HEADS * 2 * HALF + heads * 2 * HALF + half
+    there = (heads < HEADS) & (half < HALF)
+    a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(x + place + HALF, mask=there, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
+        a = a * scale * tl.load(weight + half).to(tl.float32)
+        b = b * scale * tl.load(weight + HALF + half).to(tl.float32)
+    if ROPE:
+        angle = token // tokens * cos_stride + token % tokens * 2 * HALF + half
+        cos_a, cos_b = tl.load(cos + angle).to(tl.float32), tl.load(cos + angle + HALF).to(tl.float32)
+        sin_a, sin_b = tl.load(sin + angle).to(tl.float32), tl.load(sin + angle + HALF).to(tl.float32)
+        a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    tl.store(y + place, a.to(y.dtype.element_ty), mask=there)
+    tl.store(y + place + HALF, b.to(y.dtype.element_ty), mask=there)
+
+
+@_jit
+def turn_backward(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    cos,
+    sin,
+    to_y,
+    to_x,
+    to_weight,
+    count,
+    tokens,
+    cos_stride,
+    eps,
+    HEADS: tl.constexpr,
+    LANES: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """Every so manieth token. `to_weight` is [programs, D]."""
+    heads, half = tl.arange(0, LANES)[:, None], tl.arange(0, HALF)[None, :]
+    there = (heads < HEADS) & (half < HALF)
+    if NORM:
+        weight_a = tl.load(weight + half).to(tl.float32)
+        weight_b = tl.load(weight + HALF + half).to(tl.float32)
+    sum_a = tl.zeros((LANES, HALF), tl.float32)
+    sum_b = tl.zeros((LANES, HALF), tl.float32)
+    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+        token = tl.cast(index, tl.int64)
+        place = token * HEADS * 2 * HALF + heads * 2 * HALF + half
+        d_a = tl.load(to_y + place, mask=there, other=0.0).to(tl.float32)
+        d_b = tl.load(to_y + place + HALF, mask=there, other=0.0).to(tl.float32)
+        if ROPE:
+            angle = token // tokens * cos_stride + token % tokens * 2 * HALF + half
+            cos_a, cos_b = tl.load(cos + angle).to(tl.float32), tl.load(cos + angle + HALF).to(tl.float32)
+            sin_a, sin_b = tl.load(sin + angle).to(tl.float32), tl.load(sin + angle + HALF).to(tl.float32)
+            d_a, d_b = d_a * cos_a + d_b * sin_b, d_b * cos_b - d_a * sin_a
+        if NORM:
+            a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+            b = tl.load(x + place + HALF, mask=there, other=0.0).to(tl.float32)
+            scale = 1 / tl.sqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
+            a, b = a * scale, b * scale
+            sum_a += d_a * a
+            sum_b += d_b * b
+            d_a, d_b = d_a * weight_a, d_b * weight_b
+            along = tl.sum(d_a * a + d_b * b, axis=1, keep_dims=True) / (2 * HALF)
+            d_a, d_b = (d_a - a * along) * scale, (d_b - b * along) * scale
+        tl.store(to_x + place, d_a.to(to_x.dtype.element_ty), mask=there)
+        tl.store(to_x + place + HALF, d_b.to(to_x.dtype.element_ty), mask=there)
+    if NORM:
+        row, lane = tl.program_id(0) * 2 * HALF, tl.arange(0, HALF)
+        tl.store(to_weight + row + lane, tl.sum(sum_a, axis=0))
+        tl.store(to_weight + row + HALF + lane, tl.sum(sum_b, axis=0))
+
+
+@_jit
+def gate_forward(  # type: ignore[no-untyped-def]
+    x, weight, z, y, eps, WIDTH: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr
+):
+    """One row, normed and gated."""
+    lane = tl.arange(0, LANES)
+    place, there = tl.program_id(0).to(tl.int64) * WIDTH + lane, lane < WIDTH
+    a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if NORM:
+        a = a / tl.sqrt(tl.sum(a * a) / WIDTH + eps) * tl.load(weight + lane, mask=there, other=0.0).to(tl.float32)
+    opened = tl.sigmoid(tl.load(z + place, mask=there, other=0.0).to(tl.float32))
+    tl.store(y + place, (a * opened).to(y.dtype.element_ty), mask=there)
+
+
+@_jit
+def gate_backward(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    z,
+    to_y,
+    to_x,
+    to_z,
+    to_weight,
+    count,
+    eps,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Every so manieth row. `to_weight` is [programs, W]."""
+    lane = tl.arange(0, LANES)
+    there = lane < WIDTH
+    if NORM:
+        w = tl.load(weight + lane, mask=there, other=0.0).to(tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+        place = tl.cast(index, tl.int64) * WIDTH + lane
+        a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        d = tl.load(to_y + place, mask=there, other=0.0).to(tl.float32)
+        opened = tl.sigmoid(tl.load(z + place, mask=there, other=0.0).to(tl.float32))
+        normed = a
+        if NORM:
+            scale = 1 / tl.sqrt(tl.sum(a * a) / WIDTH + eps)
+            a = a * scale
+            normed = a * w
+        tl.store(to_z + place, (d * normed * opened * (1 - opened)).to(to_z.dtype.element_ty), mask=there)
+        d = d * opened
+        if NORM:
+            total += d * a
+            d = d * w
+            d = (d - a * (tl.sum(d * a) / WIDTH)) * scale
+        tl.store(to_x + place, d.to(to_x.dtype.element_ty), mask=there)
+    if NORM:
+        tl.store(to_weight + tl.program_id(0) * WIDTH + lane, total, mask=there)
+
+
+@_jit
+def swiglu_forward(gate, up, y, size, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    g = tl.load(gate + place, mask=place < size, other=0.0).to(tl.float32)
+    u = tl.load(up + place, mask=place < size, other=0.0).to(tl.float32)
+    tl.store(y + place, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=place < size)
+
+
+@_jit
+def swiglu_backward(gate, up, to_y, to_gate, to_up, size, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    g = tl.load(gate + place, mask=place < size, other=0.0).to(tl.float32)
+    u = tl.load(up + place, mask=place < size, other=0.0).to(tl.float32)
+    d = tl.load(to_y + place, mask=place < size, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(to_gate + place, (d * u * s * (1 + g * (1 - s))).to(to_gate.dtype.element_ty), mask=place < size)
+    tl.store(to_up + place, (d * g * s).to(to_up.dtype.element_ty), mask=place < size)
