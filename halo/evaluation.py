@@ -101,7 +101,7 @@ def loss_at_length(
     with _evaluating(model):
         for rows in _shares(len(samples), batch, progress):
             ids = samples[rows].to(model.device)
-            hidden = model.base_model(**unpadded(ids)).last_hidden_state[:, :-1]
+            hidden = model.base_model(**unpadded(model, ids)).last_hidden_state[:, :-1]
             chunks = zip(
                 hidden.flatten(0, 1).split(TOKENS_PER_CHUNK), ids[:, 1:].flatten().split(TOKENS_PER_CHUNK), strict=True
             )
@@ -193,5 +193,5 @@ def _answer_logits(
         ids[row, :end] = torch.tensor(context + answer)
         targets[row, len(context) : end] = torch.tensor(answer)
     keep = length - min(map(len, contexts))
-    logits = model(**unpadded(ids[:, :-1].to(model.device)), logits_to_keep=keep).logits
+    logits = model(**unpadded(model, ids[:, :-1].to(model.device)), logits_to_keep=keep).logits
     return logits, targets[:, -keep:].to(model.device)

@@ -17,6 +17,7 @@ from halo.gguf_file import check_gguf, is_gguf, where
 from halo.tokenizer import load_tokenizer
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import MIXERS
+from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 from hypenet.transfer import TEACHERS, hybrid_config, mixer_from_attention
 
 TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -103,12 +104,33 @@ def check_architecture(teacher: Path, config: Config) -> None:
         raise UserError(f"no hybrid of this architecture from {teacher}: {_first_line(error)}") from error
 
 
-def unpadded(input_ids: Tensor) -> dict[str, Any]:
+def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
     """The arguments of one forward of full rows [B, T], without a cache.
 
-    Without the mask of ones, transformers 4 builds one of [T, T] for Qwen3.
+    HypeNet takes no mask for "no padding", and need not look for it, for which the host would wait. Without a mask of
+    ones, transformers 4 builds one of [T, T] for its own Qwen3.
     """
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    mask = None if isinstance(model, HypeNetPreTrainedModel) else torch.ones_like(input_ids)
+    return {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+
+
+@torch.no_grad()
+def frozen_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Final hidden states of full rows, [B, T] -> [B, T, D]: layer by layer, without what makes the host wait.
+
+    A forward of transformers' models looks at its mask, on the host. Here there is none; only a window that is
+    shorter than the rows needs one.
+    """
+    tokens, body = input_ids.shape[1], model.model
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in body.layers]
+    if any(window is not None and window < tokens for window in windows):
+        return body(**unpadded(model, input_ids)).last_hidden_state
+    states = body.embed_tokens(input_ids)
+    positions = torch.arange(tokens, device=input_ids.device)[None]
+    rope = body.rotary_emb(states, positions)
+    for layer in body.layers:
+        states = layer(states, attention_mask=None, position_ids=positions, position_embeddings=rope, use_cache=False)
+    return body.norm(states)
 
 
 def load_teacher(teacher: Path) -> PreTrainedModel:

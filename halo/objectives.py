@@ -125,7 +125,7 @@ class _Headed(Objective):
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
-        return self.student.model(**unpadded(input_ids)).last_hidden_state
+        return self.student.model(**unpadded(self.student, input_ids)).last_hidden_state
 
 
 class Distillation(_Headed):

@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from halo.distributed import device, world_size
 from halo.errors import UserError
 from halo.fuse import fuse
-from halo.models import unpadded
+from halo.models import frozen_states
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,9 @@ class Teacher:
         """[V, E]."""
         return self.model.lm_head.weight
 
-    @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> final hidden states [B, T, E], after the last norm."""
-        return self.model.model(**unpadded(input_ids)).last_hidden_state
+        return frozen_states(self.model, input_ids)
 
     def logits(self, input_ids: Tensor) -> FactoredLogits:
         """input_ids [B, T] -> factored logits of its B x T tokens."""
