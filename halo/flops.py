@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from halo.fuse import window_of
 from hypenet.mixer_deltanet import DeltaNet
 from hypenet.mixer_gsa import GatedSlotAttention
 from hypenet.mixer_rwkv7 import RWKV7
@@ -78,11 +79,7 @@ def _reads_input(name: str, module: nn.Module, mixer: nn.Module) -> bool:
 
 def _tokens_seen(attention: Any, seq_len: int) -> float:
     """How many tokens a token sees, on average: T/2, or in a window of w tokens w - w^2 / 2T."""
-    window = (
-        attention.sliding_window
-        if hasattr(attention, "sliding_window")
-        else getattr(attention.config, "sliding_window", None)
-    )
+    window = window_of(attention)
     if window is None or window >= seq_len:
         return seq_len / 2
     return window - window**2 / (2 * seq_len)

@@ -33,6 +33,12 @@ def _fuse_attention(attention: Any) -> None:
         setattr(attention, name, norm)
     attention.use_rope, attention.o_gate = True, None
     attention.scale_logits = lambda q, _: q
-    window = getattr(attention, "sliding_window", None)
-    attention.attend = partial(HypeNetAttention.attend, attention, sliding_window=window)
+    attention.attend = partial(HypeNetAttention.attend, attention, sliding_window=window_of(attention))
     attention.forward = partial(HypeNetAttention.forward, attention)
+
+
+def window_of(attention: Any) -> int | None:
+    """How many tokens an attention layer sees, itself among them; None: all."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from halo.config import Config, build
 from halo.errors import UserError
+from halo.fuse import window_of
 from halo.gguf_file import check_gguf, is_gguf, where
 from halo.tokenizer import load_tokenizer
 from hypenet import HypeNetForCausalLM
@@ -122,7 +123,7 @@ def frozen_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     shorter than the rows needs one.
     """
     tokens, body = input_ids.shape[1], model.model
-    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in body.layers]
+    windows = [window_of(layer.self_attn) for layer in body.layers]
     if any(window is not None and window < tokens for window in windows):
         return body(**unpadded(model, input_ids)).last_hidden_state
     states = body.embed_tokens(input_ids)
