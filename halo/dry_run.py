@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hypenet import delta_rule, linear_attention, losses, mixer_gsa, rnn_mixer
+from halo import squared_error
+from hypenet import delta_rule, fused, linear_attention, losses, mixer_gsa, rnn_mixer
 from hypenet.mixer_ttt import TTTLinear
 
 CHUNK = 64
@@ -82,8 +83,7 @@ class DryRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        inputs, outputs = _tensors((args, kwargs)), _tensors(output)
         known = {id(x.untyped_storage()) for x in inputs}
         for tensor in outputs:
             if id(tensor.untyped_storage()) not in known:
@@ -116,6 +116,10 @@ class DryRun(TorchDispatchMode):
         self._held[key] = weakref.ref(storage, release)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -178,6 +182,10 @@ def _replaced_kernels(run: DryRun) -> Iterator[None]:
     def serves(x: Tensor) -> bool:
         return x.is_meta
 
+    def squares(*inputs: Tensor) -> tuple[Tensor, ...]:
+        run.record("kernel", *inputs)
+        return torch.empty(2, device="meta").unbind()
+
     first = TTTLinear._first
 
     def first_with_data(mixer: TTTLinear, q: Tensor) -> tuple[Tensor, ...]:
@@ -187,6 +195,9 @@ def _replaced_kernels(run: DryRun) -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", _attention),
         (F, "rms_norm", lambda x, shape, weight, eps: _RMSNorm.apply(run, x, weight)),
+        (fused, "serves", serves),
+        (fused, "launch", lambda kernel, programs, *inputs, **shape: run.record("kernel", *_tensors(inputs))),
+        (squared_error, "_plain", squares),
         (losses, "exact_logits", lambda x, head, out=None: torch.mm(x, head.T, out_dtype=torch.float32)),
         (torch, "is_autocast_enabled", lambda *device: False),  # the meta device has none, and asking is an error
         (TTTLinear, "_first", first_with_data),  # how full a mini-batch is decides what runs

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
@@ -22,6 +21,7 @@ from halo.fuse import fuse
 from halo.gguf_file import is_gguf, where
 from halo.importance import default_k
 from halo.linear_kl import CHUNK_BYTES
+from halo.squared_error import squared_error
 from halo.stages.pretrain import model_config
 from hypenet import HypeNetForCausalLM
 from hypenet.losses import IGNORE, linear_cross_entropy
@@ -202,7 +202,7 @@ def _align(models: Models, batch: int, length: int) -> Load:
     target = torch.empty_like(hidden)
 
     def regress() -> Tensor:
-        return F.mse_loss(mixer(hidden, position_embeddings=rope)[0].float(), target.float())
+        return squared_error(mixer(hidden, position_embeddings=rope)[0], target)[0]
 
     cost = cost_of(mixer, regress)
     count, parameters = len(models.mixers), _count(mixer)

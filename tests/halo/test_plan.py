@@ -264,7 +264,7 @@ def test_memory_that_is_freed_is_not_counted():
 
 
 def test_advice_makes_it_fit(nine):
-    p = plan(nine, gpu="a100", activation_checkpointing=False)
+    p = plan(nine, gpu="a100", activation_checkpointing=False, seq_len=1024)
     assert not p.fits
     words = advice(nine[1], p)
     assert words.startswith("--distill.activation_checkpointing true would make it fit, in ")
