@@ -91,8 +91,8 @@ def train(
     """Train `objective` on the samples in `shards`, from the last checkpoint in `folder` or from the start.
 
     Raises:
-        UserError: settings that do not fit the ranks or the data, a checkpoint that cannot be read or written, losses
-            or gradients that stay other than finite.
+        UserError: settings that do not fit the ranks or the data, a checkpoint that cannot be read or written, metrics
+            that cannot be written, losses or gradients that stay other than finite.
         Stopped: a signal asked for it (halo/stop.py), and the state is saved.
     """
     micro_batch, accumulation = split_batch(training)
@@ -114,9 +114,11 @@ def train(
                 lr = learning_rate(training, progress.step)
                 with waits_of_at_most(limit):
                     values = _batch(objective, engine, stream, accumulation, lr, metrics)
-                    values["stop"] = torch.tensor(float(asked_to_stop()), device=device())
+                    values |= _flags(
+                        stop=asked_to_stop(), written=checkpoints.is_written(), unrecorded=metrics.has_failed()
+                    )
                     means = mean_over_ranks(values)
-                    stop = means.pop("stop") > 0
+                    stop, written, unrecorded = (means.pop(name) for name in ("stop", "written", "unrecorded"))
                     progress = progress.after(
                         loss=means["loss"],
                         skipped=engine.skipped(),
@@ -126,15 +128,25 @@ def train(
                     means |= {"lr": lr, "gradient_norm": engine.gradient_norm(), "skipped": progress.skipped}
                     metrics.log(progress.step - 1, means, tokens=training.batch * training.seq_len)
                 limit = STEP_LIMIT
-                if progress.skipped_in_a_row > training.max_skipped:
+                if unrecorded:
+                    metrics.check()
+                going_back = progress.skipped_in_a_row > training.max_skipped
+                saving = not going_back and (bool(stop) or _is_due(training, progress))
+                if written == 1 or going_back or saving:
+                    _publish(checkpoints, metrics)
+                if going_back:
                     progress = _go_back(checkpoints, engine, progress, returns, folder.name)
                     metrics.close()
                     metrics = _metrics(folder, training, progress, objective)
-                elif stop or _is_due(training, progress):
+                if saving:
                     with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
                         checkpoints.save(engine, progress)
+                if stop or progress.step == training.steps:
+                    _publish(checkpoints, metrics)
                 if stop:
                     raise Stopped(f"{folder.name}: stopped after {progress.step} of {training.steps} steps, and saved")
+            metrics.close()
+            metrics.check()
         if math.isnan(progress.loss):
             raise UserError(f"{folder.name}: no step had a finite loss and gradient: lower the learning rate")
         return Result(
@@ -179,6 +191,19 @@ def _batch(
             total[name] = total.get(name, 0) + value / accumulation
         engine.step(lr)
     return total
+
+
+def _flags(**values: bool) -> dict[str, Tensor]:
+    """What a rank tells the others of itself, beside the metrics: their mean is the share of ranks where it is so."""
+    return {name: torch.tensor(float(value), device=device()) for name, value in values.items()}
+
+
+def _publish(checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """Make what was saved last the latest checkpoint, if it is not yet; wait for its writing where that goes on."""
+    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
+        seconds = checkpoints.publish()
+    if seconds is not None:
+        metrics.note("checkpoint_write_s", seconds)
 
 
 def _is_due(training: Training, progress: Progress) -> bool:
