@@ -128,19 +128,17 @@ def train(
                     means |= {"lr": lr, "gradient_norm": engine.gradient_norm(), "skipped": progress.skipped}
                     metrics.log(progress.step - 1, means, tokens=training.batch * training.seq_len)
                 limit = STEP_LIMIT
+                if written == 1 or unrecorded:
+                    _publish(checkpoints, metrics)
                 if unrecorded:
                     metrics.check()
-                going_back = progress.skipped_in_a_row > training.max_skipped
-                saving = not going_back and (bool(stop) or _is_due(training, progress))
-                if written == 1 or going_back or saving:
-                    _publish(checkpoints, metrics)
-                if going_back:
+                if progress.skipped_in_a_row > training.max_skipped:
                     progress = _go_back(checkpoints, engine, progress, returns, folder.name)
                     metrics.close()
+                    metrics.check()
                     metrics = _metrics(folder, training, progress, objective)
-                if saving:
-                    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
-                        checkpoints.save(engine, progress)
+                elif stop or _is_due(training, progress):
+                    _save(checkpoints, engine, progress, metrics)
                 if stop or progress.step == training.steps:
                     _publish(checkpoints, metrics)
                 if stop:
@@ -198,8 +196,14 @@ def _flags(**values: bool) -> dict[str, Tensor]:
     return {name: torch.tensor(float(value), device=device()) for name, value in values.items()}
 
 
+def _save(checkpoints: Checkpoints, engine: Engine, progress: Progress, metrics: Metrics) -> None:
+    _publish(checkpoints, metrics)
+    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
+        checkpoints.save(engine, progress)
+
+
 def _publish(checkpoints: Checkpoints, metrics: Metrics) -> None:
-    """Make what was saved last the latest checkpoint, if it is not yet; wait for its writing where that goes on."""
+    """Wait until what was saved last is written, if it is not published yet, and make it the latest checkpoint."""
     with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
         seconds = checkpoints.publish()
     if seconds is not None:
@@ -221,6 +225,7 @@ def _go_back(
         returns: how often this process went back to a checkpoint, by its step.
     """
     ended = f"{name}: {progress.skipped_in_a_row} steps in a row had no finite loss and gradient"
+    checkpoints.publish()
     saved = checkpoints.resume(engine)
     if saved is None:
         raise UserError(f"{ended}, the last of them step {progress.step - 1}: lower the learning rate")

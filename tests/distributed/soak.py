@@ -52,7 +52,7 @@ class Kill:
     """When which ranks are killed: `delay` seconds after `moment`."""
 
     moment: str
-    """`start` of the processes, the end of step `step`, or when a part of saving begins after it, on rank 0."""
+    """`start` (the ranks have met), the end of step `step`, or when a part of saving begins after it, on rank 0."""
     step: int
     delay: float
     victims: tuple[int, ...]
@@ -100,7 +100,7 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int, save_every: int = 3
             processes[victim].kill()
         amid += saving
         began = time.monotonic()
-        for ended in _wait(processes):
+        for ended in _wait(processes, SECONDS_TO_END):
             assert ended != 0, "a rank ended well beside one that was killed"
         note = ", amid saving" if saving else ""
         print(f"killed {kill}{note}; all ended within {time.monotonic() - began:.1f} s", flush=True)
@@ -140,6 +140,7 @@ def _rank(rank_here: int, port: int, shards: Path, folder: Path, settings: jobs.
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     join(rank_here, RANKS, port, PATIENCE)
+    (folder / "start").touch()
     Engine.snapshot = _marked("snapshot", folder, Engine.snapshot)  # type: ignore[method-assign]
     background.write_tensors = _marked("write", folder, background.write_tensors)
     Checkpoints._make_latest = _marked("publish", folder, Checkpoints._make_latest)  # type: ignore[method-assign]
@@ -176,9 +177,9 @@ def _await(kill: Kill, folder: Path, processes: list[BaseProcess], began: float)
 
 
 def _has_come(kill: Kill, folder: Path, began: float) -> bool:
-    if kill.moment == "start":
-        return True
     # What an earlier, killed process left does not count.
+    if kill.moment == "start":
+        return _after(folder / "start", began)  # a launcher ends the ranks that wait for one which never came
     metrics = folder / "metrics.jsonl"
     if not (_after(metrics, began) and len(metrics.read_bytes().splitlines()) > kill.step):
         return False
@@ -192,10 +193,10 @@ def _after(path: Path, began: float) -> bool:
         return False
 
 
-def _wait(processes: list[BaseProcess]) -> Iterator[int | None]:
-    """How each ended. A run that goes well may take its time; the others have a minute."""
+def _wait(processes: list[BaseProcess], seconds: float | None = None) -> Iterator[int | None]:
+    """How each ended. A run that goes well may take its time; what is left of one that was killed has a minute."""
     for process in processes:
-        process.join(SECONDS_TO_END)
+        process.join(seconds)
         assert process.exitcode is not None, f"process {process.pid} did not end"
         yield process.exitcode
 
