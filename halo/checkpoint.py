@@ -7,30 +7,36 @@
         state.json                 what it was made from, by how many ranks, and the run's progress
         manifest.json              every file's size and SHA-256
 
-Each rank writes its own files, brings them to the disk and takes their checksums; rank 0 then renames the folder,
-points `latest` to it, and removes what is no longer kept. Going on, the ranks verify all files first, each a share.
+Saving has three parts. Training stands still for the first, `save`: each rank copies its state to host memory. A
+thread of each rank then writes its files (halo/background.py) while training goes on. Last, between two later steps,
+`publish`: rank 0 renames the folder, points `latest` to it, and removes what is no longer kept.
+
+Going on, the ranks verify all files first, each a share.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from halo.background import Files, Writing
 from halo.config import Training
 from halo.distributed import barrier, device, on_every_rank, on_rank0, rank, world_size
-from halo.engine import Engine, write_tensors
+from halo.engine import Engine
 from halo.errors import UserError
 from halo.run import atomic, difference, sha256
 
 ENGINE, STATE, MANIFEST = "engine", "state.json", "manifest.json"
+VERIFYING_THREADS = 4
+"""Of each rank: one reads and hashes about 1 GB/s."""
 T = TypeVar("T")
-Files = dict[str, dict[str, Any]]
-"""File name -> {"bytes", "sha256"}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +66,18 @@ class Progress:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    partial: Path
+    state: dict[str, Any]
+    writing: Writing
+
+
 class Checkpoints:
-    """The checkpoints of one stage, under `folder`. Every rank calls `save` and `resume`.
+    """The checkpoints of one stage, under `folder`. Every rank calls `save`, `publish` and `resume`.
 
     Args:
         made_from: what the stage is made from. A checkpoint of anything else is refused.
@@ -73,6 +89,7 @@ class Checkpoints:
         self.made_from = made_from
         self._keep_last = training.keep_last
         self._keep_every = training.keep_every
+        self._pending: _Pending | None = None
 
     def latest(self) -> Path | None:
         """The checkpoint that `latest` names; where that one was removed by hand, the newest there is."""
@@ -82,43 +99,54 @@ class Checkpoints:
         return whole[-1] if whole else None
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Raises:
-        UserError: a rank could not write its part; on every rank. Nothing is left of it, and `latest` stands.
+        """Copy the state to host memory and begin to write it. It is a checkpoint once it is published.
+
+        Raises:
+            UserError: nothing can be written there; on every rank.
         """
-        final = self.folder / f"step-{progress.step:09d}"
-        partial = final.with_suffix(".partial")
+        assert self._pending is None, "one is being written: publish it first"
+        partial = self.folder / f"step-{progress.step:09d}.partial"
 
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / ENGINE).mkdir(parents=True)
 
-        def write() -> Files:
-            written = engine.save(partial / ENGINE)  # first: the other ranks need this one for it
-            states = partial / _random_file(rank())
-            write_tensors(_random_states(), states)
-            return _listed(partial, [*written, states])
+        on_rank0(lambda: self._file_errors(progress.step, begin))
+        contents = engine.snapshot(partial / ENGINE)
+        contents[partial / _random_file(rank())] = _random_states()
+        state = {"made_from": self.made_from, "ranks": world_size(), "zero_stage": engine.zero_stage}
+        self._pending = _Pending(
+            step=progress.step,
+            partial=partial,
+            state=state | {"progress": asdict(progress)},
+            writing=Writing(partial, contents),
+        )
 
-        def publish(parts: list[Files]) -> None:
-            state = {"made_from": self.made_from, "ranks": world_size(), "zero_stage": engine.zero_stage}
-            _write_json(partial / STATE, state | {"progress": asdict(progress)})
-            files = _listed(partial, [partial / STATE])
-            for part in parts:
-                files |= part
-            _write_json(partial / MANIFEST, files)
-            shutil.rmtree(final, ignore_errors=True)  # of a run that went on from an earlier one
-            partial.rename(final)
-            with atomic(self.folder / "latest") as pointer:
-                pointer.write_text(final.name + "\n")
-            self._remove_all_but_kept(progress.step)
+    def is_written(self) -> bool:
+        """Whether this rank's part of what was last saved is written, or cannot be, and not published yet."""
+        return self._pending is not None and self._pending.writing.is_over()
 
+    def publish(self) -> float | None:
+        """Wait until what was saved is written on every rank, and make it the latest checkpoint.
+
+        Returns:
+            The seconds for which the slowest rank wrote; None: there was nothing to publish.
+
+        Raises:
+            UserError: a rank could not write its part; on every rank. Nothing is left of it, and `latest` stands.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
         try:
-            on_rank0(lambda: self._writing(progress.step, begin))
-            parts = on_every_rank(lambda: self._writing(progress.step, write))
-            on_rank0(lambda: self._writing(progress.step, lambda: publish(parts)))
+            parts = on_every_rank(lambda: self._file_errors(pending.step, pending.writing.wait))
+            files = {name: listed for part, _ in parts for name, listed in part.items()}
+            on_rank0(lambda: self._file_errors(pending.step, lambda: self._make_latest(pending, files)))
         except UserError:
             if rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(pending.partial, ignore_errors=True)
             raise
+        return max(seconds for _, seconds in parts)
 
     def resume(self, engine: Engine) -> Progress | None:
         """Load the latest checkpoint into `engine`, whatever number of ranks wrote it; None when there is none.
@@ -140,6 +168,16 @@ class Checkpoints:
         _set_random_states(torch.load(checkpoint / _random_file(rank() % ranks), weights_only=True))
         return progress
 
+    def _make_latest(self, pending: _Pending, files: Files) -> None:
+        files = {STATE: _write_json(pending.partial / STATE, pending.state)} | files
+        _write_json(pending.partial / MANIFEST, files)
+        final = pending.partial.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)  # of a run that went on from an earlier one
+        pending.partial.rename(final)
+        with atomic(self.folder / "latest") as pointer:
+            pointer.write_text(final.name + "\n")
+        self._remove_all_but_kept(pending.step)
+
     def _whole(self) -> list[Path]:
         return sorted(self.folder.glob("step-*[0-9]"))
 
@@ -152,7 +190,8 @@ class Checkpoints:
             if path.name not in names:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _writing(self, step: int, function: Callable[[], T]) -> T:
+    def _file_errors(self, step: int, function: Callable[[], T]) -> T:
+        """Run `function`, whose OSError becomes a UserError."""
         try:
             return function()
         except OSError as error:
@@ -187,13 +226,17 @@ class Checkpoints:
         return checkpoint, files, state["ranks"], Progress(**state["progress"])
 
     def _verify(self, checkpoint: Path, files: Files) -> None:
-        for name, expected in files.items():
-            file = checkpoint / name
+        def verify(name: str) -> None:
+            file, expected = checkpoint / name, files[name]
             try:
                 if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
                     raise self._damaged(checkpoint, f"{name} is not what was written")
             except OSError as error:
                 raise self._damaged(checkpoint, f"{name}: {error.strerror}") from error
+
+        with ThreadPoolExecutor(VERIFYING_THREADS) as threads:
+            for _ in threads.map(verify, files):
+                pass  # raises what one raised
 
     def _damaged(self, checkpoint: Path, what: str) -> UserError:
         earlier = [path.name for path in self._whole() if path.name < checkpoint.name]
@@ -248,19 +291,11 @@ def _set_random_states(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w") as file:
-        json.dump(value, file, indent=2)
+def _write_json(path: Path, value: Any) -> dict[str, Any]:
+    """To the disk. Returns the file's {"bytes", "sha256"}."""
+    content = json.dumps(value, indent=2).encode()
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _listed(folder: Path, files: list[Path]) -> Files:
-    """Bring `files` to the disk and take their sizes and checksums."""
-    listed = {}
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        name = path.relative_to(folder).as_posix()
-        listed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return listed
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -4,11 +4,12 @@ The JSON file says how ZeRO, offload and communication work, and nothing else. B
 from the preset; a JSON file that contradicts it is refused.
 """
 
+import copy
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             buffer.data = buffers[name]
         self._gradients = Gradients(self._engine.optimizer, layers, training.clip, apart=clip_apart)
-        self._writer = self._engine.checkpoint_engine = _Writer()
+        self._snapshots = self._engine.checkpoint_engine = _Snapshots()
         # Copies of its conversion scripts: they would be written apart from all the rest.
         self._engine._copy_recovery_script = lambda folder: None
         self._sharded = self._engine.zero_optimization_partition_weights()
@@ -183,16 +184,12 @@ class Engine:
                     whole[name] = parameter.detach().cpu().clone()
         return whole
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's shards into `folder`, which exists. Every rank must call this.
+    def snapshot(self, folder: Path) -> dict[Path, Any]:
+        """Copy this rank's shards to host memory. Every rank must call this. Nothing is written.
 
         Returns:
-            The files that this rank wrote.
-
-        Raises:
-            OSError: this rank could not write; after the others are done.
+            Path in `folder` -> what torch.save shall write there, for `load`.
         """
-        self._writer.begin()
         self._engine.save_checkpoint(
             str(folder.parent),
             tag=folder.name,
@@ -200,10 +197,10 @@ class Engine:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        return self._writer.end()
+        return self._snapshots.take()
 
     def load(self, folder: Path, *, converted: bool = False) -> None:
-        """Restore what `save` wrote on as many ranks, or what `convert` made of it."""
+        """Restore a snapshot's files, written on as many ranks, or what `convert` made of it."""
         self._engine._config.load_universal_checkpoint = converted
         path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
         if path is None:
@@ -215,7 +212,7 @@ class Engine:
 
     @staticmethod
     def convert(folder: Path, into: Path) -> None:
-        """Rewrite what `save` wrote so that any number of ranks can load it, under the same ZeRO stage. On one rank.
+        """Rewrite a snapshot's files so that any number of ranks can load them, under the same ZeRO stage. On one rank.
 
         Raises:
             OSError: it could not be read or written.
@@ -231,32 +228,45 @@ class Engine:
         self._engine.destroy()
 
 
-class _Writer(TorchCheckpointEngine):
-    """Writes DeepSpeed's files. A failure waits until `end`: the other ranks still need this one's collectives."""
+class _Snapshots(TorchCheckpointEngine):
+    """Takes what DeepSpeed would write, as it is now: training goes on changing the originals."""
 
-    def begin(self) -> None:
-        self._written: list[Path] = []
-        self._failure: OSError | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: dict[Path, Any] = {}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        try:
-            write_tensors(state_dict, Path(path))
-            self._written.append(Path(path))
-        except OSError as error:
-            self._failure = error
+        self._taken[Path(path)] = _on_host(state_dict)
 
-    def end(self) -> list[Path]:
-        if self._failure is not None:
-            raise self._failure
-        return self._written
+    def take(self) -> dict[Path, Any]:
+        taken, self._taken = self._taken, {}
+        return taken
 
 
-def write_tensors(value: Any, path: Path) -> None:
-    """torch.save, where the file system's own error is raised if it cannot write (torch's names a place in the zip)."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(value, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+def _on_host(value: Any) -> Any:
+    """A deep copy whose tensors are in host memory. Two that are one (tied weights) stay one.
+
+    Not in pinned memory: torch would round each tensor up to a power of two, and keep it for the rest of the run.
+    """
+    memo: dict[int, Any] = {}  # deepcopy's: what stands for the object with an id
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    for tensor in _tensors(value):
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        memo[id(tensor)] = copies[place]
+    return copy.deepcopy(value, memo)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)

@@ -11,16 +11,19 @@ A line holds what the trainer hands over (the loss and its parts, the learning r
     peak_gib                most memory ever allocated: of the GPU, else of the process; the fullest rank
     reserved_gib            most memory ever held by torch's allocator; the fullest GPU
     checkpoint_s, ...       seconds in `pause("checkpoint")`, ... since the step before
+    checkpoint_write_s      seconds of writing a checkpoint beside training, if one was published since then
 """
 
 import json
 import math
 import resource
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -28,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from halo.distributed import all_sum, device, rank, world_size
+from halo.distributed import all_sum, device, on_rank0, rank, world_size
+from halo.errors import UserError
 from halo.gpus import gpu_of_device
 from halo.run import atomic
 
@@ -84,6 +88,9 @@ class Metrics:
         flops_per_token: useful ones, for MFU; 0: unknown, and MFU is left out.
         profile_from, profile_steps: rank 0 traces `profile_steps` steps, the first of them the 0-based `profile_from`,
             for TensorBoard and Chrome, into `tensorboard/`. 0 steps: none.
+
+    Raises:
+        UserError: nothing can be written there; on every rank.
     """
 
     def __init__(
@@ -97,25 +104,60 @@ class Metrics:
         profile_from: int = 0,
         profile_steps: int = 0,
     ):
+        self._folder = folder
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops()
         self._waits: dict[str, list[Callable[[], float]]] = defaultdict(list)
         self._pauses: dict[str, float] = defaultdict(float)
         self._bar = progress_bar(steps, name, initial=step)
-        self._writer, self._lines, self._trace = None, None, None
-        if rank() == 0:
-            tensorboard = folder / "tensorboard"
-            tensorboard.mkdir(parents=True, exist_ok=True)
-            self._writer = SummaryWriter(str(tensorboard), purge_step=step)
-            path = folder / "metrics.jsonl"
-            lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-            before = [line for line in lines if _step_of(line) < step]
-            with atomic(path) as partial:
-                partial.write_text("".join(before))
-            self._lines = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
-            if profile_steps:
-                self._trace = _Trace(tensorboard, profile_from, profile_from + profile_steps)
-                self._trace.before(step)
+        self._writer: SummaryWriter | None = None
+        self._lines: TextIO | None = None
+        self._trace: _Trace | None = None
+        self._failure: OSError | None = None
+        self._excepthook = threading.excepthook
+        self._guarded(lambda: self._open(step, profile_from, profile_steps))
+        self.check()
         self._clock = time.perf_counter()
+
+    def _open(self, step: int, profile_from: int, profile_steps: int) -> None:
+        tensorboard = self._folder / "tensorboard"
+        tensorboard.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        before = [line for line in lines if _step_of(line) < step]
+        with atomic(path) as partial:
+            partial.write_text("".join(before))
+        self._lines = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
+        threading.excepthook = _but_tensorboards
+        self._writer = SummaryWriter(str(tensorboard), purge_step=step)
+        if profile_steps:
+            self._trace = _Trace(tensorboard, profile_from, profile_from + profile_steps)
+            self._trace.before(step)
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        """Call `write` on rank 0. What the file system refuses waits for `check`: the other ranks must hear of it."""
+        if rank() == 0:
+            try:
+                write()
+            except OSError as failure:
+                self._failure = self._failure or failure
+
+    def has_failed(self) -> bool:
+        """Whether this rank could not write. Then every rank must call `check`."""
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Raises:
+        UserError: something could not be written; on every rank.
+        """
+
+        def check() -> None:
+            if self._failure is not None:
+                raise UserError(
+                    f"the metrics cannot be written to {self._folder} ({self._failure.strerror or self._failure}): "
+                    "mend that, and the same command goes on from the latest checkpoint"
+                ) from self._failure
+
+        on_rank0(check)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -137,6 +179,10 @@ class Metrics:
         seconds = time.perf_counter() - began
         self._pauses[f"{what}_s"] += seconds
         self._clock += seconds
+
+    def note(self, name: str, value: float) -> None:
+        """The next line has `value` under `name`."""
+        self._pauses[name] = value
 
     def log(self, step: int, values: dict[str, float], *, tokens: int) -> None:
         """Record the 0-based step that just ended. Call it when its loss has been read: the step is over then.
@@ -161,20 +207,29 @@ class Metrics:
         self._pauses.clear()
         self._bar.update()
         self._bar.set_postfix_str(_in_short(values), refresh=False)
-        if self._writer is not None and self._lines is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._lines.write(json.dumps({"step": step} | {k: _finite(v) for k, v in values.items()}) + "\n")
+        self._guarded(lambda: self._record(step, values))
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        assert self._writer is not None and self._lines is not None
+        self._lines.write(json.dumps({"step": step} | {k: _finite(v) for k, v in values.items()}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
         if self._trace is not None:
             self._trace.before(step + 1)
 
     def close(self) -> None:
+        """Write what is left. A failure is `check`'s to raise."""
         self._bar.close()
-        if self._trace is not None:
-            self._trace.close()
-        if self._writer is not None and self._lines is not None:
-            self._writer.close()
-            self._lines.close()
+        for part in (self._trace, self._writer, self._lines):
+            if part is not None:
+                self._guarded(part.close)
+        threading.excepthook = self._excepthook
+
+
+def _but_tensorboards(failed: threading.ExceptHookArgs) -> None:
+    """Print what ends a thread, but not an OSError of TensorBoard's, which the next `add_scalar` raises."""
+    if not (type(failed.thread).__module__.startswith("tensorboard.") and isinstance(failed.exc_value, OSError)):
+        threading.__excepthook__(failed)
 
 
 def _step_of(line: str) -> float:

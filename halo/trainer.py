@@ -94,8 +94,8 @@ def train(
     """Train `objective` on the samples in `shards`, from the last checkpoint in `folder` or from the start.
 
     Raises:
-        UserError: settings that do not fit the ranks or the data, a checkpoint that cannot be read or written, losses
-            or gradients that stay other than finite.
+        UserError: settings that do not fit the ranks or the data, a checkpoint that cannot be read or written, metrics
+            that cannot be written, losses or gradients that stay other than finite.
         Stopped: a signal asked for it (halo/stop.py), and the state is saved.
     """
     micro_batch, accumulation = split_batch(training)
@@ -118,9 +118,11 @@ def train(
                 lr = learning_rate(training, progress.step)
                 with waits_of_at_most(limit):
                     values = _batch(objective, engine, stream, accumulation, lr, metrics)
-                    values["stop"] = torch.tensor(float(asked_to_stop()), device=device())
+                    values |= _flags(
+                        stop=asked_to_stop(), written=checkpoints.is_written(), unrecorded=metrics.has_failed()
+                    )
                     means = mean_over_ranks(values)
-                    stop = means.pop("stop") > 0
+                    stop, written, unrecorded = (means.pop(name) for name in ("stop", "written", "unrecorded"))
                     progress = progress.after(
                         loss=means["loss"],
                         skipped=engine.skipped(),
@@ -130,15 +132,23 @@ def train(
                     means |= {"lr": lr, "skipped": progress.skipped} | engine.gradient_norms()
                     metrics.log(progress.step - 1, means, tokens=training.batch * training.seq_len)
                 limit = STEP_LIMIT
+                if written == 1 or unrecorded:
+                    _publish(checkpoints, metrics)
+                if unrecorded:
+                    metrics.check()
                 if progress.skipped_in_a_row > training.max_skipped:
                     progress = _go_back(checkpoints, engine, progress, returns, folder.name)
                     metrics.close()
+                    metrics.check()
                     metrics = _metrics(folder, training, progress, objective)
                 elif stop or _is_due(training, progress):
-                    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
-                        checkpoints.save(engine, progress)
+                    _save(checkpoints, engine, progress, metrics)
+                if stop or progress.step == training.steps:
+                    _publish(checkpoints, metrics)
                 if stop:
                     raise Stopped(f"{folder.name}: stopped after {progress.step} of {training.steps} steps, and saved")
+            metrics.close()
+            metrics.check()
         if math.isnan(progress.loss):
             raise UserError(f"{folder.name}: no step had a finite loss and gradient: lower the learning rate")
         return Result(
@@ -185,6 +195,25 @@ def _batch(
     return total
 
 
+def _flags(**values: bool) -> dict[str, Tensor]:
+    """What a rank tells the others of itself, beside the metrics: their mean is the share of ranks where it is so."""
+    return {name: torch.tensor(float(value), device=device()) for name, value in values.items()}
+
+
+def _save(checkpoints: Checkpoints, engine: Engine, progress: Progress, metrics: Metrics) -> None:
+    _publish(checkpoints, metrics)
+    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
+        checkpoints.save(engine, progress)
+
+
+def _publish(checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """Wait until what was saved last is written, if it is not published yet, and make it the latest checkpoint."""
+    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
+        seconds = checkpoints.publish()
+    if seconds is not None:
+        metrics.note("checkpoint_write_s", seconds)
+
+
 def _is_due(training: Training, progress: Progress) -> bool:
     """Whether to save. Not amid skipped steps: one goes back to a checkpoint from which training went well."""
     due = progress.step % training.save_every == 0 and not progress.skipped_in_a_row
@@ -200,6 +229,7 @@ def _go_back(
         returns: how often this process went back to a checkpoint, by its step.
     """
     ended = f"{name}: {progress.skipped_in_a_row} steps in a row had no finite loss and gradient"
+    checkpoints.publish()
     saved = checkpoints.resume(engine)
     if saved is None:
         raise UserError(f"{ended}, the last of them step {progress.step - 1}: lower the learning rate")

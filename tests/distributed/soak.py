@@ -3,9 +3,11 @@
     python -m tests.distributed.soak --steps 60 --kills 20
 
 Stage 2 of a tiny hybrid on two ranks under ZeRO-3. At random moments of a run (while it starts or goes on, in a step,
-while a checkpoint is written) one rank or both get SIGKILL; a rank that is left must end by itself, with an error,
-within a minute. The same command then goes on. In the end every loss in metrics.jsonl and every weight must be those
-of a run that nobody killed, bit for bit.
+in each part of saving) one rank or both get SIGKILL; a rank that is left must end by itself, with an error, within a
+minute. The same command then goes on. In the end every loss in metrics.jsonl and every weight must be those of a run
+that nobody killed, bit for bit.
+
+So small a model is saved in no time: every part of it begins with a moment's sleep, so that kills meet it.
 """
 
 import argparse
@@ -15,17 +17,21 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from halo import background
+from halo.checkpoint import Checkpoints
 from halo.distributed import PATIENCE, rank
+from halo.engine import Engine
 from halo.shards import write_shards
 from tests.distributed import jobs
 from tests.distributed.ranks import CONTEXT, join
@@ -34,8 +40,11 @@ RANKS = 2
 SECONDS_TO_END = 60.0
 TRIES = 10
 """Runs that may end, on a busy machine, before the moment of a kill is noticed."""
-LONGEST_DELAY = {"start": 3.0, "step": 0.15, "save": 0.1}
-"""About as many seconds as a start, a step, and writing a checkpoint take."""
+SLEEP = 0.05
+"""Seconds by which each part of saving is longer. Writing has one part a file, three a rank, beside training."""
+LONGEST_DELAY = {"start": 3.0, "step": 0.15, "snapshot": SLEEP, "write": 3 * SLEEP, "publish": SLEEP}
+"""About as many seconds as a start, a step, and each part of saving take."""
+SAVING = ("snapshot", "write", "publish")
 
 
 @dataclass(frozen=True)
@@ -43,20 +52,21 @@ class Kill:
     """When which ranks are killed: `delay` seconds after `moment`."""
 
     moment: str
-    """`start` of the processes, the end of step `step`, or when the first checkpoint after it is being written."""
+    """`start` (the ranks have met), the end of step `step`, or when a part of saving begins after it, on rank 0."""
     step: int
     delay: float
     victims: tuple[int, ...]
 
     def __str__(self) -> str:
-        when = {"start": "the start", "step": f"step {self.step}", "save": f"a save begun after step {self.step}"}
+        when = {"start": "the start", "step": f"step {self.step}"}
+        when |= {part: f"the beginning of a {part} after step {self.step}" for part in SAVING}
         return f"rank {' and '.join(map(str, self.victims))} {self.delay:.2f} s after {when[self.moment]}"
 
 
 def plan(steps: int, kills: int, seed: int) -> list[Kill]:
     """All moments in turn, in random steps that grow: the run gets on between them."""
     choose = random.Random(seed)
-    moments = cycle(("step", "save", "start", "save"))
+    moments = cycle(("step", "write", "start", "publish", "snapshot"))
     victims = cycle(((0, 1), (0,), (1,)))
     return [
         Kill(moment, step, choose.uniform(0, LONGEST_DELAY[moment]), next(victims))
@@ -74,6 +84,7 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int, save_every: int = 3
     whole, killed = folder / "whole", folder / "killed"
     for ended in _wait(_start(shards, whole, settings)):
         assert ended == 0, f"a rank that nobody killed ended with {ended}: see {whole / 'rank-*.log'}"
+    amid = 0
     for kill in plan(steps, kills, seed):
         for _ in range(TRIES):
             began, processes = time.time(), _start(shards, killed, settings)
@@ -84,13 +95,17 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int, save_every: int = 3
             shutil.rmtree(killed)
         else:
             raise AssertionError(f"{TRIES} runs in a row were over before they were killed: {kill}")
+        saving = any(_after(killed / part, began) for part in SAVING)
         for victim in kill.victims:
             processes[victim].kill()
+        amid += saving
         began = time.monotonic()
-        for ended in _wait(processes):
+        for ended in _wait(processes, SECONDS_TO_END):
             assert ended != 0, "a rank ended well beside one that was killed"
-        print(f"killed {kill}; all ended within {time.monotonic() - began:.1f} s", flush=True)
+        note = ", amid saving" if saving else ""
+        print(f"killed {kill}{note}; all ended within {time.monotonic() - began:.1f} s", flush=True)
     tensors = _compare(whole, killed, _wait(_start(shards, killed, settings)))
+    print(f"{amid} of {kills} kills met the ranks amid saving", flush=True)
     print(f"{steps} losses and {tensors} weights are bit for bit those of a run without kills", flush=True)
 
 
@@ -125,10 +140,30 @@ def _rank(rank_here: int, port: int, shards: Path, folder: Path, settings: jobs.
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     join(rank_here, RANKS, port, PATIENCE)
+    (folder / "start").touch()
+    Engine.snapshot = _marked("snapshot", folder, Engine.snapshot)  # type: ignore[method-assign]
+    background.write_tensors = _marked("write", folder, background.write_tensors)
+    Checkpoints._make_latest = _marked("publish", folder, Checkpoints._make_latest)  # type: ignore[method-assign]
     result = jobs.distill(shards, folder, "zero3.json", settings)
     if rank() == 0:
         torch.save(result.weights, folder / "weights.pt")
     dist.destroy_process_group()
+
+
+def _marked(part: str, folder: Path, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, longer by a sleep, and on rank 0 with a file named after it that is there as long as it runs."""
+
+    def marked(*args: Any) -> Any:
+        if rank() == 0:
+            (folder / part).touch()
+        time.sleep(SLEEP)
+        try:
+            return function(*args)
+        finally:
+            if rank() == 0:
+                (folder / part).unlink()
+
+    return marked
 
 
 def _await(kill: Kill, folder: Path, processes: list[BaseProcess], began: float) -> bool:
@@ -142,14 +177,13 @@ def _await(kill: Kill, folder: Path, processes: list[BaseProcess], began: float)
 
 
 def _has_come(kill: Kill, folder: Path, began: float) -> bool:
-    if kill.moment == "start":
-        return True
     # What an earlier, killed process left does not count.
-    if kill.moment == "save":
-        partial = [path for path in folder.glob("checkpoints/step-*.partial") if _after(path, began)]
-        return any(int(path.stem.removeprefix("step-")) > kill.step for path in partial)
+    if kill.moment == "start":
+        return _after(folder / "start", began)  # a launcher ends the ranks that wait for one which never came
     metrics = folder / "metrics.jsonl"
-    return _after(metrics, began) and len(metrics.read_bytes().splitlines()) > kill.step
+    if not (_after(metrics, began) and len(metrics.read_bytes().splitlines()) > kill.step):
+        return False
+    return kill.moment == "step" or _after(folder / kill.moment, began)
 
 
 def _after(path: Path, began: float) -> bool:
@@ -159,10 +193,10 @@ def _after(path: Path, began: float) -> bool:
         return False
 
 
-def _wait(processes: list[BaseProcess]) -> Iterator[int | None]:
-    """How each ended. A run that goes well may take its time; the others have a minute."""
+def _wait(processes: list[BaseProcess], seconds: float | None = None) -> Iterator[int | None]:
+    """How each ended. A run that goes well may take its time; what is left of one that was killed has a minute."""
     for process in processes:
-        process.join(SECONDS_TO_END)
+        process.join(seconds)
         assert process.exitcode is not None, f"process {process.pid} did not end"
         yield process.exitcode
 

@@ -50,12 +50,27 @@ def test_a_step_without_a_finite_loss_changes_nothing(tmp_path, zero, bf16):
     assert jobs.losses(tmp_path / "run")[2] is None
 
 
+@pytest.mark.parametrize(("zero", "bf16"), [("zero1.json", False), ("zero2.json", True), ("zero3.json", True)])
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, zero, bf16):
+    """A finite loss whose gradients are infinite, in the same place."""
+    shards = bad_shards(tmp_path / "shards", 2)
+    ranks = run_ranks(2, jobs.fragile, shards, tmp_path / "run", zero, SETTINGS, bf16, 0, True)
+    for digests in ranks:
+        assert digests[2] == digests[1]
+        assert len(set(digests)) == 5
+    assert skipped(tmp_path / "run") == [0, 0, 1, 1, 1, 1]
+    assert None not in jobs.losses(tmp_path / "run")
+
+
 @pytest.mark.parametrize("zero", ZEROS)
 def test_after_too_many_skipped_steps_the_run_goes_back_and_on_past_the_data(tmp_path, zero):
-    """From the checkpoint of step 3, as a run that never met the bad batches 4 to 6 (nor 3) goes on from there."""
+    """From the checkpoint of step 3, as a run that never met the bad batches 4 to 6 (nor 3) goes on from there.
+
+    That checkpoint is not written yet when the run goes back to it.
+    """
     settings = replace(SETTINGS, steps=7, max_skipped=2)
     shards = bad_shards(tmp_path / "shards", 4, 5, 6)
-    ranks = run_ranks(2, jobs.fragile, shards, tmp_path / "run", zero, settings)
+    ranks = run_ranks(2, jobs.written_late, jobs.fragile, shards, tmp_path / "run", zero, settings)
     expected = run_ranks(2, jobs.fragile, shards, tmp_path / "without", zero, settings, False, 4)
     for digests, without in zip(ranks, expected, strict=True):
         assert digests[4] == digests[5] == digests[6] == digests[3]
@@ -80,6 +95,20 @@ def test_a_run_that_never_went_well_ends(tmp_path):
         run_ranks(2, jobs.fragile, shards, tmp_path / "run", "zero1.json", replace(SETTINGS, max_skipped=5))
     with pytest.raises(UserError, match="no step had a finite loss and gradient: lower the learning rate"):
         run_ranks(2, jobs.fragile, shards, tmp_path / "short", "zero1.json", SETTINGS)
+
+
+@pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/events*"])
+def test_metrics_that_cannot_be_written_end_all_ranks(tmp_path, shards, pattern, capfd):
+    run = tmp_path / "run"
+    job = (jobs.distill, shards, run, "zero1.json", replace(SETTINGS, save_every=2))
+    told = run_ranks(2, jobs.with_no_room_for, pattern, 3, *job)
+    assert told == [
+        f"the metrics cannot be written to {run} (File too large): "
+        "mend that, and the same command goes on from the latest checkpoint"
+    ] * 2  # fmt: skip
+    assert "Traceback" not in capfd.readouterr().err
+    assert len(run_ranks(2, *job)) == 2
+    assert len(jobs.losses(run)) == 6
 
 
 def test_a_rank_that_hangs_in_training_ends_the_others(tmp_path, shards):

@@ -61,6 +61,19 @@ def test_an_interrupted_run_goes_on_exactly(stopped, shards, whole):
     assert_equal(whole[1], weights)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, shards, whole):
+    """The one of step 2 until that of step 4 is saved, of which the end of the process leaves nothing whole."""
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_ranks(2, jobs.interrupted_amid_writing, 5, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
+    assert len(jobs.losses(tmp_path)) == 5
+    assert checkpoints(tmp_path) == ["latest", "step-000000002", "step-000000004.partial"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000000002\n"
+    weights = run_ranks(2, jobs.written_late, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)[0].weights
+    assert jobs.losses(tmp_path) == whole[0]
+    assert_equal(whole[1], weights)
+    assert checkpoints(tmp_path) == ["latest", "step-000000004", "step-000000006"]
+
+
 @pytest.mark.parametrize("zero", ["zero1.json", "zero2.json", "zero3.json"])
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, shards, whole, zero):
     """2 -> 1 -> 2, where ZeRO-3 steps its weights in several parts, as it does those of large models."""
@@ -95,12 +108,14 @@ def test_what_is_frozen_is_not_saved(tmp_path, shards, zero):
     assert_equal(whole, run_ranks(2, jobs.partly_frozen, shards, parts, zero, SETTINGS)[0].weights)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_stops_all_after_the_step_and_saves(tmp_path, shards, whole, number):
-    settings = jobs.training()
-    told = run_ranks(2, jobs.asked_to_stop, 3, number, jobs.distill, shards, tmp_path, "zero3.json", settings)
+@pytest.mark.parametrize(("number", "save_every"), [(signal.SIGTERM, 100), (signal.SIGUSR1, 3)])
+def test_a_signal_to_one_rank_stops_all_after_the_step_and_saves(tmp_path, shards, whole, number, save_every):
+    """Also while another checkpoint is being written."""
+    settings = jobs.training(save_every=save_every)
+    job = (jobs.asked_to_stop, 3, number, jobs.distill, shards, tmp_path, "zero3.json", settings)
+    told = run_ranks(2, jobs.written_late, *job)
     assert told == [f"{tmp_path.name}: stopped after 4 of 6 steps, and saved"] * 2
-    assert checkpoints(tmp_path) == ["latest", "step-000000004"]
+    assert checkpoints(tmp_path) == ["latest", *["step-000000003"][: save_every < 4], "step-000000004"]
     weights = run_ranks(2, jobs.distill, shards, tmp_path, "zero3.json", settings)[0].weights
     assert jobs.losses(tmp_path) == whole[0]
     assert_equal(whole[1], weights)
@@ -185,18 +200,22 @@ def test_what_a_killed_run_leaves_behind_is_no_checkpoint(stopped, shards, whole
     assert checkpoints(stopped) == ["latest", "step-000000004", "step-000000006"]
 
 
-def test_a_full_disk_ends_all_ranks_and_spoils_nothing(tmp_path, shards, whole):
-    told = run_ranks(2, jobs.on_a_full_disk, 3, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
+@pytest.mark.parametrize(
+    ("full_from", "lost", "kept"), [(3, 4, 2), (5, 6, 4)], ids=["while training goes on", "at the end"]
+)
+def test_a_full_disk_ends_all_ranks_and_spoils_nothing(tmp_path, shards, whole, full_from, lost, kept):
+    told = run_ranks(2, jobs.on_a_full_disk, full_from, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
     folder = tmp_path / "checkpoints"
     assert (
         told
         == [
-            f"the checkpoint of step 4 cannot be written to {folder} (File too large): "
-            "mend that, and the same command goes on from step-000000002"
+            f"the checkpoint of step {lost} cannot be written to {folder} (File too large): "
+            f"mend that, and the same command goes on from step-{kept:09d}"
         ]
         * 2
     )
-    assert checkpoints(tmp_path) == ["latest", "step-000000002"]
+    assert len(jobs.losses(tmp_path)) == min(lost + 1, 6)
+    assert checkpoints(tmp_path) == ["latest", *(f"step-{step:09d}" for step in range(2, lost, 2))]
     weights = run_ranks(2, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)[0].weights
     assert jobs.losses(tmp_path) == whole[0]
     assert_equal(whole[1], weights)
