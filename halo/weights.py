@@ -38,7 +38,7 @@ class SafeTensors(Mapping[str, Tensor]):
             try:
                 file = safe_open(path, framework="pt")  # reads the header, which says how long the file is
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read: {error}") from error
+                raise UserError(f"{path} cannot be read: {error}: copy it again, whole") from error
             self._file_of |= dict.fromkeys(file.keys(), file)
 
     def __getitem__(self, name: str) -> Tensor:
