@@ -9,7 +9,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import deepspeed
 import torch
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
+from deepspeed.runtime.zero import GatheredParameters, Init, register_external_parameter
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from halo.config import Training
-from halo.distributed import device, rank, world_size
+from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
 from halo.gradients import Gradients, by_layer
 
@@ -100,11 +100,38 @@ def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, 
     return {**config, **ours, "zero_optimization": config.get("zero_optimization", {}) | alone}
 
 
+def placement(ds_config: dict[str, Any], training: Training) -> Callable[[nn.Module], None]:
+    """What takes a new piece of the model, with its values on rank 0, and leaves each rank what it is to hold of it.
+
+    Under ZeRO-3 that is the rank's partition, where `offload_param` says; else the whole piece. Buffers stay.
+    """
+    settings = complete_ds_config(ds_config, training)
+    if settings["zero_optimization"]["stage"] < 3:
+        return lambda piece: broadcast(piece.parameters())
+    partitioned: list[Any] = []
+
+    def partition(piece: nn.Module) -> None:
+        if not partitioned:
+            deepspeed.init_distributed()  # it takes the number of ranks from there
+            Init(module=piece, config_dict_or_path=settings)
+        else:  # as `deepspeed.initialize` does what is left: one Init has one set of groups and buffers
+            partitioned[0].convert_to_zero_parameters(list(piece.parameters()))
+        partitioned.extend(piece.parameters())
+
+    return partition
+
+
+def whole_size(parameter: nn.Parameter) -> int:
+    """The number of elements of a parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 class Engine:
     """A module, its AdamW and ZeRO's partitions of both.
 
     Args:
-        module: what is trained, built whole on every rank. Its forward returns `(loss, metrics)`.
+        module: what is trained, whole on every rank, or placed by `placement` with the same settings. Its forward
+            returns `(loss, metrics)`.
         training: batch, optimizer and clipping.
         ds_config: as read from JSON.
         external: parameters that a module's forward reads though a child owns them (a fused loss and its head).

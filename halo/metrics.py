@@ -37,10 +37,21 @@ from halo.gpus import gpu_of_device
 from halo.run import atomic
 
 
-def progress_bar(total: int, name: str, unit: str = "step", initial: int = 0) -> tqdm:
-    """The one bar of a stage; silent on every rank but 0."""
+def progress_bar(total: int, name: str, unit: str = "step", initial: int = 0, delay: float = 0.0) -> tqdm:
+    """A bar, silent on every rank but 0.
+
+    Args:
+        delay: seconds of work before it shows.
+    """
     return tqdm(
-        total=total, desc=f"{name:>8}", unit=unit, initial=initial, disable=rank() != 0, smoothing=0.1, mininterval=0.5
+        total=total,
+        desc=f"{name:>8}",
+        unit=unit,
+        initial=initial,
+        delay=delay,
+        disable=rank() != 0,
+        smoothing=0.1,
+        mininterval=0.5,
     )
 
 

@@ -50,7 +50,7 @@ def find_teacher(name: str) -> Path:
                     f"no teacher at '{name}': neither a folder nor a model on the hub that can be reached"
                 ) from error
         _check_folder(teacher)
-    tokenizer, words = load_tokenizer(teacher), _load_config(teacher).vocab_size
+    tokenizer, words = load_tokenizer(teacher), load_config(teacher).vocab_size
     if len(tokenizer) > words:
         raise UserError(
             f"the tokenizer at {teacher} has {len(tokenizer)} tokens, more than the teacher's embedding ({words}): "
@@ -77,7 +77,12 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"the teacher's folder {folder} has no .safetensors weights")
 
 
-def _load_config(teacher: Path) -> PretrainedConfig:
+def load_config(teacher: Path) -> PretrainedConfig:
+    """The configuration of a teacher's folder or GGUF file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return AutoConfig.from_pretrained(**where(teacher))
     except Exception as error:
@@ -92,7 +97,7 @@ def check_architecture(teacher: Path, config: Config) -> None:
     Raises:
         UserError: saying what does not fit.
     """
-    shape, switches = _load_config(teacher), config.architecture.switches()
+    shape, switches = load_config(teacher), config.architecture.switches()
     try:
         hybrid = hybrid_config(shape, [], rnn_mixer=config.rnn_mixer, **switches)
         for mixer, given in switches["mixer_options"].items():

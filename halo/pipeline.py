@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from halo.build import check_teacher
 from halo.config import Training, suggest
 from halo.context import INPUTS, Context
 from halo.distributed import on_rank0, rank
@@ -66,6 +67,7 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
     claim(job.run, job.config)
     teacher = find_teacher(job.config.teacher)
     check_architecture(teacher, job.config)
+    check_teacher(teacher)
     context = Context(
         config=job.config,
         run=job.run,

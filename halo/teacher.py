@@ -14,7 +14,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from halo.distributed import device, world_size
@@ -35,15 +35,15 @@ class Teacher:
     """A frozen causal language model.
 
     Args:
-        model: the whole model, on any device.
+        model: the whole model, on any device, or as `halo.build` makes it, which has placed it.
         placement: `replicated` or `sharded`. One rank alone always holds a whole teacher.
     """
 
     def __init__(self, model: PreTrainedModel, placement: Literal["replicated", "sharded"] = "replicated"):
         self.model = model.eval().requires_grad_(False)
         fuse(self.model)
-        if placement == "sharded" and world_size() > 1:
-            mesh = DeviceMesh.from_group(_node_group(), device().type)
+        if not isinstance(self.layers[0], FSDPModule) and (group := teacher_group(placement)) is not None:
+            mesh = DeviceMesh.from_group(group, device().type)
             for layer in self.layers:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device())
@@ -64,6 +64,11 @@ class Teacher:
     def logits(self, input_ids: Tensor) -> FactoredLogits:
         """input_ids [B, T] -> factored logits of its B x T tokens."""
         return FactoredLogits(self.hidden_states(input_ids).flatten(0, 1), self.head)
+
+
+def teacher_group(placement: Literal["replicated", "sharded"]) -> dist.ProcessGroup | None:
+    """The ranks that share a teacher with this one, or None: this rank holds a whole one. Every rank must call this."""
+    return _node_group() if placement == "sharded" and world_size() > 1 else None
 
 
 def _node_group() -> dist.ProcessGroup:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from halo.checkpoint import Checkpoints, Progress
 from halo.config import Training
 from halo.distributed import SLOW_LIMIT, STEP_LIMIT, device, rank, waits_of_at_most, world_size
-from halo.engine import Engine, split_batch
+from halo.engine import Engine, split_batch, whole_size
 from halo.errors import Stopped, UserError
 from halo.metrics import Metrics, mean_over_ranks
 from halo.run import StageFolder
@@ -101,7 +101,7 @@ def train(
     micro_batch, accumulation = split_batch(training)
     stream = TokenStream(shards, micro_batch=micro_batch, seed=training.seed, rank=rank(), world_size=world_size())
     torch.manual_seed(training.seed)
-    parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
     with waits_of_at_most(SLOW_LIMIT):
         external = objective.external_parameters()
         engine = Engine(objective.train(), training, ds_config, external, clip_apart=objective.clip_apart)

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration_hypenet import ATTENTION, LIGHTNING, HypeNetConfig
 from .mixers import build_mixer
-from .modeling_hypenet import HypeNetForCausalLM
+from .modeling_hypenet import HypeNetDecoderLayer, HypeNetForCausalLM, HypeNetRotaryEmbedding
 
 TEACHERS = ("llama", "mistral", "qwen2", "qwen3")
 """The model types that can be converted."""
@@ -122,15 +122,20 @@ def mixer_from_attention(attention: nn.Module, config: HypeNetConfig, layer_idx:
     """
     if config.mixer_types[layer_idx] == ATTENTION:
         raise ValueError(f"Layer {layer_idx} is an attention layer in this configuration: there is no RNN to make.")
-    weight = attention.get_parameter("q_proj.weight")
-    with torch.device(weight.device):
-        mixer = build_mixer(config, layer_idx).to(weight.dtype)
+    mixer = _new_mixer(config, layer_idx, like=attention.get_parameter("q_proj.weight"))
+    mixer.load_state_dict(_inherited(attention, mixer, layer_idx), strict=False)
+    return mixer
+
+
+def _new_mixer(config: HypeNetConfig, layer_idx: int, *, like: Tensor) -> nn.Module:
+    """A mixer as in any new HypeNet, with the dtype and device of `like`."""
+    with torch.device(like.device):
+        mixer = build_mixer(config, layer_idx).to(like.dtype)
     for module in mixer.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    mixer.load_state_dict(_inherited(attention, mixer, layer_idx), strict=False)
     return mixer
 
 
@@ -163,6 +168,45 @@ def _clone_heads(weight: Tensor, head_dim: int, heads: int) -> Tensor:
     return by_head.repeat_interleave(heads // by_head.shape[0], dim=0).flatten(0, 1)
 
 
+def empty_hybrid(config: HypeNetConfig, *, dtype: torch.dtype, device: torch.device) -> HypeNetForCausalLM:
+    """A hybrid without weights: its parameters, of `dtype`, are on the meta device. RoPE's frequencies are made."""
+    with torch.device("meta"):
+        hybrid = HypeNetForCausalLM(config).to(dtype)
+    hybrid.model.rotary_emb = HypeNetRotaryEmbedding(config, device=device)
+    return hybrid
+
+
+def layer_from_teacher(
+    layer: nn.Module, config: HypeNetConfig, layer_idx: int, rnn_mixer: Mapping[str, Tensor] | None = None
+) -> HypeNetDecoderLayer:
+    """The hybrid's layer `layer_idx`, in the dtype and on the device of the teacher's, `layer`.
+
+    It takes over the teacher's weights, and those of `rnn_mixer` where they are of that dtype: they share memory.
+
+    Args:
+        layer: a decoder layer of a teacher. With `rnn_mixer`, its attention is not read, and may be on the meta device.
+        rnn_mixer: the state dict of the RNN mixer, as stage 1 trained it. None: the mixer, RNN or attention, is
+            converted from the teacher's attention.
+
+    Raises:
+        ValueError: a weight is missing or has no place.
+        RuntimeError: a weight has another shape than in `config`.
+    """
+    weights = {name: value for name, value in layer.state_dict().items() if not name.startswith("self_attn.")}
+    like = layer.get_parameter("input_layernorm.weight")
+    with torch.device("meta"):
+        made = HypeNetDecoderLayer(config, layer_idx)
+    made.self_attn = mixer = _new_mixer(config, layer_idx, like=like)
+    if rnn_mixer is None:
+        rnn_mixer = mixer.state_dict() | _inherited(layer.get_submodule("self_attn"), mixer, layer_idx)
+    weights |= {f"self_attn.{name}": value.to(like) for name, value in rnn_mixer.items()}
+    missing, unexpected = made.load_state_dict(weights, strict=False, assign=True)
+    if missing or unexpected:
+        misfit = [f"model.layers.{layer_idx}.{name}" for name in [*unexpected, *sorted(missing)]]
+        raise ValueError(f"The weights do not fit: {', '.join(misfit)}.")
+    return made
+
+
 def hybrid_from_teacher(
     teacher: PreTrainedModel,
     config: HypeNetConfig,
@@ -185,19 +229,14 @@ def hybrid_from_teacher(
     if config.tie_word_embeddings != teacher.config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings must be as in the teacher: its head is not to be lost.")
     rnn_mixers = rnn_mixers or {}
-    with torch.device(teacher.device):
-        hybrid = HypeNetForCausalLM(config).to(teacher.dtype)
-    weights = {name: value for name, value in teacher.state_dict().items() if ".self_attn." not in name}
-    for i, mixer_type in enumerate(config.mixer_types):
-        mixer = hybrid.model.layers[i].self_attn
-        if mixer_type != ATTENTION and i in rnn_mixers:
-            own = rnn_mixers[i]
-        else:
-            own = mixer.state_dict() | _inherited(teacher.model.layers[i].self_attn, mixer, i)
-        weights |= {f"model.layers.{i}.self_attn.{name}": value for name, value in own.items()}
-
-    missing, unexpected = hybrid.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"The weights do not fit: {', '.join([*unexpected, *sorted(missing)])}.")
+    hybrid = empty_hybrid(config, dtype=teacher.dtype, device=teacher.device)
+    for i, layer in enumerate(teacher.model.layers):
+        trained = copy.deepcopy(rnn_mixers.get(i)) if config.mixer_types[i] != ATTENTION else None
+        hybrid.model.layers[i] = layer_from_teacher(copy.deepcopy(layer), config, i, trained)
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        weights = {key: value.clone() for key, value in teacher.get_submodule(name).state_dict().items()}
+        hybrid.get_submodule(name).load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings:
+        hybrid.lm_head.weight = hybrid.model.embed_tokens.weight
     hybrid.generation_config = copy.deepcopy(teacher.generation_config)
     return hybrid.train(teacher.training)

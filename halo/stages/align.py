@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halo.build import build_mixers, build_teacher
 from halo.context import Context
 from halo.distributed import on_rank0
-from halo.models import load_teacher
+from halo.engine import placement
 from halo.objectives import Alignment
 from halo.run import StageFolder
 from halo.stages.data import shards_for
@@ -26,9 +27,11 @@ MIXERS = "mixers.safetensors"
 def run(context: Context) -> None:
     folder, training = context.folder("align"), context.config.align
     shards = shards_for(context, "align")
-    teacher = load_teacher(context.teacher)
+    teacher = build_teacher(context.teacher)
+    switches = context.config.architecture.switches()
+    config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=context.config.rnn_mixer, **switches)
     torch.manual_seed(training.seed)
-    mixers = new_mixers(teacher, context.config.rnn_mixer, **context.config.architecture.switches())
+    mixers = build_mixers(context.teacher, config, placement(context.ds_config, training))
     objective = Alignment(mixers, Teacher(teacher))
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
 

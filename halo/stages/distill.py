@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from halo.build import build_student, build_teacher
 from halo.context import Context
 from halo.distributed import on_rank0
-from halo.models import load_teacher
+from halo.engine import placement
 from halo.objectives import Distillation
 from halo.run import StageFolder, atomic_folder
-from halo.stages.align import load_mixers
+from halo.stages.align import MIXERS
 from halo.stages.data import shards_for
-from halo.teacher import Teacher
+from halo.teacher import Teacher, teacher_group
 from halo.trainer import Result, train
-from hypenet.transfer import hybrid_config, hybrid_from_teacher
+from hypenet.transfer import hybrid_config
 
 HYBRID = "hybrid"
 
@@ -24,7 +25,7 @@ HYBRID = "hybrid"
 def run(context: Context) -> None:
     folder, training = context.folder("distill"), context.config.distill
     shards = shards_for(context, "distill")
-    teacher = load_teacher(context.teacher)
+    teacher = build_teacher(context.teacher, teacher_group(training.teacher_placement))
     kept = context.folder("selection").load_json("scores.json")["attention_layers"]
     config = hybrid_config(
         teacher.config,
@@ -33,7 +34,8 @@ def run(context: Context) -> None:
         **context.config.architecture.switches(),
     )
     torch.manual_seed(training.seed)
-    student = hybrid_from_teacher(teacher, config, load_mixers(context.folder("align")))
+    mixers = context.folder("align").path / MIXERS
+    student = build_student(context.teacher, config, mixers, placement(context.ds_config, training))
     objective = Distillation(
         student,
         Teacher(teacher, training.teacher_placement),

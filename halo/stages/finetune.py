@@ -1,8 +1,9 @@
 """Stage 3: next-token training at long context and a small learning rate (Sec. 4.5). Writes `hybrid/`."""
 
+from halo.build import build_hybrid
 from halo.context import Context
 from halo.distributed import on_rank0
-from halo.models import load_hybrid
+from halo.engine import placement
 from halo.objectives import NextToken
 from halo.stages.data import shards_for
 from halo.stages.distill import HYBRID, save_hybrid
@@ -12,7 +13,7 @@ from halo.trainer import train
 def run(context: Context) -> None:
     folder, training = context.folder("finetune"), context.config.finetune
     shards = shards_for(context, "finetune")
-    student = load_hybrid(context.run / "distill" / HYBRID)
+    student = build_hybrid(context.run / "distill" / HYBRID, placement(context.ds_config, training))
     objective = NextToken(student, activation_checkpointing=training.activation_checkpointing)
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(lambda: save_hybrid(folder, student, result))

@@ -16,15 +16,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from halo import engine, trainer
 from halo.background import Files, Writing
+from halo.build import build_hybrid, build_mixers, build_student, build_teacher
 from halo.checkpoint import Checkpoints
 from halo.config import Distill, Training
-from halo.distributed import rank
-from halo.engine import Engine, read_ds_config
+from halo.distributed import on_rank0, rank
+from halo.engine import Engine, placement, read_ds_config
 from halo.errors import Stopped, UserError
 from halo.objectives import Alignment, Distillation, NextToken
 from halo.run import StageFolder
 from halo.stages.align import new_mixers
-from halo.teacher import Teacher
+from halo.teacher import Teacher, teacher_group
 from halo.trainer import Objective, Result, train
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 
@@ -52,6 +53,27 @@ def make_student(teacher: Qwen3ForCausalLM):
     return hybrid_from_teacher(teacher, hybrid_config(teacher.config, attention_layers=[1])).float()
 
 
+def files(folder: Path, **changes: Any) -> Path:
+    """A folder with what stages read: a teacher, the mixers that stage 1 made of it, the hybrid of stage 2."""
+    made = folder.with_name(f"{folder.name}-files")
+
+    def write() -> None:
+        teacher = make_teacher(**changes)
+        teacher.save_pretrained(made / "teacher", max_shard_size="20kB")
+        torch.manual_seed(1)
+        StageFolder(made, {}).save_tensors("mixers.safetensors", whole_mixers(teacher))
+        make_student(teacher).save_pretrained(made / "hybrid", max_shard_size="20kB")
+
+    on_rank0(write)
+    return made
+
+
+def whole_mixers(teacher: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
+    """Of every layer, by the names of stage 1's file."""
+    mixers = new_mixers(teacher, "lightning-attn")
+    return {f"{i}.{name}": weight for i, mixer in mixers.items() for name, weight in mixer.state_dict().items()}
+
+
 def training(**changes: Any) -> Distill:
     defaults = {"seq_len": 16, "batch": 8, "micro_batch": 8, "steps": 6, "lr": 1e-3, "warmup": 2, "save_every": 100}
     return Distill(**defaults | changes)
@@ -64,9 +86,13 @@ def run(objective: Objective, settings: Training, shards: Path, folder: Path, ze
 
 def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool = True) -> Result:
     """A few steps of stage 2 on this rank."""
-    teacher = make_teacher(tie_word_embeddings=tied)
+    made = files(folder, tie_word_embeddings=tied)
+    teacher = build_teacher(made / "teacher", teacher_group(settings.teacher_placement))
+    torch.manual_seed(1)
+    config = hybrid_config(teacher.config, attention_layers=[1])
+    place = placement(read_ds_config(DS_CONFIGS / zero), settings)
     objective = Distillation(
-        make_student(teacher),
+        build_student(made / "teacher", config, made / "mixers.safetensors", place),
         Teacher(teacher, settings.teacher_placement),
         activation_checkpointing=settings.activation_checkpointing,
     )
@@ -75,15 +101,19 @@ def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool
 
 def align(shards: Path, folder: Path, zero: str, settings: Training) -> Result:
     """A few steps of stage 1 on this rank."""
-    teacher = make_teacher()
+    teacher = files(folder) / "teacher"
+    whole = build_teacher(teacher)
     torch.manual_seed(1)
-    objective = Alignment(new_mixers(teacher, "lightning-attn"), Teacher(teacher))
+    place = placement(read_ds_config(DS_CONFIGS / zero), settings)
+    mixers = build_mixers(teacher, hybrid_config(whole.config, attention_layers=[]), place)
+    objective = Alignment(mixers, Teacher(whole))
     return run(objective, settings, shards, folder, zero)
 
 
 def finetune(shards: Path, folder: Path, zero: str, settings: Training) -> Result:
     """A few steps of stage 3 on this rank."""
-    objective = NextToken(make_student(make_teacher()))
+    place = placement(read_ds_config(DS_CONFIGS / zero), settings)
+    objective = NextToken(build_hybrid(files(folder) / "hybrid", place))
     return run(objective, settings, shards, folder, zero)
 
 
@@ -280,7 +310,8 @@ def noisy(shards: Path, folder: Path, zero: str, settings: Training) -> None:
 
 def partly_frozen(shards: Path, folder: Path, zero: str, settings: Training) -> Result:
     """Training with a parameter of 4 MB that is frozen."""
-    objective = NextToken(make_student(make_teacher()))
+    place = placement(read_ds_config(DS_CONFIGS / zero), settings)
+    objective = NextToken(build_hybrid(files(folder) / "hybrid", place))
     objective.register_parameter("ballast", torch.nn.Parameter(torch.ones(1000, 1000), requires_grad=False))
     return run(objective, settings, shards, folder, zero)
 

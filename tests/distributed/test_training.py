@@ -21,7 +21,8 @@ def assert_same(one, two):
     assert losses_two == pytest.approx(losses_one, rel=1e-5)
     assert weights_one.keys() == weights_two.keys()
     for name, weight in weights_one.items():
-        torch.testing.assert_close(weights_two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+        # A twentieth of a step's size: where a gradient is next to zero, AdamW makes much of its rounding.
+        torch.testing.assert_close(weights_two[name], weight, rtol=1e-4, atol=5e-5, msg=name)
 
 
 @pytest.mark.parametrize("zero", ["zero1.json", "zero3.json"])

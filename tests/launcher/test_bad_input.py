@@ -69,7 +69,7 @@ def test_a_teacher_that_is_no_causal_language_model(tmp_path, teacher):
 def test_a_teacher_whose_weights_are_cut_short(tmp_path, teacher):
     weights = teacher / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert f"the teacher at {teacher} cannot be loaded" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert f"{weights} cannot be read" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
 
 
 def test_a_teacher_of_another_family(tmp_path, teacher):
