@@ -33,7 +33,8 @@ MEASURING = ("selection", "scaling", "eval")
 """The stages that measure on held-out text."""
 
 FREE = (
-    *("micro_batch", "save_every", "activation_checkpointing", "teacher_placement", "batch_tokens"),
+    *("micro_batch", "save_every", "activation_checkpointing", "batch_tokens"),
+    *("teacher_placement", "teacher_sharded", "teacher_ranks"),
     *("profile_from", "profile_steps"),
     *("keep_last", "keep_every", "max_skipped"),
 )

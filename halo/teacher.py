@@ -1,16 +1,16 @@
 """The frozen teacher, apart from the student's engine.
 
-It has no gradients, no optimizer state, and enters no checkpoint. It runs forward only. `replicated`: each rank holds a
-whole teacher. `sharded`: it has a process group of its own, the ranks of one node; every decoder layer is cut over them
-(FSDP2) and gathered just before its forward, over the teacher's own communicator.
+It has no gradients, no optimizer state, and enters no checkpoint. It runs forward only. Each rank that holds it holds it
+whole, or (sharded) a share: then it has a process group of its own, the ranks of one node; every decoder layer is cut
+over them (FSDP2) and gathered just before its forward, over the teacher's own communicator.
 
-What it supplies is its logits, in factored form: final hidden states and the frozen head (docs/design.md).
+What it supplies is its logits, in one of the forms of halo/teacher_logits.py (docs/design.md).
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,29 +22,37 @@ from transformers import PreTrainedModel
 from halo.distributed import device, world_size
 from halo.errors import UserError
 from halo.models import unpadded
+from halo.teacher_logits import LogitsForm, TeacherLogits
 from hypenet.norm import RMSNorm
 
 
-@dataclass(frozen=True)
-class FactoredLogits:
-    """Logits as `hidden @ head.T`: [N, E] final hidden states and the [V, E] head, both without gradient."""
+class Asked(Protocol):
+    """A teacher that answers, wherever it is: `Teacher`, or `halo.dedicated.DedicatedTeacher`."""
 
-    hidden: Tensor
-    head: Tensor
+    model: PreTrainedModel
+    """Its shapes: with weights only where they are here."""
+    ranks: int
+    """How many ranks hold it and nothing else."""
+
+    def ask(self, input_ids: Tensor) -> Callable[[], TeacherLogits]: ...
 
 
 class Teacher:
-    """A frozen causal language model.
+    """A frozen causal language model on this rank.
 
     Args:
         model: the whole model, on any device.
-        placement: `replicated` or `sharded`. One rank alone always holds a whole teacher.
+        sharded: whether the ranks of a node share one. One rank alone always holds a whole teacher.
+        form: in which it supplies its logits.
     """
 
-    def __init__(self, model: PreTrainedModel, placement: Literal["replicated", "sharded"] = "replicated"):
+    ranks = 0
+
+    def __init__(self, model: PreTrainedModel, *, sharded: bool = False, form: LogitsForm | None = None):
         self.model = model.eval().requires_grad_(False)
+        self._form = form or LogitsForm()
         fuse_norms(self.model)
-        if placement == "sharded" and world_size() > 1:
+        if sharded and world_size() > 1:
             mesh = DeviceMesh.from_group(_node_group(), device().type)
             for layer in self.layers:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -64,9 +72,25 @@ class Teacher:
         """input_ids [B, T] -> final hidden states [B, T, E], after the last norm."""
         return self.model.model(**unpadded(input_ids)).last_hidden_state
 
-    def logits(self, input_ids: Tensor) -> FactoredLogits:
-        """input_ids [B, T] -> factored logits of its B x T tokens."""
-        return FactoredLogits(self.hidden_states(input_ids).flatten(0, 1), self.head)
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> TeacherLogits:
+        """input_ids [B, T] -> the logits of its B x T tokens."""
+        hidden = self.hidden_states(input_ids.to(device(), non_blocking=True))
+        return self._form.supply(hidden.flatten(0, 1), self.head)
+
+    def ask(self, input_ids: Tensor) -> Callable[[], TeacherLogits]:
+        """Begin the forward of [B, T] tokens on the host, in the current stream. Call the result for their logits, in
+        a stream that waits for this one."""
+        logits = self.logits(input_ids)
+        return lambda: used_here(logits)
+
+
+def used_here(logits: TeacherLogits) -> TeacherLogits:
+    """Keep the memory of what another stream made until the current one is done with it."""
+    for part in logits.parts:
+        if part.is_cuda:
+            part.record_stream(torch.cuda.current_stream())
+    return logits
 
 
 def fuse_norms(model: PreTrainedModel) -> None:
