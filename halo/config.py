@@ -156,7 +156,7 @@ class Distill(Training):
         _check(self.teacher_ranks >= 1 or not dedicated, "teacher_ranks", self.teacher_ranks, "at least 1 if dedicated")
         _check(self.teacher_ranks == 0 or dedicated, "teacher_ranks", self.teacher_ranks, "0 unless dedicated")
         alone = dedicated and self.teacher_ranks == 1
-        _check(not (self.teacher_sharded and alone), "teacher_sharded", "true", "false where one rank holds the teacher")
+        _check(not (self.teacher_sharded and alone), "teacher_sharded", "true", "false where one rank is the teacher's")
         _check(self.teacher_top_k >= 1, "teacher_top_k", self.teacher_top_k, "at least 1")
         takes_k = self.teacher_logits == "top_k" or self.teacher_top_k == TOP_K
         _check(takes_k, "teacher_top_k", self.teacher_top_k, f"left at {TOP_K} unless teacher_logits is top_k")

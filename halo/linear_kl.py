@@ -10,13 +10,13 @@ scales them. So the four matrix products are done once each, and nothing is reco
 
 The weights w and u make means over the tokens that count, and over those of them that have a label.
 
-A teacher may supply its logits in other forms than h' and W' (halo/teacher_logits.py). Of the k largest alone, all other
-words are one, whose probabilities are p_r and q_r: the KL of these k + 1 is a lower bound of that of all words, and it
-once k is V. No gradient tells one of the others from another, beyond what the student itself thinks of them:
+A teacher may supply its logits in other forms than h' and W' (halo/teacher_logits.py). Where it supplies the K largest,
+all other words count as one, of probability p_r and q_r: the KL of these K + 1 is a lower bound of that of all words,
+and equal to it where K is V. The gradient moves the others together, in the proportions in which the student has them:
 
     sum_K p (log p - log q) + p_r (log p_r - log q_r);   in place of q - p, outside of K:  q - p_r q / q_r
 
-Shapes: N tokens, V words, D student width, E teacher width, K the k largest.
+Shapes: N tokens, V words, D student width, E teacher width, K words whose logits are the largest.
 """
 
 from collections.abc import Callable
@@ -85,9 +85,9 @@ def linear_kl(
         chunk: tokens whose logits live at a time. None: as many as fit `CHUNK_BYTES`.
 
     Returns:
-        (loss, metrics): a scalar, and detached means over the tokens that count: `kl` (nats, at temperature T; of the k
-        largest and one word for the others where the teacher supplies those), `teacher_entropy` (nats, at T), `agreement` (share of equal argmax) and, with labels, the student's
-        `cross_entropy` (nats).
+        (loss, metrics): a scalar, and detached means over the tokens that count: `kl` (nats, at temperature T; of K + 1
+        words where the teacher supplies the K largest logits), `teacher_entropy` (nats, at T), `agreement` (share of
+        equal argmax) and, with labels, the student's `cross_entropy` (nats).
 
     Raises:
         ValueError: a cross entropy without labels, a temperature that is not positive, or the k largest logits of
@@ -264,8 +264,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
-    """What makes the terms of a chunk: a function of its first and last token, and of the arguments of `kl_rows`
-    without the teacher's logits. These come from the kernel on a GPU, from plain torch elsewhere; k largest ones always.
+    """What makes the terms of a chunk: a function of where it begins and ends, and of what `kl_rows` takes beside the
+    teacher's logits. It is the kernel on a GPU, plain torch elsewhere, and everywhere for the k largest logits.
 
     Args:
         student: [C, V], like which the teacher's logits are to be.

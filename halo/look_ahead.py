@@ -3,8 +3,8 @@
     ask    begins what the teacher has to say of the next micro-batch, while the GPU still works on the student's last
     take   hands both to the student
 
-On a GPU all of that runs in a stream of its own, which waits for nothing of the student's: the teacher's forward and the
-student's work share the GPU. Only `take` makes the student's stream wait, for what is not there yet.
+On a GPU all of that runs in a stream of its own, which waits for nothing of the student's: the teacher's forward and
+the student's work share the GPU. Only `take` makes the student's stream wait, for what is not there yet.
 
 The stream's position that a checkpoint holds is the one before what was drawn ahead: a run that goes on asks again.
 """

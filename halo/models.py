@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -126,6 +127,26 @@ def load_teacher(teacher: Path) -> PreTrainedModel:
     if report["missing_keys"]:
         raise UserError(f"the teacher at {teacher} lacks weights, {min(report['missing_keys'])} among them")
     return model
+
+
+def load_head(teacher: Path) -> Tensor:
+    """The teacher's output head alone, [V, E] in training precision, on the CPU. From a GGUF file all is read.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    if is_gguf(str(teacher)):
+        return load_teacher(teacher).lm_head.weight.detach()
+    tied = _load_config(teacher).tie_word_embeddings
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    try:
+        for file in sorted(teacher.glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                if name in weights.keys():  # noqa: SIM118, it is no mapping
+                    return weights.get_tensor(name).to(training_dtype())
+    except SafetensorError as error:
+        raise UserError(f"the teacher at {teacher} cannot be loaded: {_first_line(error)}") from error
+    raise UserError(f"the teacher at {teacher} lacks weights, {name} among them")
 
 
 def load_hybrid(folder: Path) -> HypeNetForCausalLM:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from halo.distributed import world_size
 from halo.flops import align_flops, distill_flops, next_token_flops
 from halo.linear_kl import linear_kl
-from halo.models import unpadded
 from halo.look_ahead import Answer
+from halo.models import unpadded
 from halo.teacher import Asked, Teacher
 from halo.trainer import Objective
 from hypenet.losses import IGNORE, handed_out, linear_cross_entropy

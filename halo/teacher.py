@@ -1,8 +1,8 @@
 """The frozen teacher, apart from the student's engine.
 
-It has no gradients, no optimizer state, and enters no checkpoint. It runs forward only. Each rank that holds it holds it
-whole, or (sharded) a share: then it has a process group of its own, the ranks of one node; every decoder layer is cut
-over them (FSDP2) and gathered just before its forward, over the teacher's own communicator.
+It has no gradients, no optimizer state, and enters no checkpoint. It runs forward only. Each rank that holds it holds
+the whole, or (sharded) a share: then it has a process group of its own, the ranks of one node; every decoder layer is
+cut over them (FSDP2) and gathered just before its forward, over the teacher's own communicator.
 
 What it supplies is its logits, in one of the forms of halo/teacher_logits.py (docs/design.md).
 """

@@ -88,7 +88,8 @@ class TopKLogits:
 
     def part(self, begin: int, end: int) -> "TopKLogits":
         """Those of tokens `begin` to `end`."""
-        return TopKLogits(*(x[begin:end] for x in self.parts), self.temperature, self.words)
+        values, indices, log_rest, entropy = (x[begin:end] for x in self.parts)
+        return TopKLogits(values, indices, log_rest, entropy, self.temperature, self.words)
 
 
 TeacherLogits = FactoredLogits | FullLogits | TopKLogits
@@ -145,8 +146,11 @@ class LogitsForm:
     def assemble(self, parts: Sequence[Tensor], head: Tensor | None = None) -> TeacherLogits:
         """The logits of such parts; those in factored form with the teacher's head."""
         if self.kind == "factored":
+            (hidden,) = parts
             assert head is not None
-            return FactoredLogits(*parts, head)
+            return FactoredLogits(hidden, head)
         if self.kind == "full":
-            return FullLogits(*parts)
-        return TopKLogits(*parts, self.temperature, self.words)
+            (values,) = parts
+            return FullLogits(values)
+        values, indices, log_rest, entropy = parts
+        return TopKLogits(values, indices, log_rest, entropy, self.temperature, self.words)

@@ -15,12 +15,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from halo import engine, trainer
 from halo.config import Distill, Training
+from halo.dedicated import DedicatedTeacher, Order
 from halo.distributed import rank
-from halo.engine import Engine, read_ds_config
+from halo.engine import Engine, read_ds_config, split_batch
 from halo.errors import Stopped, UserError
 from halo.objectives import Alignment, Distillation, NextToken
 from halo.run import StageFolder
+from halo.split import Split
 from halo.stages.align import new_mixers
+from halo.stages.distill import logits_form
 from halo.teacher import Teacher
 from halo.trainer import Objective, Result, train
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
@@ -62,12 +65,36 @@ def run(objective: Objective, settings: Training, shards: Path, folder: Path, ze
 def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool = True) -> Result:
     """A few steps of stage 2 on this rank."""
     teacher = make_teacher(tie_word_embeddings=tied)
+    form = logits_form(settings, SHAPE["vocab_size"])
     objective = Distillation(
         make_student(teacher),
-        Teacher(teacher, settings.teacher_placement),
+        Teacher(teacher, sharded=settings.teacher_sharded, form=form),
+        temperature=settings.temperature,
         activation_checkpointing=settings.activation_checkpointing,
     )
     return run(objective, settings, shards, folder, zero)
+
+
+def save_teacher(folder: Path, tied: bool = True) -> Path:
+    """`distill`'s teacher, for ranks of its own to load."""
+    make_teacher(tie_word_embeddings=tied).save_pretrained(folder)
+    return folder
+
+
+def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher: Path, split: Split) -> Result:
+    """The same where the teacher is on ranks of its own."""
+    student = make_student(make_teacher())
+    micro_batch, _ = split_batch(settings)
+    order = Order(
+        teacher=str(teacher),
+        sharded=settings.teacher_sharded,
+        form=logits_form(settings, SHAPE["vocab_size"]),
+        batch=micro_batch,
+        seq_len=settings.seq_len,
+    )
+    with DedicatedTeacher(split, order) as asked:
+        objective = Distillation(student, asked, temperature=settings.temperature)
+        return run(objective, settings, shards, folder, zero)
 
 
 def align(shards: Path, folder: Path, zero: str, settings: Training) -> Result:

@@ -177,14 +177,16 @@ def test_wrong_settings_are_named(factors):
     with pytest.raises(ValueError, match="must be positive, not 0"):
         fused(factors, temperature=0)
     largest = LogitsForm(kind="top_k", words=V, top_k=3, temperature=2.0)
-    with pytest.raises(ValueError, match="97 words at temperature 2.0, but the student has 97 words, and .* is 1.0"):
+    with pytest.raises(ValueError, match=r"97 words at temperature 2\.0, but the student has 97 words, .* is 1\.0"):
         fused(factors, largest)
     factors["head"] = factors["head"][:50]
     with pytest.raises(ValueError, match="but the student has 50 words"):
         fused(factors, largest, temperature=2.0)
 
 
-def naive_top_k(hidden, head, teacher_hidden, teacher_head, k, mask=None, labels=None, temperature=1.0, cross_entropy=0.0):
+def naive_top_k(
+    hidden, head, teacher_hidden, teacher_head, k, mask=None, labels=None, temperature=1.0, cross_entropy=0.0
+):
     """(loss, kl): of the k most probable words and one that stands for all others, from probabilities as they are."""
     mask = torch.ones(len(hidden), dtype=torch.bool) if mask is None else mask
     student, teacher = (hidden @ head.T)[mask], (teacher_hidden @ teacher_head.T)[mask]
