@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.measure import header, milliseconds, peak_gib, table
 from halo.linear_kl import linear_kl
+from halo.teacher_logits import FactoredLogits
 
 
 def main() -> None:
@@ -51,9 +52,9 @@ def row(name: str, run: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor
 def losses() -> dict[str, Callable[..., Tensor]]:
     """By name: (hidden, head, teacher_hidden, teacher_head) -> KL, mean over tokens."""
 
-    def ours(hidden: Tensor, *inputs: Tensor) -> Tensor:
+    def ours(hidden: Tensor, head: Tensor, *teacher: Tensor) -> Tensor:
         labels = torch.arange(len(hidden), device=hidden.device)  # as stage 2 gives them, for the metrics
-        return linear_kl(hidden, *inputs, labels=labels)[0]
+        return linear_kl(hidden, head, FactoredLogits(*teacher), labels=labels)[0]
 
     def fla(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
         loss = import_module("fla.modules.fused_kl_div").FusedKLDivLoss()

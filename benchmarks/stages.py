@@ -6,7 +6,9 @@ torchrun --nproc_per_node 2 -m benchmarks.stages --stage distill --teacher 8b --
 import argparse
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from benchmarks.measure import header
 from halo.config import Distill, load_config
 from halo.distributed import device, rank, world_size
 from halo.engine import Engine, read_ds_config
+from halo.look_ahead import LookAhead
 from halo.objectives import Alignment, Distillation, NextToken
 from halo.plan_load import PUBLISHED
 from halo.stages.align import new_mixers
@@ -39,7 +42,7 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, help="sequences a rank takes at once (default: the preset's)")
     parser.add_argument("--seq_len", type=int, help="(default: the preset's)")
     parser.add_argument("--ds_config", default="ds_configs/zero1.json")
-    parser.add_argument("--placement", default="replicated", choices=["replicated", "sharded"])
+    parser.add_argument("--teacher_sharded", action="store_true", help="cut the teacher over the ranks")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true", help="print the kernels that take the most time")
@@ -85,7 +88,7 @@ def settings(args: argparse.Namespace) -> Distill:
     values = vars(preset) | {name: value for name, value in chosen.items() if value is not None}
     known = {name: value for name, value in values.items() if name in Distill.__dataclass_fields__}
     known |= {"batch": known["micro_batch"] * world_size()}
-    return Distill(**known | {"teacher_placement": args.placement})
+    return Distill(**known | {"teacher_sharded": args.teacher_sharded})
 
 
 def build(args: argparse.Namespace, training: Distill) -> Objective:
@@ -102,7 +105,7 @@ def build(args: argparse.Namespace, training: Distill) -> Objective:
     student = hybrid_from_teacher(model, hybrid).train()
     checkpointing = {"activation_checkpointing": training.activation_checkpointing}
     if args.stage == "distill":
-        return Distillation(student, Teacher(model, args.placement), **checkpointing)
+        return Distillation(student, Teacher(model, sharded=args.teacher_sharded), **checkpointing)
     return NextToken(student, **checkpointing)
 
 
@@ -111,16 +114,36 @@ def weights(objective: Objective) -> float:
     return sum(p.numel() * 2 for p in objective.parameters()) / 2**30
 
 
+class RandomTokens:
+    """In the place of a TokenStream."""
+
+    def __init__(self, micro_batch: int, seq_len: int):
+        self._shape = (micro_batch, seq_len)
+
+    def __next__(self) -> torch.Tensor:
+        return torch.randint(0, 151_936, self._shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class Untimed:
+    """In the place of Metrics."""
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def run(objective: Objective, engine: Engine, training: Distill, steps: int, warm_up: int = 3) -> float:
     """Seconds a step, over `steps` after some to warm up."""
-    shape = (training.micro_batch, training.seq_len)
+    ahead = LookAhead(RandomTokens(training.micro_batch, training.seq_len), objective.ask)
     for step in range(steps + warm_up):
         if step == warm_up:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-        input_ids = torch.randint(0, 151_936, shape, device=device())
-        engine.accumulate(input_ids=input_ids, **objective.teach(input_ids))
+        engine.accumulate(**ahead.take(Untimed()))
+        ahead.ask(Untimed())
         engine.step(1e-5)
     torch.cuda.synchronize()
     return (time.perf_counter() - began) / steps

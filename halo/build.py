@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -21,7 +21,7 @@ from halo.distributed import broadcast, device
 from halo.gguf_file import is_gguf, where
 from halo.metrics import progress_bar
 from halo.models import load_config, load_teacher, training_dtype
-from halo.weights import SafeTensors, Weights, check_shapes, files_of
+from halo.weights import EMBEDDING, HEAD, SafeTensors, Weights, check_shapes, files_of
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.transfer import empty_hybrid, layer_from_teacher, mixer_from_attention
@@ -53,6 +53,18 @@ def build_teacher(teacher: Path, group: dist.ProcessGroup | None = None) -> PreT
         _read(piece, name, weights)
         place(piece)
     return _finished(model, teacher)
+
+
+def build_head(teacher: Path) -> Tensor:
+    """The teacher's output head alone, [V, E], on this rank's device in training precision.
+
+    Raises:
+        UserError: as `check_teacher`.
+    """
+    model, weights = _teacher(teacher)
+    head = weights.take(EMBEDDING if model.config.tie_word_embeddings else HEAD)
+    broadcast([head])
+    return head
 
 
 def build_mixers(teacher: Path, config: HypeNetConfig, place: Place) -> dict[int, nn.Module]:

@@ -19,6 +19,7 @@ from hypenet.configuration_hypenet import LIGHTNING
 
 PRESETS = Path(__file__).parent / "presets"
 Schedule = Literal["cosine", "constant", "wsd"]
+TOP_K = 64
 T = TypeVar("T")
 
 
@@ -134,8 +135,16 @@ class Pretrain(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Training):
-    teacher_placement: Literal["replicated", "sharded"] = "replicated"
-    """Whether each rank holds a whole teacher, or the ranks of a node share one."""
+    teacher_placement: Literal["colocated", "dedicated"] = "colocated"
+    """Whether every rank holds teacher and student, or some ranks of each node the teacher alone (`teacher_ranks`)."""
+    teacher_sharded: bool = False
+    """The ranks of a node that hold the teacher share one. False: each holds a whole one."""
+    teacher_ranks: int = 0
+    """How many ranks of each node hold the teacher, where it is dedicated: the node's last ones."""
+    teacher_logits: Literal["factored", "full", "top_k"] = "factored"
+    """In which form the teacher supplies its logits (halo/teacher_logits.py). Factored ones are exact."""
+    teacher_top_k: int = TOP_K
+    """How many logits of each token, with `top_k`."""
     temperature: float = 1.0
     """Of both distributions in the KL; the loss is scaled by its square."""
     cross_entropy: float = 0.0
@@ -143,6 +152,14 @@ class Distill(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        dedicated = self.teacher_placement == "dedicated"
+        _check(self.teacher_ranks >= 1 or not dedicated, "teacher_ranks", self.teacher_ranks, "at least 1 if dedicated")
+        _check(self.teacher_ranks == 0 or dedicated, "teacher_ranks", self.teacher_ranks, "0 unless dedicated")
+        alone = dedicated and self.teacher_ranks == 1
+        _check(not (self.teacher_sharded and alone), "teacher_sharded", "true", "false where one rank is the teacher's")
+        _check(self.teacher_top_k >= 1, "teacher_top_k", self.teacher_top_k, "at least 1")
+        takes_k = self.teacher_logits == "top_k" or self.teacher_top_k == TOP_K
+        _check(takes_k, "teacher_top_k", self.teacher_top_k, f"left at {TOP_K} unless teacher_logits is top_k")
         _check(self.temperature > 0, "temperature", self.temperature, "more than 0")
         _check(self.cross_entropy >= 0, "cross_entropy", self.cross_entropy, "at least 0")
 

@@ -7,6 +7,7 @@ from typing import Any
 from halo.config import Config, config_table
 from halo.errors import UserError
 from halo.run import StageFolder
+from halo.split import Split
 
 INPUTS: dict[str, tuple[str, ...]] = {
     "align": (),
@@ -18,6 +19,13 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "eval": ("export",),
 }
 """Each stage, in order, and the stages whose results it reads."""
+
+
+def stages_to(stage: str, prepare: bool) -> list[str]:
+    """The stages that a command for `stage` runs: itself, and to `prepare` it all before it."""
+    names = list(INPUTS)
+    return names[: names.index(stage) + 1] if prepare else [stage]
+
 
 LAUNCHERS = {
     "align": "align.py",
@@ -33,7 +41,8 @@ MEASURING = ("selection", "scaling", "eval")
 """The stages that measure on held-out text."""
 
 FREE = (
-    *("micro_batch", "save_every", "activation_checkpointing", "teacher_placement", "batch_tokens"),
+    *("micro_batch", "save_every", "activation_checkpointing", "batch_tokens"),
+    *("teacher_placement", "teacher_sharded", "teacher_ranks"),
     *("profile_from", "profile_steps"),
     *("keep_last", "keep_every", "max_skipped"),
 )
@@ -49,6 +58,8 @@ class Context:
     fingerprint: str
     """The teacher's."""
     ds_config: dict[str, Any]
+    split: Split | None = None
+    """Which ranks are a dedicated teacher's. None: there are no other ranks."""
     _checked: set[str] = field(default_factory=set)
 
     def settings(self, stage: str) -> Any:

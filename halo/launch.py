@@ -17,12 +17,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
 from halo.config import Config, load_config
-from halo.distributed import PATIENCE
+from halo.context import stages_to
+from halo.dedicated import serve
 from halo.errors import Stopped, UserError
+from halo.split import ERRORS, LEFT, Split, split_ranks
 
 EXIT_USER_ERROR = 2
 EXIT_SAVED = 75
@@ -41,41 +42,55 @@ class Job:
     ds_config: Path
     prepare: bool
     """Whether to run the stages before this one where they are missing."""
+    split: Split | None = None
+    """Which ranks are a dedicated teacher's. None: there are no other ranks."""
 
 
-def launch(job: Callable[[Job], object], *, description: str) -> None:
-    """Parse, join the ranks, run `job`, leave.
+def launch(
+    job: Callable[[Job], object], *, description: str, stage: str | None = None, prepare: bool | None = None
+) -> None:
+    """Parse, join the ranks, run `job`, leave. Ranks of a dedicated teacher serve it instead.
 
     A UserError ends every rank: the first rank to meet it prints one line, and each exits with status 2. Stopped ends
     every rank too, with status 75: all raise it, at one step.
+
+    Args:
+        stage: the stage of a conversion that the job runs, if any, or the last one.
+        prepare: in the place of what the command line says.
     """
     arguments, overrides = _parser(description).parse_known_args()
     _fill_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))
+    status = 0
     try:
         preset = arguments.preset or "tiny"
         run = Path(arguments.run or Path("runs") / load_config(preset, overrides).name)
         config = load_config(preset, overrides, recorded=run / "config.toml")
-        _join(store, rank, world_size)
-        job(
-            Job(
-                config=config,
-                run=run,
-                ds_config=Path(arguments.ds_config),
-                prepare=arguments.prepare or arguments.preset is None,
-            )
-        )
+        if prepare is None:
+            prepare = arguments.prepare or arguments.preset is None
+        distills = stage is not None and "distill" in stages_to(stage, prepare)
+        split = split_ranks(store, rank, world_size, config.distill if distills else None)
+        split.join()
+        if split.is_teacher:
+            serve(split)
+        else:
+            job(Job(config=config, run=run, ds_config=Path(arguments.ds_config), prepare=prepare, split=split))
     except UserError as error:
-        if store.add("halo/errors", 1) == 1:
+        if store.add(ERRORS, 1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(store, rank, world_size)
     except Stopped as stopped:
+        status = EXIT_SAVED
         if rank == 0:
             print(f"{stopped}: the same command goes on from there", flush=True)
-        dist.destroy_process_group()
-        sys.exit(EXIT_SAVED)
     dist.destroy_process_group()
+    if split.is_teacher:
+        split.leave()
+    else:
+        split.dismiss(status)
+    if status:
+        sys.exit(status)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -110,21 +125,12 @@ def _fill_environment() -> None:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
 
 
-def _join(store: dist.Store, rank: int, world_size: int) -> None:
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
-    dist.barrier()  # NCCL's ranks meet here, within the rendezvous' limit, and not while rank 0 works alone
-
-
 def _leave(store: dist.Store, rank: int, world_size: int) -> NoReturn:
     """End this rank. Rank 0 may hold the store: it stays a moment, so that the others learn what is already printed."""
     if rank != 0:
-        store.set(f"halo/left/{rank}", "")
+        store.set(f"{LEFT}/{rank}", "")
     elif world_size > 1:
         with contextlib.suppress(dist.DistError):
-            store.wait([f"halo/left/{r}" for r in range(1, world_size)], timedelta(seconds=5))
+            store.wait([f"{LEFT}/{r}" for r in range(1, world_size)], timedelta(seconds=5))
     # Not sys.exit: a rank must not wait in an exit handler for a collective that will never come.
     os._exit(EXIT_USER_ERROR)

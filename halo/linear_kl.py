@@ -10,7 +10,13 @@ scales them. So the four matrix products are done once each, and nothing is reco
 
 The weights w and u make means over the tokens that count, and over those of them that have a label.
 
-Shapes: N tokens, V words, D student width, E teacher width.
+A teacher may supply its logits in other forms than h' and W' (halo/teacher_logits.py). Where it supplies the K largest,
+all other words count as one, of probability p_r and q_r: the KL of these K + 1 is a lower bound of that of all words,
+and equal to it where K is V. The gradient moves the others together, in the proportions in which the student has them:
+
+    sum_K p (log p - log q) + p_r (log p_r - log q_r);   in place of q - p, outside of K:  q - p_r q / q_r
+
+Shapes: N tokens, V words, D student width, E teacher width, K words whose logits are the largest.
 """
 
 from collections.abc import Callable
@@ -21,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halo.teacher_logits import TeacherLogits, TopKLogits
 from hypenet.losses import exact_logits, handed_out
 
 CHUNK_BYTES = 900 * 2**20
@@ -54,8 +61,7 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 def linear_kl(
     hidden: Tensor,
     head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    teacher: TeacherLogits,
     *,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -71,8 +77,7 @@ def linear_kl(
     Args:
         hidden: [N, D] the student's final hidden states.
         head: [V, D] the student's output head.
-        teacher_hidden: [N, E], frozen.
-        teacher_head: [V, E], frozen.
+        teacher: its logits of these N tokens, in one of their forms.
         mask: [N] bool, true at tokens that count. None: all.
         labels: [N] int64 next tokens, negative where there is none. Needed where `cross_entropy` is not zero.
         temperature: T, for both distributions.
@@ -80,24 +85,30 @@ def linear_kl(
         chunk: tokens whose logits live at a time. None: as many as fit `CHUNK_BYTES`.
 
     Returns:
-        (loss, metrics): a scalar, and detached means over the tokens that count: `kl` (nats, at temperature T),
-        `teacher_entropy` (nats, at T), `agreement` (share of equal argmax) and, with labels, the student's
-        `cross_entropy` (nats).
+        (loss, metrics): a scalar, and detached means over the tokens that count: `kl` (nats, at temperature T; of K + 1
+        words where the teacher supplies the K largest logits), `teacher_entropy` (nats, at T), `agreement` (share of
+        equal argmax) and, with labels, the student's `cross_entropy` (nats).
 
     Raises:
-        ValueError: a cross entropy without labels, or a temperature that is not positive.
+        ValueError: a cross entropy without labels, a temperature that is not positive, or the k largest logits of
+            another temperature or of words that the student lacks.
     """
     if cross_entropy and labels is None:
         raise ValueError("linear_kl needs labels for a cross entropy: give them, or leave cross_entropy at 0.")
     if temperature <= 0:
         raise ValueError(f"the temperature must be positive, not {temperature}.")
+    if isinstance(teacher, TopKLogits) and (teacher.temperature != temperature or teacher.words > len(head)):
+        raise ValueError(
+            f"the teacher's largest logits are those of {teacher.words} words at temperature {teacher.temperature}, "
+            f"but the student has {len(head)} words, and the temperature is {temperature}."
+        )
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     counted = hidden.new_ones(len(hidden), dtype=dtype) if mask is None else mask.to(dtype)
     weights = _mean_weights(counted)
     label_weights = None if labels is None else _mean_weights(counted * (labels >= 0))
     terms = Terms(temperature, cross_entropy)
     loss, kl, entropy, agreement, nll = _LinearKL.apply(
-        hidden, head, teacher_hidden, teacher_head, weights, labels, label_weights, terms, chunk
+        hidden, head, teacher, weights, labels, label_weights, terms, chunk
     )
     metrics = {"kl": kl, "teacher_entropy": entropy, "agreement": agreement}
     return loss, metrics if labels is None else metrics | {"cross_entropy": nll}
@@ -130,18 +141,61 @@ def kl_rows(
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1)
     kl = (p * (log_p - log_q)).sum(-1)
-    nll = torch.zeros_like(kl)
     to_logits = weights[:, None] * temperature * (log_q.exp() - p)
-    if labels is not None and label_weights is not None:
-        label = labels.clamp(min=0)[:, None]
-        log_q1 = F.log_softmax(student, dim=-1)
-        nll = -log_q1.gather(-1, label)[:, 0]
-        if terms.cross_entropy:
-            scale = terms.cross_entropy * label_weights[:, None]
-            to_logits += (log_q1.exp() * scale).scatter_add_(-1, label, -scale)
+    nll = _cross_entropy(student, labels, label_weights, terms, to_logits)
     if gradient is not None:
         gradient.copy_(to_logits)
     return kl, entropy, agreement, nll
+
+
+def kl_rows_top_k(
+    student: Tensor,
+    teacher: TopKLogits,
+    weights: Tensor,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    terms: Terms,
+    gradient: Tensor | None,
+) -> Rows:
+    """`kl_rows` where the teacher supplies the k largest logits of each row.
+
+    All is done with logarithms, each a log-sum-exp of its own words: no probability is what is left of 1.
+    """
+    temperature, indices = terms.temperature, teacher.indices.long()
+    values = teacher.values.to(student.dtype) / temperature
+    agreement = (student.argmax(-1) == indices[:, 0]).to(student.dtype)
+    scaled = student / temperature
+    log_z, log_z_p = scaled.logsumexp(-1, keepdim=True), values.logsumexp(-1, keepdim=True)
+    log_rest_p = teacher.log_rest.to(student.dtype)[:, None]
+    log_z_p = torch.logaddexp(log_z_p, log_rest_p)
+    log_p = values - log_z_p
+    p, p_rest = log_p.exp(), (log_rest_p - log_z_p).exp()
+    kl = (p * (log_p - scaled.gather(-1, indices) + log_z)).sum(-1)
+    to_logits = (scaled - log_z).exp_().scatter_add_(-1, indices, -p)
+    if teacher.values.shape[1] < teacher.words:
+        others = scaled.scatter_(-1, indices, -torch.inf)
+        log_rest = others.logsumexp(-1, keepdim=True)
+        kl += (p_rest * ((log_rest_p - log_z_p) - (log_rest - log_z)))[:, 0]
+        to_logits -= others.sub_(log_rest).exp_().mul_(p_rest)
+    to_logits *= weights[:, None] * temperature
+    nll = _cross_entropy(student, labels, label_weights, terms, to_logits)
+    if gradient is not None:
+        gradient.copy_(to_logits)
+    return kl, teacher.entropy.to(student.dtype), agreement, nll
+
+
+def _cross_entropy(
+    student: Tensor, labels: Tensor | None, label_weights: Tensor | None, terms: Terms, to_logits: Tensor
+) -> Tensor:
+    """The cross entropy of each row, [C]; its gradient is added to `to_logits`, [C, V]."""
+    if labels is None or label_weights is None:
+        return student.new_zeros(len(student))
+    label = labels.clamp(min=0)[:, None]
+    log_q = F.log_softmax(student, dim=-1)
+    if terms.cross_entropy:
+        scale = terms.cross_entropy * label_weights[:, None]
+        to_logits += (log_q.exp() * scale).scatter_add_(-1, label, -scale)
+    return -log_q.gather(-1, label)[:, 0]
 
 
 class _LinearKL(torch.autograd.Function):
@@ -150,24 +204,22 @@ class _LinearKL(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
+        teacher: TeacherLogits,
         weights: Tensor,
         labels: Tensor | None,
         label_weights: Tensor | None,
         terms: Terms,
         chunk: int | None,
     ) -> tuple[Tensor, ...]:
-        tokens, words = len(hidden), min(len(head), len(teacher_head))
+        tokens, words = len(hidden), min(len(head), teacher.words)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows_of = _rows_of(hidden)
-        half, whole = _chunks(tokens, words, hidden, chunk)
+        half, whole = _chunks(tokens, words, hidden, chunk, 5 if isinstance(teacher, TopKLogits) else 2)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         to_head = None
         if ctx.needs_input_grad[1]:
             to_head = torch.zeros_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
         student = hidden.new_empty(half, words, dtype=wide)
-        teacher = torch.empty_like(student)
+        rows_of = _rows_of(teacher, student)
         gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
 
         rows: list[Rows] = []
@@ -176,10 +228,9 @@ class _LinearKL(torch.autograd.Function):
             for a in range(begin, end, half):
                 b = min(a + half, end)
                 s = exact_logits(hidden[a:b], head[:words], student[: b - a])
-                t = exact_logits(teacher_hidden[a:b], teacher_head[:words], teacher[: b - a])
                 d = None if gradient is None else gradient[a - begin : b - begin]
                 w, label, u = (None if x is None else x[a:b] for x in (weights, labels, label_weights))
-                rows.append(rows_of(s, t, w, label, u, terms, d))
+                rows.append(rows_of(a, b, s, w, label, u, terms, d))
             if gradient is not None:
                 d = gradient[: end - begin]
                 if to_hidden is not None:
@@ -200,7 +251,7 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *handed_out(ctx, grad), *(None,) * 7
+        return *handed_out(ctx, grad), *(None,) * 6
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -212,24 +263,36 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         rows += exact_logits(factor, b.T)
 
 
-def _rows_of(hidden: Tensor) -> Callable[..., Rows]:
-    """The kernel on a GPU, plain torch elsewhere."""
-    if not hidden.is_cuda:
-        return kl_rows
-    from halo.kl_kernel import kl_rows_triton  # Triton does not exist on every machine
+def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
+    """What makes the terms of a chunk: a function of where it begins and ends, and of what `kl_rows` takes beside the
+    teacher's logits. It is the kernel on a GPU, plain torch elsewhere, and everywhere for the k largest logits.
 
-    return kl_rows_triton
+    Args:
+        student: [C, V], like which the teacher's logits are to be.
+    """
+    if isinstance(teacher, TopKLogits):
+        return lambda a, b, s, *rest: kl_rows_top_k(s, teacher.part(a, b), *rest)
+    kernel: Callable[..., Rows] = kl_rows
+    if student.is_cuda:
+        from halo.kl_kernel import kl_rows_triton  # Triton does not exist on every machine
+
+        kernel = kl_rows_triton
+    buffer = torch.empty_like(student)
+    return lambda a, b, s, *rest: kernel(s, teacher.rows(a, b, buffer[: b - a]), *rest)
 
 
-def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None) -> tuple[int, int]:
+def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None, live: int) -> tuple[int, int]:
     """(tokens whose logits, tokens whose gradient live at a time).
 
     Twice as many for the gradient: its products are the better the more tokens they sum over.
+
+    Args:
+        live: how many float32 numbers live for each logit.
     """
     if chunk is not None:
         return min(chunk, tokens), min(chunk, tokens)
     if not hidden.is_cuda:
         return min(1024, tokens), min(1024, tokens)
-    half = CHUNK_BYTES // (words * (2 * 4 + 2 * hidden.element_size()))
+    half = CHUNK_BYTES // (words * (live * 4 + 2 * hidden.element_size()))
     half = max(128, half // 128 * 128)
     return min(half, tokens), min(2 * half, tokens)

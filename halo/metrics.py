@@ -83,9 +83,9 @@ def memory() -> dict[str, float]:
 
 
 def peak_flops() -> float | None:
-    """The bf16 peak of all ranks' GPUs together, in FLOP/s; None on a CPU and on GPUs that are not known."""
+    """The bf16 peak of this rank's GPU, in FLOP/s; None on a CPU and on GPUs that are not known."""
     gpu = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return None if gpu is None else gpu.peak * world_size()
+    return None if gpu is None else gpu.peak
 
 
 class Metrics:
@@ -96,6 +96,7 @@ class Metrics:
         name: the bar's title.
         steps: the stage's length.
         step: where it starts, after a resume; what was recorded from there on is dropped.
+        ranks: how many GPUs are at work, those of a teacher alone among them. None: those of the ranks that record.
         flops_per_token: useful ones, for MFU; 0: unknown, and MFU is left out.
         profile_from, profile_steps: rank 0 traces `profile_steps` steps, the first of them the 0-based `profile_from`,
             for TensorBoard and Chrome, into `tensorboard/`. 0 steps: none.
@@ -111,12 +112,14 @@ class Metrics:
         name: str,
         steps: int,
         step: int = 0,
+        ranks: int | None = None,
         flops_per_token: float = 0.0,
         profile_from: int = 0,
         profile_steps: int = 0,
     ):
         self._folder = folder
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops()
+        self._ranks = world_size() if ranks is None else ranks
         self._waits: dict[str, list[Callable[[], float]]] = defaultdict(list)
         self._pauses: dict[str, float] = defaultdict(float)
         self._bar = progress_bar(steps, name, initial=step)
@@ -209,10 +212,10 @@ class Metrics:
             "tokens": (step + 1) * tokens,
             "step_s": seconds,
             "tokens_per_s": tokens / seconds,
-            "tokens_per_s_gpu": tokens / seconds / world_size(),
+            "tokens_per_s_gpu": tokens / seconds / self._ranks,
         }
         if self._peak_flops and self._flops_per_token:
-            values["mfu"] = values["tokens_per_s"] * self._flops_per_token / self._peak_flops
+            values["mfu"] = values["tokens_per_s_gpu"] * self._flops_per_token / self._peak_flops
         values |= max_over_ranks(waits | memory()) | self._pauses
         self._waits.clear()
         self._pauses.clear()

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halo.distributed import world_size
 from halo.flops import align_flops, distill_flops, next_token_flops
 from halo.linear_kl import linear_kl
+from halo.look_ahead import Answer
 from halo.models import unpadded
 from halo.squared_error import squared_error
-from halo.teacher import Teacher
+from halo.teacher import Asked, Teacher
 from halo.trainer import Objective
 from hypenet.losses import IGNORE, handed_out, linear_cross_entropy
 
@@ -132,13 +134,14 @@ class Distillation(_Headed):
     """Stage 2 (Sec. 4.4): the hybrid learns the teacher's distribution over every next token.
 
     Args:
+        teacher: this rank's, or one on ranks of its own.
         temperature, cross_entropy: as `linear_kl` takes them.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: Teacher,
+        teacher: Asked,
         *,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
@@ -151,15 +154,18 @@ class Distillation(_Headed):
     def flops_per_token(self, seq_len: int) -> float:
         return distill_flops(self.student, self._teacher[0].model, seq_len)
 
-    def teach(self, input_ids: Tensor) -> dict[str, Any]:
-        return {"teacher": self._teacher[0].logits(input_ids)}
+    def ask(self, input_ids: Tensor) -> Answer:
+        logits = self._teacher[0].ask(input_ids)
+        return lambda: {"teacher": logits()}
+
+    def ranks(self) -> int:
+        return world_size() + self._teacher[0].ranks
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Logs the KL, the teacher's entropy, top-1 agreement and the student's cross entropy, all in nats."""
         hidden = self.hidden_states(input_ids).flatten(0, 1)
-        teacher = taught["teacher"]
         head = self.student.lm_head.weight
-        return linear_kl(hidden, head, teacher.hidden, teacher.head, labels=next_tokens(input_ids), **self._terms)
+        return linear_kl(hidden, head, taught["teacher"], labels=next_tokens(input_ids), **self._terms)
 
 
 class NextToken(_Headed):

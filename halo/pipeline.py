@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from halo.build import check_teacher
 from halo.config import Training, suggest
-from halo.context import INPUTS, Context
+from halo.context import Context, stages_to
 from halo.distributed import on_rank0, rank
 from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
-from halo.launch import Job
+from halo.launch import Job, launch
 from halo.models import check_architecture, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.stages import align, distill, evaluate, export, finetune, scale, select
@@ -33,7 +33,7 @@ def run_stage(job: Job, stage: str) -> Context:
     Raises:
         UserError: bad settings, teacher or folder, or a missing predecessor; on every rank, before anything is written.
     """
-    names = list(INPUTS)[: list(INPUTS).index(stage) + 1] if job.prepare else [stage]
+    names = stages_to(stage, job.prepare)
     context = on_rank0(lambda: _open(job, stage, names))
     with recorded_config(job.run, job.config):
         for name in names:
@@ -46,6 +46,11 @@ def run_stage(job: Job, stage: str) -> Context:
             STAGES[name](context)
             say(f"{name}: {time.perf_counter() - began:.0f} s -> {context.run / name}")
     return context
+
+
+def launch_stage(stage: str, *, description: str) -> None:
+    """A launcher's whole work: `run_stage`, on the command line's settings."""
+    launch(lambda job: run_stage(job, stage), description=description, stage=stage)
 
 
 def say(line: str) -> None:
@@ -74,6 +79,7 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
         teacher=teacher,
         fingerprint=teacher_fingerprint(teacher),
         ds_config=ds_config,
+        split=job.split,
     )
     if not job.prepare:
         context.require_inputs(stage)

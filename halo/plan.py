@@ -6,8 +6,9 @@ the ranks' exchange its bytes over the links, as far as computation does not hid
 below, with where it comes from, to be set right by measurements.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from halo.config import Config, Training
@@ -81,6 +82,16 @@ class Cluster:
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    def without(self, ranks: int) -> "Cluster":
+        """The ranks that are left on each node where others are a dedicated teacher's.
+
+        Raises:
+            UserError: none is left.
+        """
+        if ranks >= self.gpus_per_node:
+            raise UserError(f"{ranks} ranks of the teacher leave no student among the {self.gpus_per_node} of a node")
+        return replace(self, gpus_per_node=self.gpus_per_node - ranks)
 
     def exchange(self, size: float) -> float:
         """Seconds of an all-gather or a reduce-scatter of `size` bytes over all ranks."""
@@ -223,11 +234,12 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
     """Plan one of `STAGES`.
 
     Raises:
-        UserError: the ranks do not divide the batch.
+        UserError: the ranks do not divide the batch, or a dedicated teacher takes all of a node.
     """
-    micro_batch, accumulation = split_batch(setup.training, setup.cluster.ranks)
+    students = replace(setup, cluster=setup.cluster.without(getattr(setup.training, "teacher_ranks", 0)))
+    micro_batch, accumulation = split_batch(setup.training, students.cluster.ranks)
     load = load_of(models, stage, setup.training, micro_batch)
-    moments = _moments(load, setup, accumulation)
+    moments = _moments(load, students, accumulation)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return StagePlan(
         stage=stage,
@@ -237,7 +249,7 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
         load=load,
         moment=moment,
         memory=moments[moment],
-        time=_time(load, setup, accumulation),
+        time=_time(load, students, accumulation),
     )
 
 
@@ -301,6 +313,8 @@ def _ordered(parts: dict[str, float]) -> dict[str, float]:
 def _teacher_bytes(load: Load, cluster: Cluster) -> float:
     if load.teacher is None:
         return 0.0
+    if load.teacher.ranks:
+        return BF16 * load.teacher.head
     cut = load.teacher.in_layers if load.teacher.sharded else 0
     return BF16 * (load.teacher.parameters - cut + cut / cluster.gpus_per_node)
 
@@ -336,6 +350,7 @@ def _time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
     cluster, zero = setup.cluster, setup.zero
     weights = BF16 * load.parameters
     teacher = cluster.seconds(load.teacher.work) if load.teacher else 0.0
+    beside = load.teacher is not None and load.teacher.ranks > 0
     student = 0.0
     for layer in load.layers:
         forward, backward = cluster.seconds(layer.cost.forward), cluster.seconds(layer.cost.backward)
@@ -347,9 +362,9 @@ def _time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
     exchange = exchanges * cluster.exchange(weights)
     if zero.offload_parameters:
         exchange += 2 * accumulation * weights / cluster.ranks / HOST_BANDWIDTH
-    if load.teacher and load.teacher.sharded:
+    if load.teacher and load.teacher.sharded and not beside:
         exchange += accumulation * cluster.gather_in_node(BF16 * load.teacher.in_layers)
-    compute = accumulation * (teacher + student + loss)
+    compute = accumulation * (teacher * (not beside) + student + loss)
 
     partition = load.parameters / (cluster.ranks if zero.stage else 1)
     if zero.offload_optimizer:
@@ -358,7 +373,7 @@ def _time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
         optimizer = partition * STEP_MOVED / (cluster.gpu.bandwidth * KERNELS)
     if zero.stage in (1, 2):
         optimizer += cluster.exchange(weights)
-    return {
+    time = {
         "teacher": accumulation * teacher,
         "layers": accumulation * student,
         "loss": accumulation * loss,
@@ -366,3 +381,8 @@ def _time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
         "optimizer": optimizer,
         "host": STEP,
     }
+    if load.teacher and beside:  # the students wait only where it takes longer for them all than they do
+        asked = math.ceil(cluster.gpus_per_node / load.teacher.ranks)
+        own = sum(time.values()) - time["teacher"]
+        time["teacher"] = max(0.0, asked * time["teacher"] - own)
+    return time

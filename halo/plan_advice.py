@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from halo.config import Distill
 from halo.errors import UserError
 from halo.plan import GIB, Setup, StagePlan, plan_stage
 from halo.plan_load import Models
@@ -66,7 +67,7 @@ def _changed(models: Models, plan: StagePlan, changes: Sequence[Change]) -> Iter
 def _difference(old: StagePlan, new: StagePlan) -> str:
     """What to type for `new` in the place of `old`."""
     words, before, after = [], old.setup, new.setup
-    for name in ("activation_checkpointing", "teacher_placement", "micro_batch"):
+    for name in ("activation_checkpointing", "teacher_sharded", "micro_batch"):
         value = getattr(after.training, name, None)
         if value != getattr(before.training, name, None):
             words.append(f"--{old.stage}.{name} {str(value).lower()}")
@@ -87,6 +88,18 @@ def _setting(name: str, value: Any, *stages: str) -> Change:
         if stage not in stages:
             return None
         return replace(setup, training=replace(setup.training, **{name: value}))
+
+    return change
+
+
+def _teacher_sharded(value: bool) -> Change:
+    """Of a teacher beside the student: one on other GPUs takes nothing of these."""
+
+    def change(stage: str, setup: Setup) -> Setup | None:
+        training = setup.training
+        if not isinstance(training, Distill) or training.teacher_placement != "colocated":
+            return None
+        return replace(setup, training=replace(training, teacher_sharded=value))
 
     return change
 
@@ -120,7 +133,7 @@ def _nodes(factor: int) -> Change:
 
 SMALLER: list[Change] = [
     _setting("activation_checkpointing", True, "distill", "finetune"),
-    _setting("teacher_placement", "sharded", "distill"),
+    _teacher_sharded(True),
     *(_micro_batch(1 / 2**i) for i in range(1, 6)),
     _zero(2),
     _zero(3),
@@ -130,7 +143,7 @@ LARGER: list[Change] = [*(_nodes(factor) for factor in (2, 2, 2)), _zero(3, offl
 """What costs more, after them."""
 FASTER: list[Change] = [
     _setting("activation_checkpointing", False, "distill", "finetune"),
-    _setting("teacher_placement", "replicated", "distill"),
+    _teacher_sharded(False),
     *(_micro_batch(2**i) for i in range(1, 4)),
     *(_zero(stage) for stage in (1, 2, 3)),
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
-from halo.config import Config, Training
+from halo.config import Config, Distill, Training
 from halo.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
 from halo.errors import UserError
 from halo.flops import align_flops, distill_flops, next_token_flops
@@ -80,6 +80,10 @@ class Frozen:
     in_layers: int
     """Of them, those in decoder layers, which a sharded teacher cuts over its node."""
     sharded: bool
+    ranks: int = 0
+    """How many ranks of each node hold it, and nothing else; 0: all do, beside the student."""
+    head: int = 0
+    """Elements of its head that a student holds where the teacher is on other ranks."""
     work: Work
 
 
@@ -189,6 +193,7 @@ def load_of(models: Models, stage: str, training: Training, micro_batch: int) ->
     if stage == "align":
         return _align(models, *tokens)
     if stage == "distill":
+        assert isinstance(training, Distill)
         return _distill(models, training, *tokens)
     model = models.hybrid if stage == "finetune" else models.scratch
     assert model is not None
@@ -213,12 +218,12 @@ def _align(models: Models, batch: int, length: int) -> Load:
         held=3 * hidden.nbytes,  # the teacher's residual, and the layer's input and target
         made=count * parameters * BF16,
         external=count * parameters,
-        teacher=_teacher(models.teacher, body, "replicated", batch, length),
+        teacher=_teacher(models.teacher, None, batch, length),
         flops_per_token=align_flops(models.mixers, body, length),
     )
 
 
-def _distill(models: Models, training: Training, batch: int, length: int) -> Load:
+def _distill(models: Models, training: Distill, batch: int, length: int) -> Load:
     student, teacher = models.hybrid, models.teacher
     tokens, head, teacher_head = batch * length, student.lm_head.weight, teacher.lm_head.weight
     logits, width = tokens * len(head), head.shape[1] + teacher_head.shape[1]
@@ -230,14 +235,14 @@ def _distill(models: Models, training: Training, batch: int, length: int) -> Loa
         layers=_layers(student, batch, length),
         one_at_a_time=training.activation_checkpointing,
         recomputes=training.activation_checkpointing,
-        held=tokens * teacher_head.shape[1] * BF16 + hidden,  # the teacher's hidden states, the last norm's input
+        held=_supplied(training, tokens, teacher_head) + hidden,  # what the teacher says, the last norm's input
         external=head.numel(),
         head=head.numel(),
         tied=student.config.tie_word_embeddings,
         loss_held=2 * hidden + head.nbytes,
         loss_chunk=min(CHUNK_BYTES, logits * 10),
         loss=loss,
-        teacher=_teacher(teacher, teacher, getattr(training, "teacher_placement"), batch, length),  # noqa: B009
+        teacher=_teacher(teacher, training, batch, length),
         flops_per_token=distill_flops(student, teacher, length),
     )
 
@@ -276,14 +281,32 @@ def _layers(model: PreTrainedModel, batch: int, length: int) -> list[Layer]:
     return found
 
 
-def _teacher(teacher: PreTrainedModel, run: nn.Module, placement: str, batch: int, length: int) -> Frozen:
-    """The teacher as a stage runs it: `run` is the whole, or its body without the head."""
+def _supplied(training: Distill, tokens: int, head: Tensor) -> int:
+    """Bytes of a micro-batch's logits as the teacher supplies them."""
+    words, width = head.shape
+    return (
+        tokens
+        * {"factored": width * BF16, "full": words * BF16, "top_k": 8 * training.teacher_top_k + 8}[
+            training.teacher_logits
+        ]
+    )
+
+
+def _teacher(teacher: PreTrainedModel, training: Distill | None, batch: int, length: int) -> Frozen:
+    """The teacher as a stage runs it.
+
+    Args:
+        training: stage 2's settings; None: stage 1, where each rank holds the whole.
+    """
     layers = teacher.model.layers
     _, work = frozen_cost_of(_call(layers[0], *_inputs(teacher, batch, length)))
+    factored = training is not None and training.teacher_logits == "factored"
     return Frozen(
         parameters=_count(teacher),
         in_layers=_count(layers),
-        sharded=placement == "sharded",
+        sharded=training is not None and training.teacher_sharded,
+        ranks=training.teacher_ranks if training else 0,
+        head=teacher.lm_head.weight.numel() * factored,
         work=Work(work.operations * len(layers), work.dispatched * len(layers)),
     )
 

@@ -35,7 +35,9 @@ def table(plan: StagePlan) -> str:
     if plan.load.recomputes:
         how.append("activation checkpointing")
     if plan.load.teacher is not None:
-        how.append(f"teacher {'sharded over a node' if plan.load.teacher.sharded else 'replicated'}")
+        teacher = plan.load.teacher
+        where = f"on {teacher.ranks} GPUs of each node, which are not shown" if teacher.ranks else "on every GPU"
+        how.append(f"teacher {'sharded' if teacher.sharded else 'whole'} {where}")
 
     left = [("memory of a GPU, GiB", ""), (f"at its fullest, {plan.moment}:", "")]
     left += [(f"  {name}", f"{size / GIB:.2f}") for name, size in plan.memory.items() if size]

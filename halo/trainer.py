@@ -1,6 +1,6 @@
 """The one training loop. A stage is an objective (a model and a loss); this runs it.
 
-objective.teach(input_ids)     what the frozen teacher says of a micro-batch, outside the engine
+objective.ask(input_ids)       what the frozen teacher says of a micro-batch, outside the engine, one ahead
 objective(input_ids, ...)      the loss, inside the engine
 """
 
@@ -19,6 +19,7 @@ from halo.config import Training
 from halo.distributed import SLOW_LIMIT, STEP_LIMIT, device, rank, waits_of_at_most, world_size
 from halo.engine import Engine, split_batch, whole_size
 from halo.errors import Stopped, UserError
+from halo.look_ahead import Answer, LookAhead
 from halo.metrics import Metrics, mean_over_ranks
 from halo.run import StageFolder
 from halo.stop import stop_requests
@@ -34,9 +35,13 @@ class Objective(nn.Module):
     clip_apart: ClassVar[bool] = False
     """Whether `clip` is of each layer's gradient norm, not of all layers' together."""
 
-    def teach(self, input_ids: Tensor) -> dict[str, Any]:
-        """What the loss needs from the teacher for [B, T] tokens, without gradient. Becomes forward's keywords."""
-        return {}
+    def ask(self, input_ids: Tensor) -> Answer:
+        """Ask the teacher about [B, T] tokens on the host. Call the result for forward's keywords, without gradient."""
+        return dict
+
+    def ranks(self) -> int:
+        """How many ranks work on it: those that train, and those that hold its teacher alone."""
+        return world_size()
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """[B, T] tokens -> the mean loss (a scalar), and scalars to log."""
@@ -108,6 +113,7 @@ def train(
         checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
         progress = checkpoints.resume(engine) or Progress(stream=stream.state_dict())
     stream.load_state_dict(progress.stream)
+    ahead = LookAhead(stream, objective.ask)
     metrics = _metrics(folder, training, progress, objective)
     began = time.perf_counter() - progress.seconds
     returns: Counter[int] = Counter()
@@ -117,7 +123,8 @@ def train(
             while progress.step < training.steps:
                 lr = learning_rate(training, progress.step)
                 with waits_of_at_most(limit):
-                    values = _batch(objective, engine, stream, accumulation, lr, metrics)
+                    last = progress.step == training.steps - 1
+                    values = _batch(engine, ahead, accumulation, lr, metrics, last=last)
                     values |= _flags(
                         stop=asked_to_stop(), written=checkpoints.is_written(), unrecorded=metrics.has_failed()
                     )
@@ -127,7 +134,7 @@ def train(
                         loss=means["loss"],
                         skipped=engine.skipped(),
                         seconds=time.perf_counter() - began,
-                        stream=stream.state_dict(),
+                        stream=ahead.position(),
                     )
                     means |= {"lr": lr, "skipped": progress.skipped} | engine.gradient_norms()
                     metrics.log(progress.step - 1, means, tokens=training.batch * training.seq_len)
@@ -172,6 +179,7 @@ def _metrics(folder: StageFolder, training: Training, progress: Progress, object
         name=folder.name,
         steps=training.steps,
         step=progress.step,
+        ranks=objective.ranks(),
         flops_per_token=objective.flops_per_token(training.seq_len),
         profile_from=training.profile_from,
         profile_steps=training.profile_steps,
@@ -179,18 +187,20 @@ def _metrics(folder: StageFolder, training: Training, progress: Progress, object
 
 
 def _batch(
-    objective: Objective, engine: Engine, stream: TokenStream, accumulation: int, lr: float, metrics: Metrics
+    engine: Engine, ahead: LookAhead, accumulation: int, lr: float, metrics: Metrics, *, last: bool
 ) -> dict[str, Tensor]:
-    """One optimizer step. Returns the loss and metrics, mean over the micro-batches of this rank."""
+    """One optimizer step. Returns the loss and metrics, mean over the micro-batches of this rank.
+
+    Args:
+        last: nothing follows: the teacher is asked about nothing more.
+    """
     total: dict[str, Tensor] = {}
-    for _ in range(accumulation):
-        with metrics.waiting("data"):
-            input_ids = next(stream).to(device(), non_blocking=True)
-        with metrics.waiting("teacher"):
-            taught = objective.teach(input_ids)
-        loss, values = engine.accumulate(input_ids=input_ids, **taught)
+    for left in reversed(range(accumulation)):
+        loss, values = engine.accumulate(**ahead.take(metrics))
         for name, value in ({"loss": loss} | values).items():
             total[name] = total.get(name, 0) + value / accumulation
+        if left or not last:
+            ahead.ask(metrics)  # forward and backward are under way, and the step will wait for them
         engine.step(lr)
     return total
 

@@ -3,8 +3,7 @@
 deepspeed launcher/choose_scaling.py --preset hypenet-2b
 """
 
-from halo.launch import launch
-from halo.pipeline import run_stage
+from halo.pipeline import launch_stage
 
 if __name__ == "__main__":
-    launch(lambda job: run_stage(job, "scaling"), description=__doc__)
+    launch_stage("scaling", description=__doc__)

@@ -3,14 +3,12 @@
 deepspeed launcher/demo.py
 """
 
-import dataclasses
-
 from halo.launch import Job, launch
 from halo.pipeline import run_stage, say
 
 
 def demo(job: Job) -> None:
-    context = run_stage(dataclasses.replace(job, prepare=True), "eval")
+    context = run_stage(job, "eval")
     evaluation = context.run / "eval"
     say("\n" + (evaluation / "niah.md").read_text())
     say(f"table  {evaluation / 'niah.md'}   plot  {evaluation / 'niah.png'}   numbers  {evaluation / 'niah.json'}")
@@ -19,4 +17,4 @@ def demo(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    launch(demo, description=__doc__)
+    launch(demo, description=__doc__, stage="eval", prepare=True)

@@ -3,8 +3,7 @@
 deepspeed launcher/evaluate_needles.py --preset hypenet-2b
 """
 
-from halo.launch import launch
-from halo.pipeline import run_stage
+from halo.pipeline import launch_stage
 
 if __name__ == "__main__":
-    launch(lambda job: run_stage(job, "eval"), description=__doc__)
+    launch_stage("eval", description=__doc__)

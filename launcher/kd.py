@@ -3,8 +3,7 @@
 deepspeed launcher/kd.py --ds_config ds_configs/zero3.json
 """
 
-from halo.launch import launch
-from halo.pipeline import run_stage
+from halo.pipeline import launch_stage
 
 if __name__ == "__main__":
-    launch(lambda job: run_stage(job, "distill"), description=__doc__)
+    launch_stage("distill", description=__doc__)

@@ -3,19 +3,26 @@
 Writes `hybrid/`: the model as transformers saves it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from halo.build import build_student, build_teacher
+from halo.config import Distill
 from halo.context import Context
+from halo.dedicated import DedicatedTeacher, Order
 from halo.distributed import on_rank0
-from halo.engine import placement
+from halo.engine import placement, split_batch
+from halo.errors import UserError
+from halo.models import load_config
 from halo.objectives import Distillation
 from halo.run import StageFolder, atomic_folder
 from halo.stages.align import MIXERS
 from halo.stages.data import shards_for
-from halo.teacher import Teacher, teacher_group
+from halo.teacher import Asked, Teacher, teacher_group
+from halo.teacher_logits import LogitsForm
 from halo.trainer import Result, train
 from hypenet.transfer import hybrid_config
 
@@ -25,26 +32,65 @@ HYBRID = "hybrid"
 def run(context: Context) -> None:
     folder, training = context.folder("distill"), context.config.distill
     shards = shards_for(context, "distill")
-    teacher = build_teacher(context.teacher, teacher_group(training.teacher_placement))
+    shapes = load_config(context.teacher)
     kept = context.folder("selection").load_json("scores.json")["attention_layers"]
     config = hybrid_config(
-        teacher.config,
+        shapes,
         attention_layers=kept,
         rnn_mixer=context.config.rnn_mixer,
         **context.config.architecture.switches(),
     )
-    torch.manual_seed(training.seed)
-    mixers = context.folder("align").path / MIXERS
-    student = build_student(context.teacher, config, mixers, placement(context.ds_config, training))
-    objective = Distillation(
-        student,
-        Teacher(teacher, training.teacher_placement),
-        temperature=training.temperature,
-        cross_entropy=training.cross_entropy,
-        activation_checkpointing=training.activation_checkpointing,
-    )
-    result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
+    form = logits_form(training, config.vocab_size)
+    with teacher_of(context, form) as teacher:
+        torch.manual_seed(training.seed)
+        mixers = context.folder("align").path / MIXERS
+        student = build_student(context.teacher, config, mixers, placement(context.ds_config, training))
+        objective = Distillation(
+            student,
+            teacher,
+            temperature=training.temperature,
+            cross_entropy=training.cross_entropy,
+            activation_checkpointing=training.activation_checkpointing,
+        )
+        result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(lambda: save_hybrid(folder, student, result))
+
+
+def teacher_of(context: Context, form: LogitsForm) -> AbstractContextManager[Asked]:
+    """The teacher where the settings place it, for as long as it is asked.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    training = context.config.distill
+    if training.teacher_placement == "colocated":
+        return nullcontext(Teacher(build_teacher(context.teacher, teacher_group(training.teacher_sharded)), form))
+    assert context.split is not None and context.split.teachers
+    micro_batch, _ = split_batch(training)
+    order = Order(
+        teacher=str(context.teacher.resolve()),
+        sharded=training.teacher_sharded,
+        form=form,
+        batch=micro_batch,
+        seq_len=training.seq_len,
+    )
+    return DedicatedTeacher(context.split, order)
+
+
+def logits_form(training: Distill, words: int) -> LogitsForm:
+    """The form in which the teacher supplies its logits, of the `words` that teacher and student both have.
+
+    Raises:
+        UserError: it is to supply more of them than there are.
+    """
+    if training.teacher_logits == "top_k" and training.teacher_top_k > words:
+        raise UserError(
+            f"distill.teacher_top_k = {training.teacher_top_k} is more than the {words} words of the vocabulary: "
+            f"take fewer, or teacher_logits = full"
+        )
+    return LogitsForm(
+        kind=training.teacher_logits, words=words, top_k=training.teacher_top_k, temperature=training.temperature
+    )
 
 
 def save_hybrid(folder: StageFolder, student: PreTrainedModel, result: Result) -> None:

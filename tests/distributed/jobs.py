@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from halo import engine, trainer
 from halo.background import Files, Writing
 from halo.build import build_hybrid, build_mixers, build_student, build_teacher
 from halo.checkpoint import Checkpoints
 from halo.config import Distill, Training
+from halo.dedicated import DedicatedTeacher, Order
 from halo.distributed import on_rank0, rank
-from halo.engine import Engine, placement, read_ds_config
+from halo.engine import Engine, placement, read_ds_config, split_batch
 from halo.errors import Stopped, UserError
+from halo.models import load_config
 from halo.objectives import Alignment, Distillation, NextToken
 from halo.run import StageFolder
+from halo.split import Split
 from halo.stages.align import new_mixers
+from halo.stages.distill import logits_form
 from halo.teacher import Teacher, teacher_group
 from halo.trainer import Objective, Result, train
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
@@ -87,16 +91,43 @@ def run(objective: Objective, settings: Training, shards: Path, folder: Path, ze
 def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool = True) -> Result:
     """A few steps of stage 2 on this rank."""
     made = files(folder, tie_word_embeddings=tied)
-    teacher = build_teacher(made / "teacher", teacher_group(settings.teacher_placement))
-    torch.manual_seed(1)
-    config = hybrid_config(teacher.config, attention_layers=[1])
-    place = placement(read_ds_config(DS_CONFIGS / zero), settings)
+    teacher = build_teacher(made / "teacher", teacher_group(settings.teacher_sharded))
     objective = Distillation(
-        build_student(made / "teacher", config, made / "mixers.safetensors", place),
-        Teacher(teacher, settings.teacher_placement),
+        _student(made, zero, settings),
+        Teacher(teacher, logits_form(settings, SHAPE["vocab_size"])),
+        temperature=settings.temperature,
         activation_checkpointing=settings.activation_checkpointing,
     )
     return run(objective, settings, shards, folder, zero)
+
+
+def _student(made: Path, zero: str, settings: Distill) -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = hybrid_config(load_config(made / "teacher"), attention_layers=[1])
+    place = placement(read_ds_config(DS_CONFIGS / zero), settings)
+    return build_student(made / "teacher", config, made / "mixers.safetensors", place)
+
+
+def save_teacher(folder: Path, tied: bool = True) -> Path:
+    """`distill`'s teacher, for ranks of its own to load."""
+    make_teacher(tie_word_embeddings=tied).save_pretrained(folder)
+    return folder
+
+
+def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher: Path, split: Split) -> Result:
+    """The same where the teacher is on ranks of its own."""
+    micro_batch, _ = split_batch(settings)
+    order = Order(
+        teacher=str(teacher),
+        sharded=settings.teacher_sharded,
+        form=logits_form(settings, SHAPE["vocab_size"]),
+        batch=micro_batch,
+        seq_len=settings.seq_len,
+    )
+    with DedicatedTeacher(split, order) as asked:
+        student = _student(files(folder), zero, settings)
+        objective = Distillation(student, asked, temperature=settings.temperature)
+        return run(objective, settings, shards, folder, zero)
 
 
 def align(shards: Path, folder: Path, zero: str, settings: Training) -> Result:

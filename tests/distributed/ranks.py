@@ -15,13 +15,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
+from halo.config import Distill
+from halo.dedicated import serve
+from halo.split import Split, split_ranks
+
 # A server that has imported everything once forks the ranks: importing it takes longer than most jobs.
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.jobs"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, split: Distill | None = None
+) -> list[Any]:
     """Call `function(*args)` on every rank of a gloo world and return each rank's result, by rank.
+
+    With `split`, settings of stage 2, some ranks may be a dedicated teacher's: they serve it, and give None. The others
+    get their `Split` as one more argument.
 
     `function` must be importable (a module's own), and arguments and results picklable.
 
@@ -34,7 +43,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         CONTEXT.Process(
-            target=_rank, args=(rank, world_size, store.port, pipes[rank][1], timeout, function, args), daemon=True
+            target=_rank,
+            args=(rank, world_size, store.port, pipes[rank][1], timeout, function, args, split),
+            daemon=True,
         )
         for rank in range(world_size)
     ]
@@ -73,11 +84,24 @@ def _collect(ranks: dict[Connection, int], timeout: float) -> list[Any]:
 
 
 def _rank(
-    rank: int, world_size: int, port: int, sender: Connection, timeout: float, function: Callable[..., Any], args: Any
+    rank: int,
+    world_size: int,
+    port: int,
+    sender: Connection,
+    timeout: float,
+    function: Callable[..., Any],
+    args: Any,
+    settings: Distill | None,
 ) -> None:
-    join(rank, world_size, port, timedelta(seconds=timeout))
+    split = join(rank, world_size, port, timedelta(seconds=timeout), settings)
     try:
-        sender.send_bytes(pickle.dumps((function(*args), None)))
+        if split.is_teacher:
+            result = serve(split)
+            split.leave()
+        else:
+            result = function(*args, *([split] if settings else []))
+            split.dismiss(0)
+        sender.send_bytes(pickle.dumps((result, None)))
     except Exception as error:
         error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
         sender.send_bytes(pickle.dumps((None, error)))
@@ -85,12 +109,14 @@ def _rank(
     dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, port: int, timeout: timedelta) -> None:
-    """Make this process a rank of a gloo world whose store is at `port`."""
+def join(rank: int, world_size: int, port: int, timeout: timedelta, settings: Distill | None = None) -> Split:
+    """Make this process a rank of a gloo world whose store is at `port`, or of one of two if the settings say so."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared between processes, and missed where one is killed
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    split = split_ranks(store, rank, world_size, settings)
+    split.join(timeout)
+    return split

@@ -15,9 +15,9 @@ def run(tmp_path: Path, name: str, ranks: int, job, shards: Path, zero: str, set
     return jobs.losses(folder), weights
 
 
-def assert_same(one, two):
+def assert_same(one, two, steps=6):
     (losses_one, weights_one), (losses_two, weights_two) = one, two
-    assert len(losses_one) == 6
+    assert len(losses_one) == steps
     assert losses_two == pytest.approx(losses_one, rel=1e-5)
     assert weights_one.keys() == weights_two.keys()
     for name, weight in weights_one.items():
@@ -26,10 +26,10 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("zero", ["zero1.json", "zero3.json"])
-@pytest.mark.parametrize("placement", ["replicated", "sharded"])
-def test_distillation_on_two_ranks_equals_one_rank_with_twice_the_micro_batch(tmp_path, shards, zero, placement):
+@pytest.mark.parametrize("teacher_sharded", [False, True], ids=["whole", "sharded"])
+def test_distillation_on_two_ranks_equals_one_rank_with_twice_the_micro_batch(tmp_path, shards, zero, teacher_sharded):
     one = run(tmp_path, "one", 1, jobs.distill, shards, "zero1.json", jobs.training(micro_batch=8))
-    settings = jobs.training(micro_batch=4, teacher_placement=placement)
+    settings = jobs.training(micro_batch=4, teacher_sharded=teacher_sharded)
     assert_same(one, run(tmp_path, "two", 2, jobs.distill, shards, zero, settings))
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from halo.linear_kl import linear_kl
-from tests.halo.test_linear_kl import plain
+from halo.teacher_logits import LogitsForm
+from tests.halo.test_linear_kl import fused, naive_top_k, plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -35,10 +35,26 @@ def test_loss_and_gradients(options, chunk, dtype):
     expected, *_ = plain(**exact, mask=mask, **options)
     expected.backward()
     factors["hidden"].requires_grad_(), factors["head"].requires_grad_()
-    loss, _ = linear_kl(**factors, mask=mask, **options, chunk=chunk)
+    loss, _ = fused(factors, mask=mask, **options, chunk=chunk)
     loss.backward()
     assert relative_error(loss, expected) < 1e-5
     # The gradients pass through bf16 once as logits' and once as their own; the head's also as sums of chunks.
     tolerance = 0.006 if dtype == torch.bfloat16 else 1e-5
     for name in ("hidden", "head"):
         assert relative_error(factors[name].grad, exact[name].grad) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["full", "top_k"])
+def test_other_forms_of_the_teachers_logits(kind):
+    torch.manual_seed(0)
+    shapes = {"hidden": (N, D), "head": (V, D), "teacher_hidden": (N, E), "teacher_head": (V, E)}
+    factors = {name: torch.randn(*shape, device="cuda") / 3 for name, shape in shapes.items()}
+    exact = {k: v.double().requires_grad_() for k, v in factors.items()}
+    expected, *_ = naive_top_k(**exact, k=16) if kind == "top_k" else plain(**exact, mask=None)
+    expected.backward()
+    factors["hidden"].requires_grad_(), factors["head"].requires_grad_()
+    loss, _ = fused(factors, LogitsForm(kind=kind, words=V, top_k=16), mask=None)
+    loss.backward()
+    assert relative_error(loss, expected) < 1e-5
+    for name in ("hidden", "head"):
+        assert relative_error(factors[name].grad, exact[name].grad) < 1e-5

@@ -84,7 +84,7 @@ def test_stage_3():
 def test_stage_2():
     teacher = make_teacher()
     objective = Distillation(make_student(teacher).train(), Teacher(teacher))
-    count = counted(lambda: objective(tokens(), **objective.teach(tokens()))[0].backward())
+    count = counted(lambda: objective(tokens(), **objective.ask(tokens())())[0].backward())
     differences = 3 * attention(objective.student) + 3 * chunks(objective.student) + attention(teacher)
     differences += 2 * ANGLES
     differences -= (
@@ -97,7 +97,7 @@ def test_stage_1():
     """The input of a mixer has no gradient: its projections' backward is half of that of others."""
     teacher = make_teacher()
     objective = Alignment(new_mixers(teacher, "lightning-attn"), Teacher(teacher))
-    count = counted(lambda: objective(tokens(), **objective.teach(tokens()))[0].backward())
+    count = counted(lambda: objective(tokens(), **objective.ask(tokens())())[0].backward())
     expected = align_flops(objective.mixers.values(), teacher.model, T)
     assert count == pytest.approx(expected + attention(teacher) + 3 * chunks(objective.mixers) + ANGLES)
     one = objective.mixers["0"]

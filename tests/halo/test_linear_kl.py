@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from halo.linear_kl import linear_kl
+from halo.teacher_logits import FactoredLogits, LogitsForm
 
 N, V, D, E = 700, 97, 16, 24
 """More tokens than one public code's 512 rows, and no multiple of any chunk."""
@@ -31,6 +32,13 @@ def labels() -> torch.Tensor:
     labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
     labels[6::7] = -100
     return labels
+
+
+def fused(factors, form: LogitsForm | None = None, **options):
+    """`linear_kl`, where the teacher supplies its logits in factored or another form."""
+    hidden, head, teacher_hidden, teacher_head = factors.values()
+    form = form or LogitsForm()
+    return linear_kl(hidden, head, form.supply(teacher_hidden, teacher_head), **options)
 
 
 def plain(hidden, head, teacher_hidden, teacher_head, mask=None, labels=None, temperature=1.0, cross_entropy=0.0):
@@ -66,7 +74,7 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(factors, labels, op
     expected, kl, nll = plain(**exact, **options)
     expected.backward()
     factors["hidden"].requires_grad_(), factors["head"].requires_grad_()
-    loss, metrics = linear_kl(**factors, **options, chunk=chunk)
+    loss, metrics = fused(factors, chunk=chunk, **options)
     (3 * loss).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(metrics["kl"].double(), kl, rtol=1e-5, atol=0)
@@ -79,23 +87,23 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(factors, labels, op
 
 def test_every_token_counts_once(factors):
     """The mean over 700 tokens is that of its parts, also beyond the first 512 rows."""
-    whole, _ = linear_kl(**factors)
+    whole, _ = fused(factors)
     parts = []
     for rows in (slice(0, 512), slice(512, N)):
         part = factors | {k: factors[k][rows] for k in ("hidden", "teacher_hidden")}
-        parts.append(linear_kl(**part)[0] * len(part["hidden"]))
+        parts.append(fused(part)[0] * len(part["hidden"]))
     torch.testing.assert_close(whole, sum(parts) / N)
 
 
 def test_a_student_that_is_the_teacher_has_no_loss(factors):
     hidden, head = factors["teacher_hidden"], factors["teacher_head"]
-    loss, metrics = linear_kl(hidden, head, hidden, head)
+    loss, metrics = linear_kl(hidden, head, FactoredLogits(hidden, head))
     assert abs(loss.item()) < 1e-6
     torch.testing.assert_close(metrics["agreement"], torch.tensor(1.0))
 
 
 def test_metrics_are_those_of_the_logits(factors):
-    _, metrics = linear_kl(**factors, chunk=64)
+    _, metrics = fused(factors, chunk=64)
     student, teacher = factors["hidden"] @ factors["head"].T, factors["teacher_hidden"] @ factors["teacher_head"].T
     torch.testing.assert_close(metrics["agreement"], (student.argmax(-1) == teacher.argmax(-1)).float().mean())
     entropy = torch.distributions.Categorical(logits=teacher).entropy().mean()
@@ -105,10 +113,10 @@ def test_metrics_are_those_of_the_logits(factors):
 
 @pytest.mark.parametrize("padded", ["head", "teacher_head"])
 def test_heads_padded_to_different_sizes_share_their_words(factors, padded):
-    short, _ = linear_kl(**factors)
+    short, _ = fused(factors)
     longer = factors | {padded: torch.cat([factors[padded], torch.full_like(factors[padded][:5], 9.0)])}
     longer["head"].requires_grad_()
-    loss, _ = linear_kl(**longer)
+    loss, _ = fused(longer)
     loss.backward()
     torch.testing.assert_close(loss, short)
     assert longer["head"].grad.shape == longer["head"].shape
@@ -120,7 +128,7 @@ def test_half_precision_has_float32_logits(factors):
     half = {k: v.bfloat16() for k, v in factors.items()}
     expected, *_ = plain(**{k: v.double() for k, v in half.items()})
     half["head"].requires_grad_()
-    loss, _ = linear_kl(**half)
+    loss, _ = fused(half)
     loss.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert loss.dtype == torch.float32 and half["head"].grad.dtype == torch.bfloat16
@@ -135,13 +143,13 @@ def test_the_heads_gradient_in_half_precision_does_not_decay_with_more_chunks(to
     exact = head.double().requires_grad_()
     plain(hidden.double(), exact, taught.double(), taught_head.double())[0].backward()
     head.requires_grad_()
-    linear_kl(hidden, head, taught, taught_head, chunk=64)[0].backward()
+    linear_kl(hidden, head, FactoredLogits(taught, taught_head), chunk=64)[0].backward()
     assert (head.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
 
 
 def test_float64_stays_float64(factors):
     factors = {k: v.double().requires_grad_() for k, v in factors.items()}
-    loss, _ = linear_kl(**factors)
+    loss, _ = fused(factors)
     expected, *_ = plain(**factors)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
@@ -149,7 +157,7 @@ def test_float64_stays_float64(factors):
 def test_there_is_no_second_backward(factors):
     """The gradients are handed out, not copied."""
     factors["hidden"].requires_grad_()
-    loss, _ = linear_kl(**factors)
+    loss, _ = fused(factors)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="no second backward"):
         loss.backward()
@@ -157,17 +165,129 @@ def test_there_is_no_second_backward(factors):
 
 def test_what_is_not_trained_gets_no_gradient(factors):
     factors["hidden"].requires_grad_()
-    linear_kl(**factors)[0].backward()
+    fused(factors)[0].backward()
     assert factors["hidden"].grad is not None and factors["head"].grad is None
     with torch.no_grad():
-        assert linear_kl(**factors)[0] > 0
+        assert fused(factors)[0] > 0
 
 
 def test_wrong_settings_are_named(factors):
     with pytest.raises(ValueError, match="needs labels"):
-        linear_kl(**factors, cross_entropy=0.1)
+        fused(factors, cross_entropy=0.1)
     with pytest.raises(ValueError, match="must be positive, not 0"):
-        linear_kl(**factors, temperature=0)
+        fused(factors, temperature=0)
+    largest = LogitsForm(kind="top_k", words=V, top_k=3, temperature=2.0)
+    with pytest.raises(ValueError, match=r"97 words at temperature 2\.0, but the student has 97 words, .* is 1\.0"):
+        fused(factors, largest)
+    factors["head"] = factors["head"][:50]
+    with pytest.raises(ValueError, match="but the student has 50 words"):
+        fused(factors, largest, temperature=2.0)
+
+
+def naive_top_k(
+    hidden, head, teacher_hidden, teacher_head, k, mask=None, labels=None, temperature=1.0, cross_entropy=0.0
+):
+    """(loss, kl): of the k most probable words and one that stands for all others, from probabilities as they are."""
+    mask = torch.ones(len(hidden), dtype=torch.bool) if mask is None else mask
+    student, teacher = (hidden @ head.T)[mask], (teacher_hidden @ teacher_head.T)[mask]
+    q, p = ((x / temperature).softmax(-1) for x in (student, teacher))
+    p_top, words = p.topk(k)
+    q_top = q.gather(-1, words)
+    kl = (p_top * (p_top / q_top).log()).sum(-1)
+    if k < p.shape[1]:
+        p_rest, q_rest = ((x.sum(-1) - top.sum(-1)) for x, top in ((p, p_top), (q, q_top)))
+        kl = kl + p_rest * (p_rest / q_rest).log()
+    nll = F.cross_entropy(student, labels[mask]) if cross_entropy else torch.zeros(())
+    return temperature**2 * kl.mean() + cross_entropy * nll, kl.mean()
+
+
+@pytest.mark.parametrize("k", [1, 8, V])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_k_largest_logits_and_one_word_for_all_others(factors, labels, options, k):
+    options = chosen(options, labels)
+    form = LogitsForm(kind="top_k", words=V, top_k=k, temperature=options.get("temperature", 1.0))
+    exact = {name: v.double().requires_grad_() for name, v in factors.items()}
+    expected, kl = naive_top_k(**exact, k=k, **options)
+    expected.backward()
+    factors["hidden"].requires_grad_(), factors["head"].requires_grad_()
+    loss, metrics = fused(factors, form, chunk=100, **options)
+    (3 * loss).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(metrics["kl"].double(), kl, rtol=1e-5, atol=0)
+    for name in ("hidden", "head"):
+        torch.testing.assert_close(factors[name].grad.double(), 3 * exact[name].grad, rtol=1e-5, atol=1e-6)
+
+    _, whole = fused(factors, **options)
+    for name in metrics.keys() - {"kl"}:
+        torch.testing.assert_close(metrics[name], whole[name], msg=name)
+    if k == V:
+        torch.testing.assert_close(metrics["kl"], whole["kl"])
+    else:
+        assert metrics["kl"] < whole["kl"]
+
+
+@pytest.mark.parametrize("spread", [30.0, 300.0])
+def test_the_k_largest_logits_where_the_others_have_next_to_no_probability(factors, spread):
+    """Of the teacher, of the student, of both: also less than float32 can hold."""
+    for wide in ("head", "teacher_head"):
+        factors[wide] = factors[wide] * spread
+        exact = {name: v.double().requires_grad_() for name, v in factors.items()}
+        logits = exact["teacher_hidden"] @ exact["teacher_head"].T
+        log_p, log_q = logits.log_softmax(-1), (exact["hidden"] @ exact["head"].T).log_softmax(-1)
+        words = logits.topk(3).indices
+        kl = 0
+        for part in (lambda x, words=words: x.gather(-1, words), lambda x, words=words: rest_of(x, words)):
+            kl = kl + (part(log_p).exp() * (part(log_p) - part(log_q))).sum(-1)
+        kl.mean().backward()
+        given = {name: v.clone() for name, v in factors.items()}
+        given["hidden"].requires_grad_(), given["head"].requires_grad_()
+        loss, _ = fused(given, LogitsForm(kind="top_k", words=V, top_k=3))
+        loss.backward()
+        torch.testing.assert_close(loss.double(), kl.mean(), rtol=1e-5, atol=0)
+        for name in ("hidden", "head"):
+            off = (given[name].grad.double() - exact[name].grad).norm() / exact[name].grad.norm()
+            assert off < 1e-4, (name, off)  # float32 logits of this size are off by as much
+
+
+def rest_of(log_p, words):
+    return log_p.scatter(-1, words, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_full_logits_give_what_factored_ones_do(factors, labels, options):
+    options = chosen(options, labels)
+    results = []
+    for form in (LogitsForm(), LogitsForm(kind="full", words=V)):
+        given = {name: v.clone() for name, v in factors.items()}
+        given["hidden"].requires_grad_(), given["head"].requires_grad_()
+        loss, metrics = fused(given, form, chunk=100, **options)
+        loss.backward()
+        results.append((loss, metrics, given["hidden"].grad, given["head"].grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", ["full", "top_k"])
+@pytest.mark.parametrize("padded", ["head", "teacher_head"])
+def test_only_words_that_both_have_take_part_in_every_form(factors, kind, padded):
+    form = LogitsForm(kind=kind, words=V, top_k=8)
+    short, _ = fused(factors, form)
+    longer = factors | {padded: torch.cat([factors[padded], torch.full_like(factors[padded][:5], 9.0)])}
+    torch.testing.assert_close(fused(longer, form)[0], short)
+
+
+def test_the_parts_of_each_form_are_what_it_is_put_together_from(factors):
+    """As they travel from rank to rank."""
+    for form in (LogitsForm(), LogitsForm(kind="full", words=V), LogitsForm(kind="top_k", words=V, top_k=8)):
+        supplied = form.supply(factors["teacher_hidden"], factors["teacher_head"])
+        room = form.empty(N, like=factors["teacher_head"])
+        for empty, part in zip(room, supplied.parts, strict=True):
+            assert (empty.shape, empty.dtype) == (part.shape, part.dtype)
+            empty.copy_(part)
+        again = form.assemble(room, factors["teacher_head"])
+        for one, two in zip(again.parts, supplied.parts, strict=True):
+            assert torch.equal(one, two)
+        hidden, head = factors["hidden"], factors["head"]
+        assert torch.equal(linear_kl(hidden, head, again)[0], linear_kl(hidden, head, supplied)[0])
 
 
 INTERPRETED = """

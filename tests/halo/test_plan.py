@@ -92,11 +92,11 @@ def test_what_zero_cuts(nine):
 
 
 def test_a_sharded_teacher_keeps_head_and_embedding_whole(nine):
-    replicated, sharded = (plan(nine, teacher_placement=how) for how in ("replicated", "sharded"))
-    teacher, ends = replicated.memory["teacher"] / 2, 2 * 151_936 * 4096 + 4096
+    whole, sharded = (plan(nine, teacher_sharded=how) for how in (False, True))
+    teacher, ends = whole.memory["teacher"] / 2, 2 * 151_936 * 4096 + 4096
     assert teacher == pytest.approx(8.19e9, rel=1e-3)
     assert sharded.memory["teacher"] / 2 == pytest.approx(ends + (teacher - ends) / 8)
-    assert sharded.time["exchange not hidden"] > replicated.time["exchange not hidden"]
+    assert sharded.time["exchange not hidden"] > whole.time["exchange not hidden"]
 
 
 def test_an_optimizer_on_the_host(nine):
@@ -291,7 +291,7 @@ def test_the_text_has_every_part(nine):
     p = plan(nine, nodes=2)
     text = table(p)
     assert "distill: 20,000 steps of 96 x 512 tokens, 0.983B in all; 9.47B parameters are trained" in text
-    assert "a GPU takes 6 sequences once a step; activation checkpointing; teacher replicated" in text
+    assert "a GPU takes 6 sequences once a step; activation checkpointing; teacher whole on every GPU" in text
     parts = {**p.memory, **p.time}
     assert all(name in text for name, size in parts.items() if size)
     for words in ("allocated", "needed", "tokens/s a GPU", "MFU", "GPU hours of the stage", "a checkpoint, GB"):

@@ -1,0 +1,103 @@
+"""Stage 2 with a teacher on ranks of its own, as real commands: how all ranks end, whatever ends one of them."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from halo.launch import EXIT_SAVED, EXIT_USER_ERROR
+from tests.distributed.test_stopping import SECONDS, start
+from tests.launcher.conftest import SMALL, deepspeed
+
+DEDICATED = ["--distill.teacher_placement", "dedicated", "--distill.teacher_ranks", "1"]
+TYPED = ["--preset", "tiny", "--ds_config", "ds_configs/zero3.json", *SMALL, *DEDICATED]
+ENDLESS = ["--distill.steps", "1000000", "--distill.save_every", "1000000"]
+
+
+@pytest.fixture
+def selected(demo, tmp_path: Path) -> Path:
+    """A run whose next stage is stage 2."""
+    run = shutil.copytree(demo[0], tmp_path / "run")
+    for stage in ("distill", "finetune", "scaling", "export", "eval"):
+        shutil.rmtree(run / stage)
+    return run
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """A list for commands that must not outlive the test."""
+    commands: list[subprocess.Popen[str]] = []
+    yield commands
+    for command in commands:
+        if command.poll() is None:
+            command.kill()
+        command.wait()
+
+
+def test_deepspeed_starts_both_kinds_of_ranks_and_a_second_start_finds_it_done(selected, demo):
+    done = deepspeed("launcher/kd.py", "--run", str(selected), *TYPED, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    weights, whole = (load_file(run / "distill" / "hybrid" / "model.safetensors") for run in (selected, demo[0]))
+    for name, weight in whole.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    again = deepspeed("launcher/kd.py", "--run", str(selected), *TYPED, ranks=2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count(f"distill: done already, in {selected / 'distill'}") == 1
+
+
+def start_ranks(run: Path, *more: str) -> list[subprocess.Popen[str]]:
+    """A student and a teacher without a launcher, as srun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = (sys.executable, "launcher/kd.py", "--run", run, *TYPED, *more)
+    return [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
+
+
+def wait_for_steps(run: Path, number: int, ranks: list[subprocess.Popen[str]]) -> None:
+    metrics = run / "distill" / "metrics.jsonl"
+    first = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+    for _ in range(int(10 * SECONDS)):
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate()[0] for rank in ranks]
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= first + number:
+            return
+        psutil.wait_procs([psutil.Process(rank.pid) for rank in ranks], timeout=0.1)
+    raise AssertionError("no training within a minute")
+
+
+def test_a_users_mistake_ends_both_with_one_line(selected, started):
+    ranks = start_ranks(selected, "--distill.teacher_logits", "top_k", "--distill.teacher_top_k", "5000")
+    started += ranks
+    told = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_USER_ERROR] * 2, told
+    assert "".join(told).count("error: ") == 1
+    assert "error: distill.teacher_top_k = 5000 is more than the 1024 words of the vocabulary" in told[0]
+
+
+def test_whatever_ends_one_rank_ends_the_other(selected, started):
+    ranks = start_ranks(selected, *ENDLESS)
+    started += ranks
+    wait_for_steps(selected, 2, ranks)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)  # as Slurm does: the students save, and the teacher waits for them
+    told = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, told
+    assert "stopped after" in told[0]
+
+    for victim, other in ((1, 0), (0, 1)):
+        ranks = start_ranks(selected, *ENDLESS)
+        started += ranks
+        wait_for_steps(selected, 2, ranks)
+        ranks[victim].kill()
+        told = ranks[other].communicate(timeout=SECONDS)[0]
+        assert ranks[other].returncode not in (0, EXIT_SAVED, EXIT_USER_ERROR), told
+        assert f"the {'teacher' if victim else 'student'} at the other end of a link is gone" in told or victim == 0
