@@ -161,12 +161,12 @@ def check_teacher(teacher: Path) -> None:
         UserError: a file is damaged, a weight is missing, unknown or of another shape.
     """
     if not is_gguf(teacher):
-        check_shapes(SafeTensors(files_of(teacher)), _empty_teacher(teacher), f"the teacher at {teacher}")
+        check_shapes(SafeTensors(files_of(teacher)), empty_teacher(teacher), f"the teacher at {teacher}")
 
 
 def _teacher(teacher: Path) -> tuple[PreTrainedModel, Weights]:
     """A teacher without weights, frozen, and its weights."""
-    model = _empty_teacher(teacher)
+    model = empty_teacher(teacher)
 
     def tensors() -> Any:
         opened = load_teacher(teacher).state_dict() if is_gguf(teacher) else SafeTensors(files_of(teacher))
@@ -176,7 +176,8 @@ def _teacher(teacher: Path) -> tuple[PreTrainedModel, Weights]:
     return model, Weights(tensors)
 
 
-def _empty_teacher(teacher: Path) -> PreTrainedModel:
+def empty_teacher(teacher: Path) -> PreTrainedModel:
+    """The teacher's shapes, frozen, in training precision: its parameters are on the meta device."""
     config = load_config(teacher)
     config.dtype = training_dtype()
     with torch.device("meta"):

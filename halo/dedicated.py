@@ -29,12 +29,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from halo.build import build_head, build_teacher
+from halo.build import build_head, build_teacher, empty_teacher
 from halo.distributed import PATIENCE, SLOW_LIMIT, STEP_LIMIT, device, rank
 from halo.errors import Stopped, UserError
-from halo.gguf_file import where
 from halo.split import LEAVE, ORDER, Split
 from halo.stop import ignoring_stop_requests
 from halo.teacher import Teacher, teacher_group, used_here
@@ -165,8 +163,7 @@ class DedicatedTeacher:
 
     def __init__(self, split: Split, order: Order):
         teacher = Path(order.teacher)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where(teacher)))
+        self.model = empty_teacher(teacher)
         self.ranks = split.all_teachers
         self._order = order
         self._head = build_head(teacher) if order.form.kind == "factored" else None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from halo.build import check_teacher
 from halo.config import Training, suggest
@@ -34,7 +35,8 @@ def run_stage(job: Job, stage: str) -> Context:
         UserError: bad settings, teacher or folder, or a missing predecessor; on every rank, before anything is written.
     """
     names = stages_to(stage, job.prepare)
-    context = on_rank0(lambda: _open(job, stage, names))
+    # The store in `split` is each rank's own.
+    context = replace(on_rank0(lambda: _open(job, stage, names)), split=job.split)
     with recorded_config(job.run, job.config):
         for name in names:
             if on_rank0(lambda name=name: context.is_complete(name)):  # type: ignore[misc]
@@ -79,7 +81,6 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
         teacher=teacher,
         fingerprint=teacher_fingerprint(teacher),
         ds_config=ds_config,
-        split=job.split,
     )
     if not job.prepare:
         context.require_inputs(stage)

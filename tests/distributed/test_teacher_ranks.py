@@ -68,7 +68,8 @@ def test_each_form_of_the_logits_is_the_same_from_either_place(tmp_path, shards,
     here = jobs.losses(tmp_path / "colocated"), weights
     assert_same(here, there)
     if changes["teacher_logits"] == "full":
-        assert here[0] == pytest.approx(alone[0][:6], rel=1e-5)
+        same = 4  # then the learning rates part: it falls faster where there are fewer steps
+        assert here[0][:same] == pytest.approx(alone[0][:same], rel=1e-5)
 
 
 def test_a_run_with_a_dedicated_teacher_goes_on_exactly(tmp_path, shards, teacher):
@@ -89,5 +90,5 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_students_too(tmp_path, shards,
     broken = jobs.save_teacher(tmp_path / "teacher")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"the teacher at .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read"):
         run(tmp_path / "run", shards, broken, 1, dedicated(1))
