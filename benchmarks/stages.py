@@ -1,34 +1,52 @@
-"""Speed and memory of the training stages at true shapes, random weights, random tokens, through the trainer's engine.
+"""Speed and memory of the training stages at true shapes: random weights and tokens, through the trainer itself.
 
-torchrun --nproc_per_node 2 -m benchmarks.stages --stage distill --teacher 8b --ds_config ds_configs/zero3.json
+    python -m benchmarks.stages --stage distill --teacher 1.7b --no-checkpointing
+    torchrun --nproc_per_node 2 -m benchmarks.stages --stage distill --teacher 8b --ds_config ds_configs/zero3.json \
+        --placement dedicated --teacher_ranks 1
+
+Models are built as stages build them (halo/build.py), from weights that are drawn in the place of a checkpoint's files.
+No checkpoint is written. What is printed is the median of the steps after the first, as metrics.jsonl has them.
 """
 
 import argparse
+import json
 import os
-import time
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor
+from transformers import Qwen3Config
 
 from benchmarks.measure import header
+from halo import build, trainer
 from halo.config import Distill, load_config
-from halo.distributed import device, rank, world_size
-from halo.engine import Engine, read_ds_config
-from halo.look_ahead import LookAhead
+from halo.dedicated import DedicatedTeacher, Order, serve
+from halo.distributed import device, on_rank0, rank, world_size
+from halo.engine import Engine, placement, read_ds_config, split_batch, whole_size
 from halo.objectives import Alignment, Distillation, NextToken
 from halo.plan_load import PUBLISHED
-from halo.stages.align import new_mixers
-from halo.teacher import Teacher
-from halo.trainer import Objective
-from hypenet.transfer import hybrid_config, hybrid_from_teacher
+from halo.run import StageFolder
+from halo.shards import write_shards
+from halo.split import Split, split_ranks
+from halo.stages.distill import logits_form
+from halo.teacher import Asked, Teacher, teacher_group
+from halo.trainer import Objective, train
+from hypenet.transfer import empty_hybrid, hybrid_config
 
 TEACHERS = {"1.7b": "Qwen/Qwen3-1.7B", "4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}
 PRESETS = {"1.7b": "hypenet-2b", "4b": "hypenet-5b", "8b": "hypenet-9b"}
 KEPT = {"1.7b": [3, 21, 2, 9, 25, 6, 8], "4b": [10, 6, 7, 24, 33, 2, 4, 1, 34], "8b": [10, 6, 7, 24, 33, 2, 4, 1, 34]}
+WARM_UP = 4
+MIXERS = "mixers.safetensors"
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -36,117 +54,180 @@ ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
 def main() -> None:
+    args = _parser().parse_args()
+    if "RANK" not in os.environ:
+        os.environ |= ALONE
+    store, number, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(size))
+    preset = load_config(PRESETS[args.teacher])
+    split = split_ranks(
+        store, number, size, preset_settings(args, preset.distill, 1) if args.stage == "distill" else None
+    )
+    split.join()
+    folder = Path(args.folder or tempfile.gettempdir()) / f"benchmark-{os.environ['MASTER_PORT']}"
+    teacher = write_teacher(args, folder)
+    if split.is_teacher:
+        serve(split)
+    else:
+        measure(args, preset_settings(args, getattr(preset, args.stage), world_size()), teacher, split)
+        split.dismiss(0)
+    dist.destroy_process_group()
+    if split.is_teacher:
+        split.leave()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["align", "distill", "finetune"], required=True)
     parser.add_argument("--teacher", choices=TEACHERS, required=True)
+    parser.add_argument("--layers", type=int, help="so many of the teacher's layers, the first (default: all)")
     parser.add_argument("--micro_batch", type=int, help="sequences a rank takes at once (default: the preset's)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default: 1)")
     parser.add_argument("--seq_len", type=int, help="(default: the preset's)")
     parser.add_argument("--ds_config", default="ds_configs/zero1.json")
-    parser.add_argument("--teacher_sharded", action="store_true", help="cut the teacher over the ranks")
+    parser.add_argument("--placement", default="colocated", choices=["colocated", "dedicated"])
+    parser.add_argument("--teacher_ranks", type=int, default=0, help="of each node, with --placement dedicated")
+    parser.add_argument("--teacher_sharded", action="store_true", help="cut the teacher over the ranks that hold it")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--profile", action="store_true", help="print the kernels that take the most time")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one step that take the most time")
+    parser.add_argument("--folder", help="for the data and what is measured (default: the system's temporary one)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if "RANK" not in os.environ:
-        os.environ |= ALONE
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=device())
-
-    training = settings(args)
-    torch.manual_seed(rank())
-    objective = build(args, training)
-    state = weights(objective)
-    external = objective.external_parameters()
-    engine = Engine(
-        objective, training, read_ds_config(Path(args.ds_config)), external, clip_apart=objective.clip_apart
-    )
-    torch.cuda.synchronize()
-    ready = torch.cuda.memory_allocated() / 2**30
-    seconds = run(objective, engine, training, args.steps)
-    tokens = training.micro_batch * training.seq_len
-    if rank() == 0:
-        print(header())
-        print(
-            f"{args.stage} {args.teacher}, {tokens} tokens a GPU and step: {tokens / seconds:,.0f} tokens/s a GPU, "
-            f"{1000 * seconds:.0f} ms a step, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB "
-            f"({ready:.1f} before the first step, {state:.1f} of bf16 weights; "
-            f"reserved {torch.cuda.max_memory_reserved() / 2**30:.1f})",
-            flush=True,
-        )
-    if args.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run(objective, engine, training, 1, warm_up=0)
-        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=80))
-    engine.close()
-    dist.destroy_process_group()
+    return parser
 
 
-def settings(args: argparse.Namespace) -> Distill:
-    preset = getattr(load_config(PRESETS[args.teacher]), args.stage)
+def preset_settings(args: argparse.Namespace, preset: Any, ranks: int) -> Distill:
+    """The preset's, as far as the command line says no other. Stages 1 and 3 have no more than stage 2."""
     chosen = {"micro_batch": args.micro_batch, "seq_len": args.seq_len, "activation_checkpointing": args.checkpointing}
+    chosen |= {"teacher_placement": args.placement, "teacher_ranks": args.teacher_ranks, "steps": args.steps}
     values = vars(preset) | {name: value for name, value in chosen.items() if value is not None}
-    known = {name: value for name, value in values.items() if name in Distill.__dataclass_fields__}
-    known |= {"batch": known["micro_batch"] * world_size()}
-    return Distill(**known | {"teacher_sharded": args.teacher_sharded})
+    values = {name: value for name, value in values.items() if name in Distill.__dataclass_fields__}
+    values |= {"batch": values["micro_batch"] * args.accumulation * ranks, "teacher_sharded": args.teacher_sharded}
+    return Distill(**values | {"save_every": 10**9, "keep_every": 0})
 
 
-def build(args: argparse.Namespace, training: Distill) -> Objective:
-    """The stage's objective on this GPU, in bf16."""
-    config = Qwen3Config(**PUBLISHED[TEACHERS[args.teacher]], rope_theta=1e6, attn_implementation="sdpa")
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device()):
-        model = Qwen3ForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+class Drawn(Mapping[str, Tensor]):
+    """Random weights by name, drawn as they are read."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]):
+        self._shapes = shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        scale = 1.0 if "norm" in name else 0.02
+        return torch.randn(shape, device=device(), dtype=torch.bfloat16) * scale + float("norm" in name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def write_teacher(args: argparse.Namespace, folder: Path) -> Path:
+    """A teacher's folder that holds no weights: where they are read, they are drawn."""
+    config = Qwen3Config(**PUBLISHED[TEACHERS[args.teacher]], rope_theta=1e6)
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config.architectures = ["Qwen3ForCausalLM"]
+    on_rank0(lambda: config.save_pretrained(folder / "teacher"))
+    model = build.empty_teacher(folder / "teacher")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    every = hybrid_config(config, attention_layers=[])
+    layers = empty_hybrid(every, dtype=torch.bfloat16, device=device()).model.layers
+    mixers = {
+        f"{i}.{name}": p.shape for i, layer in enumerate(layers) for name, p in layer.self_attn.named_parameters()
+    }
+    build.SafeTensors = lambda files: Drawn(mixers if files[0].name == MIXERS else shapes)  # type: ignore
+    return folder / "teacher"
+
+
+def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: Split) -> None:
+    """Train for some steps, and print what they took."""
+    ds_config = read_ds_config(args.ds_config)
+    stage = StageFolder(teacher.parent / args.stage, {})
+    shards = teacher.parent / f"shards-{training.seq_len}"
+
+    def prepare() -> None:
+        (stage.path / "metrics.jsonl").unlink(missing_ok=True)
+        if not shards.exists():
+            tokens = np.random.default_rng(0).integers(0, 151_936, (512, training.seq_len), dtype=np.uint32)
+            write_shards(shards, tokens, {"tokenizer": "none"})
+
+    on_rank0(prepare)
+    nothing = {"resume": lambda engine: None, "is_written": lambda: False, "save": lambda *_: None}
+    nothing |= {"publish": lambda: None, "wait": lambda: None}
+    trainer.Checkpoints = lambda *_: SimpleNamespace(**nothing)  # type: ignore
+    Engine.parameters_on_rank0 = lambda engine: {}  # type: ignore
+    with teacher_of(args, training, teacher, split) as asked:
+        objective = objective_of(args, training, teacher, asked, ds_config)
+        trained = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in asked.model.parameters() if not p.is_meta)
+        if args.profile:
+            training = Distill(**vars(training) | {"profile_from": args.steps - 2, "profile_steps": 1})
+        train(objective, training, shards=shards, folder=stage, ds_config=ds_config)
+    if rank() == 0:
+        lines = [json.loads(line) for line in (stage.path / "metrics.jsonl").read_text().splitlines()]
+        report(args, training, lines[WARM_UP : args.steps - 2 if args.profile else None], trained, frozen, ds_config)
+        if args.profile:
+            print(f"trace in {stage.path / 'tensorboard'}")
+
+
+def teacher_of(args: argparse.Namespace, training: Distill, teacher: Path, split: Split) -> AbstractContextManager[Any]:
+    if args.stage == "finetune":
+        return nullcontext(SimpleNamespace(model=build.empty_teacher(teacher)))
+    form = logits_form(training, PUBLISHED[TEACHERS["8b"]]["vocab_size"])
+    if training.teacher_placement == "colocated":
+        return nullcontext(Teacher(build.build_teacher(teacher, teacher_group(training.teacher_sharded)), form))
+    batch, _ = split_batch(training)
+    return DedicatedTeacher(
+        split,
+        Order(teacher=str(teacher), sharded=training.teacher_sharded, form=form, batch=batch, seq_len=training.seq_len),
+    )
+
+
+def objective_of(
+    args: argparse.Namespace, training: Distill, teacher: Path, asked: Asked, ds_config: dict[str, Any]
+) -> Objective:
+    config, place = asked.model.config, placement(ds_config, training)
     if args.stage == "align":
-        mixers = new_mixers(model, "lightning-attn")
-        return Alignment(mixers, Teacher(model))
-    hybrid = hybrid_config(config, attention_layers=KEPT[args.teacher])
-    student = hybrid_from_teacher(model, hybrid).train()
+        assert isinstance(asked, Teacher)
+        return Alignment(build.build_mixers(teacher, hybrid_config(config, []), place), asked)
+    kept = [layer for layer in KEPT[args.teacher] if layer < config.num_hidden_layers]
+    student = build.build_student(teacher, hybrid_config(config, kept), teacher / MIXERS, place)
     checkpointing = {"activation_checkpointing": training.activation_checkpointing}
     if args.stage == "distill":
-        return Distillation(student, Teacher(model, sharded=args.teacher_sharded), **checkpointing)
+        return Distillation(student, asked, **checkpointing)
     return NextToken(student, **checkpointing)
 
 
-def weights(objective: Objective) -> float:
-    """GiB of the trained weights in bf16."""
-    return sum(p.numel() * 2 for p in objective.parameters()) / 2**30
-
-
-class RandomTokens:
-    """In the place of a TokenStream."""
-
-    def __init__(self, micro_batch: int, seq_len: int):
-        self._shape = (micro_batch, seq_len)
-
-    def __next__(self) -> torch.Tensor:
-        return torch.randint(0, 151_936, self._shape)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-
-class Untimed:
-    """In the place of Metrics."""
-
-    def waiting(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-def run(objective: Objective, engine: Engine, training: Distill, steps: int, warm_up: int = 3) -> float:
-    """Seconds a step, over `steps` after some to warm up."""
-    ahead = LookAhead(RandomTokens(training.micro_batch, training.seq_len), objective.ask)
-    for step in range(steps + warm_up):
-        if step == warm_up:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-        engine.accumulate(**ahead.take(Untimed()))
-        ahead.ask(Untimed())
-        engine.step(1e-5)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / steps
+def report(
+    args: argparse.Namespace,
+    training: Distill,
+    lines: list[dict[str, float]],
+    trained: int,
+    frozen: int,
+    ds_config: dict[str, Any],
+) -> None:
+    """Medians over the steps, and the memory that weights, gradients and optimizer do not explain."""
+    of = {name: median(line[name] for line in lines) for name in lines[0] if lines[0][name] is not None}
+    stage = ds_config["zero_optimization"]["stage"]
+    whole = {1: 2 + 14 / world_size(), 2: 2 + 14 / world_size(), 3: 16 / world_size()}[stage]
+    explained = (trained * whole + 2 * frozen) / 2**30
+    micro_batch, accumulation = split_batch(training)
+    print(header())
+    print(
+        f"{args.stage} {args.teacher}, {trained / 1e9:.2f}B trained, {world_size()} ranks of {accumulation} x "
+        f"{micro_batch} x {training.seq_len} tokens, ZeRO-{stage}, "
+        f"checkpointing {'on' if training.activation_checkpointing else 'off'}: "
+        f"{of['tokens_per_s_gpu']:,.0f} tokens/s a GPU, {1000 * of['step_s']:.0f} ms a step, "
+        f"MFU {of.get('mfu', 0):.1%} of the data sheet's peak, "
+        f"waiting {of.get('teacher_wait_s', 0) / of['step_s']:.1%} for the teacher, "
+        f"{of.get('data_wait_s', 0) / of['step_s']:.1%} for data, peak {of['peak_gib']:.1f} GiB, "
+        f"{of['peak_gib'] - explained:.1f} of it beyond weights, gradients, optimizer and teacher "
+        f"(reserved {of['reserved_gib']:.1f})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -128,8 +128,7 @@ def frozen_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     shorter than the rows needs one.
     """
     tokens, body = input_ids.shape[1], model.model
-    windows = [window_of(layer.self_attn) for layer in body.layers]
-    if any(window is not None and window < tokens for window in windows):
+    if not _sees_all(model, tokens):
         return body(**unpadded(model, input_ids)).last_hidden_state
     states = body.embed_tokens(input_ids)
     positions = torch.arange(tokens, device=input_ids.device)[None]
@@ -137,6 +136,18 @@ def frozen_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     for layer in body.layers:
         states = layer(states, attention_mask=None, position_ids=positions, position_embeddings=rope, use_cache=False)
     return body.norm(states)
+
+
+def never_looks(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether `frozen_states` of rows of so many tokens takes no decision from what is on the GPU."""
+    rope = model.model.rotary_emb.rope_type
+    return _sees_all(model, tokens) and "dynamic" not in rope and rope != "longrope"
+
+
+def _sees_all(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether no layer's window is shorter than so many tokens."""
+    windows = [window_of(layer.self_attn) for layer in model.model.layers]
+    return all(window is None or window >= tokens for window in windows)
 
 
 def load_teacher(teacher: Path) -> PreTrainedModel:

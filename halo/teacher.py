@@ -14,12 +14,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from halo.distributed import device, world_size
 from halo.errors import UserError
 from halo.fuse import fuse
-from halo.models import frozen_states
+from halo.models import frozen_states, never_looks
 from halo.teacher_logits import LogitsForm, TeacherLogits
 
 
@@ -47,6 +48,7 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, form: LogitsForm | None = None):
         self.model = model.eval().requires_grad_(False)
         self._form = form or LogitsForm()
+        self._recorded: dict[torch.Size, _Recording] = {}
         fuse(self.model)
 
     @property
@@ -65,14 +67,42 @@ class Teacher:
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> TeacherLogits:
         """input_ids [B, T] -> the logits of its B x T tokens."""
-        hidden = self.hidden_states(input_ids.to(device(), non_blocking=True))
+        input_ids = input_ids.to(device(), non_blocking=True)
+        if self._can_be_recorded(input_ids):
+            if input_ids.shape not in self._recorded:
+                self._recorded[input_ids.shape] = _Recording(self.hidden_states, input_ids)
+            hidden = self._recorded[input_ids.shape](input_ids)
+        else:
+            hidden = self.hidden_states(input_ids)
         return self._form.supply(hidden.flatten(0, 1), self.head)
+
+    def _can_be_recorded(self, input_ids: Tensor) -> bool:
+        """Not where the forward waits for the host, nor where it exchanges weights with other ranks."""
+        cut = isinstance(self.layers[0], FSDPModule)
+        return input_ids.is_cuda and not cut and never_looks(self.model, input_ids.shape[1])
 
     def ask(self, input_ids: Tensor) -> Callable[[], TeacherLogits]:
         """Begin the forward of [B, T] tokens on the host, in the current stream. Call the result for their logits, in
         a stream that waits for this one."""
         logits = self.logits(input_ids)
         return lambda: used_here(logits)
+
+
+class _Recording:
+    """A forward of one shape as a CUDA graph. The host issues it in one call, and is free for the student's work."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], input_ids: Tensor):
+        self._input_ids = input_ids.clone()
+        forward(self._input_ids)  # what is compiled or chosen at the first call, before it is recorded
+        self._graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls matter: those of NCCL's watchdog may go on.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._hidden = forward(self._input_ids)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        self._input_ids.copy_(input_ids)
+        self._graph.replay()
+        return self._hidden.clone()  # the next replay writes into the same memory
 
 
 def used_here(logits: TeacherLogits) -> TeacherLogits:
