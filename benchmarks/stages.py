@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
         train(objective, training, shards=shards, folder=stage, ds_config=ds_config)
     if rank() == 0:
         lines = [json.loads(line) for line in (stage.path / "metrics.jsonl").read_text().splitlines()]
-        report(args, training, lines[WARM_UP : args.steps - 2 if args.profile else None], trained, frozen, ds_config)
+        report(args, training, lines[WARM_UP : -2 if args.profile else -1], trained, frozen, ds_config)
         if args.profile:
             print(f"trace in {stage.path / 'tensorboard'}")
 
@@ -209,7 +209,7 @@ def report(
     frozen: int,
     ds_config: dict[str, Any],
 ) -> None:
-    """Medians over the steps, and the memory that weights, gradients and optimizer do not explain."""
+    """Medians over the steps but the last, which draws no more, and the memory that the state does not explain."""
     of = {name: median(line[name] for line in lines) for name in lines[0] if lines[0][name] is not None}
     stage = ds_config["zero_optimization"]["stage"]
     whole = {1: 2 + 14 / world_size(), 2: 2 + 14 / world_size(), 3: 16 / world_size()}[stage]

@@ -217,7 +217,8 @@ class _LinearKL(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         to_head = None
         if ctx.needs_input_grad[1]:
-            to_head = torch.zeros_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
+            to_head = torch.empty_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
+            to_head[words if tokens else 0 :] = 0
         student = hidden.new_empty(half, words, dtype=wide)
         rows_of = _rows_of(teacher, student)
         gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
@@ -236,7 +237,7 @@ class _LinearKL(torch.autograd.Function):
                 if to_hidden is not None:
                     torch.mm(d, head[:words], out=to_hidden[begin:end])
                 if to_head is not None:
-                    _add_product(to_head[:words], d.T, hidden[begin:end])
+                    _add_product(to_head[:words], d.T, hidden[begin:end], first=begin == 0)
 
         kl, entropy, agreement, nll = (torch.cat(column) for column in zip(*rows, strict=True))
         kl, entropy, agreement = weights @ kl, weights @ entropy, weights @ agreement
@@ -254,13 +255,14 @@ class _LinearKL(torch.autograd.Function):
         return *handed_out(ctx, grad), *(None,) * 6
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, also where `total` is wider than the factors: then a slice of rows at a time."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or where it is the `first` total = a @ b; a slice of rows at a time where `total` is wider."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
         return
     for rows, factor in zip(total.split(ROWS), a.split(ROWS), strict=True):
-        rows += exact_logits(factor, b.T)
+        product = exact_logits(factor, b.T)
+        rows.copy_(product) if first else rows.add_(product)
 
 
 def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
