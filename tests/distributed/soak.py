@@ -42,7 +42,7 @@ TRIES = 10
 """Runs that may end, on a busy machine, before the moment of a kill is noticed."""
 SLEEP = 0.05
 """Seconds by which each part of saving is longer. Writing has one part a file, three a rank, beside training."""
-LONGEST_DELAY = {"start": 3.0, "step": 0.15, "snapshot": SLEEP, "write": 3 * SLEEP, "publish": SLEEP}
+LONGEST_DELAY = {"start": 1.0, "step": 0.15, "snapshot": SLEEP, "write": 3 * SLEEP, "publish": SLEEP}
 """About as many seconds as a start, a step, and each part of saving take."""
 SAVING = ("snapshot", "write", "publish")
 
@@ -52,13 +52,13 @@ class Kill:
     """When which ranks are killed: `delay` seconds after `moment`."""
 
     moment: str
-    """`start` (the ranks have met), the end of step `step`, or when a part of saving begins after it, on rank 0."""
+    """`start` (of going on), the end of step `step`, or when a part of saving begins after it, on rank 0."""
     step: int
     delay: float
     victims: tuple[int, ...]
 
     def __str__(self) -> str:
-        when = {"start": "the start", "step": f"step {self.step}"}
+        when = {"start": "it began to go on", "step": f"step {self.step}"}
         when |= {part: f"the beginning of a {part} after step {self.step}" for part in SAVING}
         return f"rank {' and '.join(map(str, self.victims))} {self.delay:.2f} s after {when[self.moment]}"
 
@@ -140,7 +140,7 @@ def _rank(rank_here: int, port: int, shards: Path, folder: Path, settings: jobs.
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     join(rank_here, RANKS, port, PATIENCE)
-    (folder / "start").touch()
+    Checkpoints.resume = _marked("start", folder, Checkpoints.resume)  # type: ignore[method-assign]
     Engine.snapshot = _marked("snapshot", folder, Engine.snapshot)  # type: ignore[method-assign]
     background.write_tensors = _marked("write", folder, background.write_tensors)
     Checkpoints._make_latest = _marked("publish", folder, Checkpoints._make_latest)  # type: ignore[method-assign]
@@ -179,7 +179,8 @@ def _await(kill: Kill, folder: Path, processes: list[BaseProcess], began: float)
 def _has_come(kill: Kill, folder: Path, began: float) -> bool:
     # What an earlier, killed process left does not count.
     if kill.moment == "start":
-        return _after(folder / "start", began)  # a launcher ends the ranks that wait for one which never came
+        # Not before: a rank that dies while the groups are made leaves others waiting, whom a launcher ends.
+        return _after(folder / "start", began)
     metrics = folder / "metrics.jsonl"
     if not (_after(metrics, began) and len(metrics.read_bytes().splitlines()) > kill.step):
         return False
