@@ -12,7 +12,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from halo import build, engine, models, weights
+from halo import build, models, weights
 from halo.build import build_hybrid, build_mixers, build_student, build_teacher
 from halo.engine import Engine, placement, read_ds_config
 from halo.errors import UserError
