@@ -126,7 +126,7 @@ def test_weights_that_do_not_fit(made, which):
         ({"model.norm.weight": norm[:8]}, r"has a model.norm.weight of \[8\], but its configuration says \[32\]"),
         (
             {"model.norm.weight": norm, "model.norm.bias": norm + 1},
-            "weights that its .* not have, model.norm.bias among",
+            "weights that its .* model.norm.bias among",
         ),
         ({"model.norm.bias": None, "lm_head.weight": None}, "lacks weights, lm_head.weight among them"),
     ]:
