@@ -19,6 +19,7 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import GatheredParameters, Init, register_external_parameter
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from halo.config import Training
@@ -121,6 +122,11 @@ def placement(ds_config: dict[str, Any], training: Training) -> Callable[[nn.Mod
     return partition
 
 
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The decoder layers in a module."""
+    return [layer for layer in module.modules() if type(layer).__name__.endswith("DecoderLayer")]
+
+
 def whole_size(parameter: nn.Parameter) -> int:
     """The number of elements of a parameter, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())
@@ -159,6 +165,8 @@ class Engine:
         )
         settings = complete_ds_config(ds_config, training)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        for layer in layers_of(module):  # ZeRO-3 gathers a layer at once: looking at each module of it takes the host
+            set_z3_leaf_module(layer, True)  # longer than the GPU has work
         self._engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
         # DeepSpeed casts buffers with the weights: RoPE's frequencies in bf16 are off by radians at long context.
         for name, buffer in self.module.named_buffers():

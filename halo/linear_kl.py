@@ -33,6 +33,9 @@ from hypenet.losses import exact_logits, handed_out
 CHUNK_BYTES = 900 * 2**20
 """What the logits of a chunk, and their gradient, may take on a GPU."""
 
+GRADIENT = 4
+"""How many tokens' gradients live at a time, in those whose logits do."""
+
 FEW_CHUNKS = 8
 """Over so many, the head's gradient is summed in the head's own precision, which spares a float32 copy of the head. In
 bf16 that costs as much again as the rounding of its operands; the error would grow with more chunks."""
@@ -213,21 +216,21 @@ class _LinearKL(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tokens, words = len(hidden), min(len(head), teacher.words)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        half, whole = _chunks(tokens, words, hidden, chunk, 5 if isinstance(teacher, TopKLogits) else 2)
+        part, whole = _chunks(tokens, words, hidden, chunk, 5 if isinstance(teacher, TopKLogits) else 2)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         to_head = None
         if ctx.needs_input_grad[1]:
             to_head = torch.empty_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
             to_head[words if tokens else 0 :] = 0
-        student = hidden.new_empty(half, words, dtype=wide)
+        student = hidden.new_empty(part, words, dtype=wide)
         rows_of = _rows_of(teacher, student)
         gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
 
         rows: list[Rows] = []
         for begin in range(0, tokens, whole):
             end = min(begin + whole, tokens)
-            for a in range(begin, end, half):
-                b = min(a + half, end)
+            for a in range(begin, end, part):
+                b = min(a + part, end)
                 s = exact_logits(hidden[a:b], head[:words], student[: b - a])
                 d = None if gradient is None else gradient[a - begin : b - begin]
                 w, label, u = (None if x is None else x[a:b] for x in (weights, labels, label_weights))
@@ -286,7 +289,7 @@ def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
 def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None, live: int) -> tuple[int, int]:
     """(tokens whose logits, tokens whose gradient live at a time).
 
-    Twice as many for the gradient: its products are the better the more tokens they sum over.
+    `GRADIENT` times as many for the gradient: each of its products goes through the whole head's gradient.
 
     Args:
         live: how many float32 numbers live for each logit.
@@ -295,6 +298,6 @@ def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None, live: in
         return min(chunk, tokens), min(chunk, tokens)
     if not hidden.is_cuda:
         return min(1024, tokens), min(1024, tokens)
-    half = CHUNK_BYTES // (words * (live * 4 + 2 * hidden.element_size()))
-    half = max(128, half // 128 * 128)
-    return min(half, tokens), min(2 * half, tokens)
+    part = CHUNK_BYTES // (words * (live * 4 + GRADIENT * hidden.element_size()))
+    part = max(128, part // 128 * 128)
+    return min(part, tokens), min(GRADIENT * part, tokens)
