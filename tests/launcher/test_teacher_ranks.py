@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,12 +67,13 @@ def start_ranks(run: Path, *more: str) -> list[subprocess.Popen[str]]:
 def wait_for_steps(run: Path, number: int, ranks: list[subprocess.Popen[str]]) -> None:
     metrics = run / "distill" / "metrics.jsonl"
     first = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
-    for _ in range(int(10 * SECONDS)):
+    deadline = time.monotonic() + 3 * SECONDS  # two processes that import everything, on a busy machine
+    while time.monotonic() < deadline:
         assert all(rank.poll() is None for rank in ranks), [rank.communicate()[0] for rank in ranks]
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= first + number:
             return
         psutil.wait_procs([psutil.Process(rank.pid) for rank in ranks], timeout=0.1)
-    raise AssertionError("no training within a minute")
+    raise AssertionError("no training within three minutes")
 
 
 def test_a_users_mistake_ends_both_with_one_line(selected, started):
@@ -83,21 +85,25 @@ def test_a_users_mistake_ends_both_with_one_line(selected, started):
     assert "error: distill.teacher_top_k = 5000 is more than the 1024 words of the vocabulary" in told[0]
 
 
-def test_whatever_ends_one_rank_ends_the_other(selected, started):
+def test_both_save_when_asked_to_stop(selected, started):
+    """All get the signal, as from Slurm: the students save, and the teacher waits for them."""
     ranks = start_ranks(selected, *ENDLESS)
     started += ranks
     wait_for_steps(selected, 2, ranks)
     for rank in ranks:
-        rank.send_signal(signal.SIGTERM)  # as Slurm does: the students save, and the teacher waits for them
+        rank.send_signal(signal.SIGTERM)
     told = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, told
     assert "stopped after" in told[0]
 
-    for victim, other in ((1, 0), (0, 1)):
-        ranks = start_ranks(selected, *ENDLESS)
-        started += ranks
-        wait_for_steps(selected, 2, ranks)
-        ranks[victim].kill()
-        told = ranks[other].communicate(timeout=SECONDS)[0]
-        assert ranks[other].returncode not in (0, EXIT_SAVED, EXIT_USER_ERROR), told
-        assert f"the {'teacher' if victim else 'student'} at the other end of a link is gone" in told or victim == 0
+
+@pytest.mark.parametrize(("victim", "other"), [(1, 0), (0, 1)], ids=["teacher", "student"])
+def test_one_that_is_killed_ends_the_other(selected, started, victim, other):
+    ranks = start_ranks(selected, *ENDLESS)
+    started += ranks
+    wait_for_steps(selected, 2, ranks)
+    ranks[victim].kill()
+    told = ranks[other].communicate(timeout=SECONDS)[0]
+    assert ranks[other].returncode not in (0, EXIT_SAVED, EXIT_USER_ERROR), told
+    if other == 0:  # the store goes with the first student, and the teacher may notice that first
+        assert "the teacher at the other end of a link is gone" in told
