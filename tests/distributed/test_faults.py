@@ -100,8 +100,8 @@ def test_a_run_that_never_went_well_ends(tmp_path):
 @pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/events*"])
 def test_metrics_that_cannot_be_written_end_all_ranks(tmp_path, shards, pattern, capfd):
     run = tmp_path / "run"
-    job = (jobs.distill, shards, run, "zero1.json", replace(SETTINGS, save_every=2))
-    told = run_ranks(2, jobs.with_no_room_for, pattern, 3, *job)
+    job = (jobs.distill, shards, run, "zero1.json", SETTINGS)
+    told = run_ranks(2, jobs.with_no_room_for, pattern, 4, *job)
     assert told == [
         f"the metrics cannot be written to {run} (File too large): "
         "mend that, and the same command goes on from the latest checkpoint"

@@ -16,7 +16,8 @@ import pytest
 from halo.launch import EXIT_SAVED
 from tests.launcher.conftest import BIN, ROOT, SMALL
 
-SECONDS = 60.0
+SECONDS_TO_END = 60.0
+"""Of a rank beside one that was killed."""
 ENDLESS = [*SMALL, "--align.steps", "1000000", "--align.save_every", "1000000"]
 
 
@@ -61,10 +62,8 @@ def steps(run: Path) -> int:
 
 
 def wait_for_steps(run: Path, number: int, command: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + SECONDS
     while steps(run) < number:
         assert command.poll() is None, command.communicate()[0]
-        assert time.monotonic() < deadline, "no training within a minute"
         time.sleep(0.05)
 
 
@@ -82,7 +81,7 @@ def test_ranks_that_are_asked_to_stop_or_killed(tmp_path, started):
     started += ranks
     wait_for_steps(run, 2, ranks[0])
     ranks[1].send_signal(signal.SIGTERM)
-    told = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+    told = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, told
     done = saved(run)
     assert f"align: stopped after {done} of 1000000 steps, and saved: the same command goes on from there" in told[0]
@@ -91,7 +90,7 @@ def test_ranks_that_are_asked_to_stop_or_killed(tmp_path, started):
     started += ranks
     wait_for_steps(run, done + 2, ranks[0])
     ranks[1].kill()
-    ranks[0].communicate(timeout=SECONDS)
+    ranks[0].communicate(timeout=SECONDS_TO_END)
     assert ranks[0].returncode not in (0, EXIT_SAVED)
 
 
@@ -103,6 +102,6 @@ def test_the_deepspeed_launcher_passes_the_status_on(tmp_path, started):
     family = psutil.Process(command.pid).children(recursive=True)
     (rank,) = [process for process in family if "--local_rank=1" in process.cmdline()]
     rank.send_signal(signal.SIGUSR1)
-    told = command.communicate(timeout=SECONDS)[0]
+    told = command.communicate()[0]
     assert command.returncode == EXIT_SAVED, told
     assert saved(run) >= 2
