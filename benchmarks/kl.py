@@ -7,12 +7,11 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import header, milliseconds, peak_gib, table
+from benchmarks.measure import header, milliseconds_in_turn, peak_gib, table
 from halo.linear_kl import linear_kl
 from halo.teacher_logits import FactoredLogits
 
@@ -34,19 +33,20 @@ def main() -> None:
     inputs = (hidden, head, teacher_hidden, teacher_head)
 
     expected = reference(*inputs)
-    floor = ("the four matrix products alone", milliseconds(partial(products, *inputs)), "", "", "")
-    print(table(["", "ms", "GiB", "loss, relative error", "gradients, relative error"], [floor]), flush=True)
+    checked, runs = {}, {"the four matrix products alone": partial(products, *inputs)}
     for name, loss in losses().items():
-        print(table([], [row(name, partial(loss_and_gradients, loss, *inputs), expected)]).splitlines()[-1], flush=True)
-
-
-def row(name: str, run: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Time, memory and errors of a loss with its gradients; or why it did not run."""
-    try:
-        loss, *gradients = (relative(x, y) for x, y in zip(run(), expected, strict=True))
-        return name, milliseconds(run, repeats=10), peak_gib(run), loss, max(gradients)
-    except (RuntimeError, ImportError) as error:
-        return name, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}", "", "", ""
+        run = partial(loss_and_gradients, loss, *inputs)
+        try:
+            value, *gradients = (relative(x, y) for x, y in zip(run(), expected, strict=True))
+        except (RuntimeError, ImportError) as error:
+            print(f"{name} does not run: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        checked[name] = (peak_gib(run), value, max(gradients))
+        runs[name] = run
+    del expected
+    times = milliseconds_in_turn(runs, repeats=12)
+    rows = [(name, time, *checked.get(name, ("", "", ""))) for name, time in times.items()]
+    print(table(["", "ms", "GiB", "loss, relative error", "gradients, relative error"], rows))
 
 
 def losses() -> dict[str, Callable[..., Tensor]]:

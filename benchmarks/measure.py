@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
@@ -34,17 +34,23 @@ def header() -> str:
 
 def milliseconds(run: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3) -> float:
     """The median time of `run` on the device, after `warm_up` runs."""
-    for _ in range(warm_up):
-        run()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return median(times)
+    return milliseconds_in_turn({"": run}, repeats=repeats, warm_up=warm_up)[""]
+
+
+def milliseconds_in_turn(
+    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warm_up: int = 3
+) -> dict[str, float]:
+    """The median time of each, by name. They take turns: a GPU is slower when it is hot, and so it is for all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(warm_up + repeats):
+        for name, run in runs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: median(each[warm_up:]) for name, each in times.items()}
 
 
 def peak_gib(run: Callable[[], Any]) -> float:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 2048
 WARPS = 8
 
 
@@ -95,14 +95,15 @@ def _kl_rows(  # type: ignore[no-untyped-def]
         to_kl = temperature * tl.load(weights + row)
         if TRAINS_LABELS:
             to_nll = cross_entropy * tl.load(label_weights + row)
-        for begin in range(0, words, BLOCK):
-            v = begin + lanes
-            s = tl.load(student + v, mask=v < words, other=-1e30)
-            t = tl.load(teacher + v, mask=v < words, other=-1e30)
+        # Backwards: what was read last is still in the cache, and what is done with makes room.
+        for back in range(0, words, BLOCK):
+            v = (words - 1 - back) // BLOCK * BLOCK + lanes
+            s = tl.load(student + v, mask=v < words, other=-1e30, eviction_policy="evict_first")
+            t = tl.load(teacher + v, mask=v < words, other=-1e30, eviction_policy="evict_first")
             d = to_kl * (tl.exp(s * cooling - log_z_s) - tl.exp(t * cooling - log_z_t))
             if TRAINS_LABELS:
                 d += to_nll * (tl.exp(s - log_z_1) - tl.where(v == label, 1.0, 0.0))
-            tl.store(gradient + v, d.to(gradient.dtype.element_ty), mask=v < words)
+            tl.store(gradient + v, d.to(gradient.dtype.element_ty), mask=v < words, eviction_policy="evict_first")
 
 
 def kl_rows_triton(

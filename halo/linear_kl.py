@@ -33,7 +33,7 @@ from hypenet.losses import exact_logits, handed_out
 CHUNK_BYTES = 900 * 2**20
 """What the logits of a chunk, and their gradient, may take on a GPU."""
 
-GRADIENT = 4
+GRADIENT = 2
 """How many tokens' gradients live at a time, in those whose logits do."""
 
 FEW_CHUNKS = 8
@@ -289,7 +289,7 @@ def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
 def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None, live: int) -> tuple[int, int]:
     """(tokens whose logits, tokens whose gradient live at a time).
 
-    `GRADIENT` times as many for the gradient: each of its products goes through the whole head's gradient.
+    `GRADIENT` times as many for the gradient: each of its products goes through all of the head's.
 
     Args:
         live: how many float32 numbers live for each logit.

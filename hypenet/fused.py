@@ -3,6 +3,7 @@
     turn(x, w, rope)      RoPE(RMSNorm(x) w), head by head: queries and keys (Eq. 12 and 18)
     gated(x, w, z)        RMSNorm(x) w * sigmoid(z): the output gate (Eq. 14 and 17)
     swiglu(g, u)          silu(g) u: the MLP
+    scale_(x, factor)     x factor, in place
 
 A kernel rounds once, where torch's operations round after each; it keeps its inputs for backward and nothing else.
 
@@ -26,6 +27,8 @@ PROGRAMS = 1056
 """Of a kernel that sums over rows: eight for each multiprocessor of an H100."""
 LANES = 2048
 """Elements a program of an elementwise kernel takes."""
+LARGE = 2**24
+"""Elements from which on moving them takes longer than a launch."""
 WIDEST = 16_384
 """Of a row that one program holds."""
 
@@ -59,6 +62,15 @@ def gated(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [..., W]."""
     return _SwiGLU.apply(gate, up) if serves(gate) else F.silu(gate) * up
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor, a scalar on x's device, in place. Where it is one, as a loss's gradient mostly is, a large x is not
+    read."""
+    if not (serves(x) and x.numel() >= LARGE and x.is_contiguous()):
+        return x.mul_(factor)
+    launch(fused_kernels.scale, -(-x.numel() // LANES), x, factor, x.numel(), LANES=LANES)
+    return x
 
 
 @torch.compiler.disable

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import scale_
+
 IGNORE = -100
 """A label that takes no part in the cross entropy."""
 
@@ -138,4 +140,4 @@ def handed_out(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.gradients is None:
         raise RuntimeError("This loss has no second backward: it gives away its gradients. Run forward again.")
     gradients, ctx.gradients = ctx.gradients, None
-    return tuple(None if gradient is None else gradient.mul_(grad) for gradient in gradients)
+    return tuple(None if gradient is None else scale_(gradient, grad) for gradient in gradients)

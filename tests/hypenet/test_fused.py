@@ -50,6 +50,10 @@ def compare(served):
         fused.serves = lambda x: False
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    fused.serves, fused.LARGE = lambda x: served, 1
+    for factor in (1.0, 0.25, float("nan")):
+        x = torch.randn(5, 700)
+        torch.testing.assert_close(fused.scale_(x.clone(), torch.tensor(factor)), x * factor, equal_nan=True)
 
 
 def test_the_kernels_compute_what_plain_torch_does():
