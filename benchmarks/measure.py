@@ -40,7 +40,7 @@ def milliseconds(run: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3)
 def milliseconds_in_turn(
     runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warm_up: int = 3
 ) -> dict[str, float]:
-    """The median time of each, by name. They take turns: a GPU is slower when it is hot, and so it is for all of them."""
+    """The median time of each, by name. They take turns: a GPU is slower when it is hot, which is then so for all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(warm_up + repeats):
         for name, run in runs.items():

@@ -162,7 +162,8 @@ def kl_rows_top_k(
 ) -> Rows:
     """`kl_rows` where the teacher supplies the k largest logits of each row.
 
-    All is done with logarithms, each a log-sum-exp of its own words: no probability is what is left of 1.
+    Of the words that are not among them, student and teacher may have nearly all, nearly the same, or next to nothing:
+    each of the two is what is left of 1 where that is much, else a log-sum-exp of its own words (`_log_rest`).
     """
     temperature, indices = terms.temperature, teacher.indices.long()
     values = teacher.values.to(student.dtype) / temperature
@@ -171,20 +172,31 @@ def kl_rows_top_k(
     log_z, log_z_p = scaled.logsumexp(-1, keepdim=True), values.logsumexp(-1, keepdim=True)
     log_rest_p = teacher.log_rest.to(student.dtype)[:, None]
     log_z_p = torch.logaddexp(log_z_p, log_rest_p)
-    log_p = values - log_z_p
-    p, p_rest = log_p.exp(), (log_rest_p - log_z_p).exp()
-    kl = (p * (log_p - scaled.gather(-1, indices) + log_z)).sum(-1)
-    to_logits = (scaled - log_z).exp_().scatter_add_(-1, indices, -p)
+    log_p, log_q = values - log_z_p, scaled.gather(-1, indices) - log_z
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    to_logits = (scaled - log_z).exp_()
     if teacher.values.shape[1] < teacher.words:
         others = scaled.scatter_(-1, indices, -torch.inf)
         log_rest = others.logsumexp(-1, keepdim=True)
-        kl += (p_rest * ((log_rest_p - log_z_p) - (log_rest - log_z)))[:, 0]
-        to_logits -= others.sub_(log_rest).exp_().mul_(p_rest)
+        log_p_rest, log_q_rest = _log_rest(log_p, log_rest_p - log_z_p), _log_rest(log_q, log_rest - log_z)
+        p_rest, more = log_p_rest.exp(), log_p_rest - log_q_rest
+        kl += (p_rest * more)[:, 0]
+        # q_j - p_rest q_j / q_rest, as q_j (1 - p_rest / q_rest) where the two are close.
+        close = more < 1
+        to_logits *= torch.where(close, -torch.expm1(more), 1.0)
+        to_logits -= others.sub_(log_rest).exp_().mul_(torch.where(close, 0.0, p_rest))
+    to_logits.scatter_(-1, indices, log_q.exp() - log_p.exp())
     to_logits *= weights[:, None] * temperature
     nll = _cross_entropy(student, labels, label_weights, terms, to_logits)
     if gradient is not None:
         gradient.copy_(to_logits)
     return kl, teacher.entropy.to(student.dtype), agreement, nll
+
+
+def _log_rest(log_share: Tensor, log_rest: Tensor) -> Tensor:
+    """log(1 - the sum of shares), [C, 1], from their logarithms [C, k], or where they are most of 1 from `log_rest`."""
+    share = log_share.exp().sum(-1, keepdim=True)
+    return torch.where(share < 0.5, torch.log1p(-share.clamp(max=0.5)), log_rest)
 
 
 def _cross_entropy(
