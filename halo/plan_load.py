@@ -104,6 +104,8 @@ class Load:
     """Bytes of whole gradients that forward has made already."""
     external: int = 0
     """Elements of parameters that ZeRO-3, once it has gathered them, keeps until the step: a module reads another's."""
+    group: int = 0
+    """Elements of a parameter group of the optimizer; 0: there is one."""
     head: int = 0
     """Elements of the head, where there is one."""
     tied: bool = False
@@ -217,6 +219,7 @@ def _align(models: Models, batch: int, length: int) -> Load:
         one_at_a_time=True,
         held=3 * hidden.nbytes,  # the teacher's residual, and the layer's input and target
         made=count * parameters * BF16,
+        group=parameters,
         external=count * parameters,
         teacher=_teacher(models.teacher, None, batch, length),
         flops_per_token=align_flops(models.mixers, body, length),
