@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from . import fused_kernels
+from .fused_kernels import (
+    gate_backward,
+    gate_forward,
+    scale,
+    swiglu_backward,
+    swiglu_forward,
+    turn_backward,
+    turn_forward,
+)
 from .kernels import has_triton
 
 Rope = tuple[Tensor, Tensor]
@@ -69,7 +77,7 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     read."""
     if not (serves(x) and x.numel() >= LARGE and x.is_contiguous()):
         return x.mul_(factor)
-    launch(fused_kernels.scale, -(-x.numel() // LANES), x, factor, x.numel(), LANES=LANES)
+    launch(scale, -(-x.numel() // LANES), x, factor, x.numel(), LANES=LANES)
     return x
 
 
@@ -96,7 +104,7 @@ class _Turn(torch.autograd.Function):
         ctx.shape = _turn_shape(x, weight, cos)
         batch, tokens = x.shape[:2]
         launch(
-            fused_kernels.turn_forward,
+            turn_forward,
             batch * tokens,
             *(x, weight, cos, sin, y, tokens, _batch_stride(cos), eps),
             **ctx.shape,
@@ -113,7 +121,7 @@ class _Turn(torch.autograd.Function):
         programs = min(batch * tokens, PROGRAMS)
         partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
         launch(
-            fused_kernels.turn_backward,
+            turn_backward,
             programs,
             *(x, weight, cos, sin, to_y, to_x, partial, batch * tokens, tokens, _batch_stride(cos), ctx.eps),
             **ctx.shape,
@@ -143,7 +151,7 @@ class _Gated(torch.autograd.Function):
         y = torch.empty_like(x)
         width = x.shape[-1]
         ctx.shape = {"WIDTH": width, "LANES": _power_of_two(width), "NORM": weight is not None}
-        launch(fused_kernels.gate_forward, x.numel() // width, x, weight, gate, y, eps, warps=8, **ctx.shape)
+        launch(gate_forward, x.numel() // width, x, weight, gate, y, eps, warps=8, **ctx.shape)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, gate)
         return y
@@ -156,7 +164,7 @@ class _Gated(torch.autograd.Function):
         programs = min(rows, PROGRAMS)
         partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
         launch(
-            fused_kernels.gate_backward,
+            gate_backward,
             programs,
             *(x, weight, gate, to_y, to_x, to_gate, partial, rows, ctx.eps),
             warps=8,
@@ -174,7 +182,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        launch(fused_kernels.swiglu_forward, -(-y.numel() // LANES), gate, up, y, y.numel(), LANES=LANES)
+        launch(swiglu_forward, -(-y.numel() // LANES), gate, up, y, y.numel(), LANES=LANES)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -183,7 +191,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
         launch(
-            fused_kernels.swiglu_backward,
+            swiglu_backward,
             -(-gate.numel() // LANES),
             *(gate, up, to_y.contiguous(), to_gate, to_up, gate.numel()),
             LANES=LANES,

@@ -1,4 +1,4 @@
-"""Imports go one way: launcher, data -> halo -> hypenet -> torch, transformers, fla."""
+"""Imports go one way: launcher, data -> halo -> hypenet -> torch, transformers, fla, triton."""
 
 import ast
 import sys
@@ -15,7 +15,7 @@ FILES = [
 ]
 
 FORBIDDEN = {"hypenet": {"halo", "launcher", "data"}, "halo": {"launcher", "data"}}
-HYPENET_NEEDS = {"torch", "transformers", "fla"}
+HYPENET_NEEDS = {"torch", "transformers", "fla", "triton"}
 
 
 def imports(source: str) -> Iterator[str]:

@@ -7,11 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 
 from halo.launch import EXIT_SAVED
 from tests.launcher.conftest import BIN, ROOT, SMALL
@@ -19,18 +17,6 @@ from tests.launcher.conftest import BIN, ROOT, SMALL
 SECONDS_TO_END = 60.0
 """Of a rank beside one that was killed."""
 ENDLESS = [*SMALL, "--align.steps", "1000000", "--align.save_every", "1000000"]
-
-
-@pytest.fixture
-def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """A list for commands that must not outlive the test."""
-    commands: list[subprocess.Popen[str]] = []
-    yield commands
-    for command in commands:
-        if command.poll() is None:
-            for process in [*psutil.Process(command.pid).children(recursive=True), command]:
-                process.kill()
-        command.wait()
 
 
 def start(*command: object, **environment: object) -> subprocess.Popen[str]:
