@@ -28,8 +28,6 @@ IDENTITY = ("name", "teacher", "rnn_mixer", "architecture")
 """The settings that make a run what it is: a folder with others belongs to another run."""
 JOBS = "slurm"
 """The subfolder in which slurm/common.sh keeps its jobs' logs, from before a run's first stage."""
-JOBS = "slurm"
-"""The subfolder in which slurm/common.sh keeps its jobs' logs, from before a run's first stage."""
 
 
 @contextmanager
