@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 
 from halo.config import Training, suggest
-from halo.context import INPUTS, Context
+from halo.context import Context
 from halo.distributed import on_rank0, rank
 from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
+from halo.graph import INPUTS
 from halo.launch import Job
 from halo.models import check_architecture, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint
