@@ -4,13 +4,13 @@
 #   launch launcher/kd.py --preset hypenet-9b ...    # one rank a GPU, or one a node where the job has no GPUs
 #
 # Ranks end with 0 (done), 2 (a mistake of the user's: one line), 75 (told to stop by a signal, and saved), or otherwise.
-# After 75 the job queues again and goes on from there. After anything else each node is tried: one that does not
-# answer, or whose GPUs do not, is excluded, and the job queues again; if all are well, the job has failed.
+# After 75 the job queues again and goes on from there. After anything else each node is tried: if one is sick, the job
+# queues again without it; if all are well, the job has failed.
 
 set -euo pipefail
 
-# What is special about a cluster (slurm/site.example.sh). It may also load modules.
-# shellcheck source=slurm/site.example.sh
+# What is special about a cluster (slurm/site_example.sh). It may also load modules.
+# shellcheck source=slurm/site_example.sh
 [[ ! -f slurm/site.sh ]] || source slurm/site.sh
 
 PYTHON=${HALO_PYTHON:-.venv/bin/python}
@@ -57,7 +57,7 @@ launch() {
     0) return ;;
     2) show_error "$logs" ;;
     75) requeue "stopped and saved" ;;
-    *) find_failed_nodes "${nodes[@]}" ;;
+    *) find_failed_nodes "$logs" "${nodes[@]}" ;;
   esac
   exit "$status"
 }
@@ -110,21 +110,30 @@ requeue() {
   echo "$1: queued again"
 }
 
-# Try all nodes at once; queue the job again without those that fail.
+# Try all nodes at once, and queue the job again without those that are sick. One that does not answer is left to Slurm,
+# which queues the job again itself once it has noticed; a job that does so before finds its GPUs miscounted (22.05).
+# Arguments: a folder for what the nodes say, and the nodes.
 find_failed_nodes() {
-  local node failed="" probes=()
+  local logs=$1 node silent="" sick=()
+  shift
   is_ours || return 0
   for node in "$@"; do
-    timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" bash -c "$CHECK" >/dev/null 2>&1 &
-    probes+=($!)
+    timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
+      bash -c "($CHECK) && echo well || echo sick" >"$logs/check-$node.log" 2>&1 &
   done
+  wait
   for node in "$@"; do
-    wait "${probes[0]}" || failed+=${failed:+,}$node
-    probes=("${probes[@]:1}")
+    case $(tail -n 1 "$logs/check-$node.log") in well) ;; sick) sick+=("$node") ;; *) silent+=" $node" ;; esac
   done
-  if [[ -n $failed ]]; then
-    requeue "failed: $failed" "$failed"
+  if [[ -n $silent ]]; then
+    echo "no answer from$silent: waiting for Slurm to notice"
+    for _ in {1..90}; do # its SlurmdTimeout: 5 minutes, as a rule
+      is_ours || return 0
+      sleep 10
+    done
+  elif ((${#sick[@]} && ($# == 1 || ${#sick[@]} < $#))); then # all of many: it is the check
+    requeue "failed: ${sick[*]}" "$(IFS=, && echo "${sick[*]}")"
   else
-    echo "all nodes are well: see the ranks' logs"
+    echo "${#sick[@]} of $# nodes failed the check: see the logs"
   fi
 }

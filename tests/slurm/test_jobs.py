@@ -14,7 +14,7 @@ from tests.slurm.conftest import Jobs, metrics
 
 pytestmark = pytest.mark.timeout(480)  # with the jobs' waits in queues, and Python starting again and again
 
-STEPS = 24
+STEPS = 20
 # fmt: off
 TINY = [
     "--preset", "tiny", *SMALL, "--selection.layers", "[0, 6]",
@@ -74,7 +74,7 @@ def test_preempted_cancelled_and_after_a_node_failed_the_result_is_the_same(jobs
     assert stopped < saved(run) < STEPS
 
     job, cancelled = jobs.submit(*command), saved(run)
-    jobs.wait_for_steps(job, run, cancelled + 4)
+    jobs.wait_for_steps(job, run, cancelled + 2)
     assert cluster.job(job)["NodeList"] == "127.0.0.[2-3]"
     fail_node(cluster, NODES[1])
     jobs.wait_for(job, "COMPLETED", 280)
@@ -86,6 +86,27 @@ def test_preempted_cancelled_and_after_a_node_failed_the_result_is_the_same(jobs
     weights = Path("distill", "hybrid", "model.safetensors")
     assert sha256(run / weights) == sha256(finished / weights)
     cluster.start_node(NODES[1])
+
+
+@pytest.mark.parametrize(
+    ("check", "state", "said"),
+    [
+        ("[[ $SLURMD_NODENAME != 127.0.0.3 ]]", "COMPLETED", "failed: 127.0.0.3: queued again"),
+        ("true", "FAILED", "0 of 2 nodes failed the check: see the logs"),
+        ("false", "FAILED", "2 of 2 nodes failed the check: see the logs"),
+    ],
+)
+def test_ranks_that_fail(jobs, check, state, said):
+    """A node that fails its check is done without, and nothing else is tried again."""
+    ranks = jobs.folder / "ranks"  # they fail where the job is not one that was queued again
+    ranks.write_text("#!/bin/bash\n[[ -n ${SLURM_RESTART_COUNT:-} ]]\n")
+    ranks.chmod(0o755)
+    run = ("--preset", "tiny", "--run", jobs.folder / "run")
+    job = jobs.submit("slurm/stage2_8b.sh", *run, HALO_PYTHON=str(ranks), HALO_CHECK=check)
+    jobs.wait_for(job, state)
+    assert said in jobs.said(job)
+    if state == "COMPLETED":
+        assert jobs.cluster.job(job)["NodeList"] == "127.0.0.[2,4]"
 
 
 def test_the_whole_graph(jobs):
