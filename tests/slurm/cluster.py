@@ -1,6 +1,8 @@
 """A real Slurm of several virtual nodes on this machine, started and stopped by the tests. Needs root."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ NODES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 CONF = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort=17000
+SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
@@ -61,8 +63,9 @@ class Cluster:
 
     def start(self) -> None:
         host = os.uname().nodename.split(".")[0]
-        nodes = "\n".join(NODE.format(name=name, host=host, port=17001 + i) for i, name in enumerate(NODES))
-        (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, host=host, nodes=nodes))
+        first, *ports = free_ports(1 + len(NODES))
+        nodes = "\n".join(NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports, strict=True))
+        (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, host=host, port=first, nodes=nodes))
         for gpu in range(8):
             (self.folder / f"gpu{gpu}").touch()
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-7]\n")
@@ -142,3 +145,11 @@ class Cluster:
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
         self._start("munged", "munged", "--foreground", "--force", f"--seed-file={self.folder / 'seed'}", *options)
         self.wait(lambda: (self.folder / "munge.socket").exists(), 10, "munged")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in sockets]
