@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -61,6 +62,9 @@ def test_preempted_cancelled_and_after_a_node_failed_the_result_is_the_same(jobs
 
     job = jobs.submit(*command)
     jobs.wait_for_steps(job, run, 2)
+    shown = status(cluster, run)
+    assert f"job {job} runs on 127.0.0.[2-3]" in shown
+    assert f"distill is running; tail -f {run}/slurm/hypenet-9b-stage2-{job}/rank-0.log" in shown
     urgent = cluster.run("sbatch", "--parsable", "--output=/dev/null", "-p", "urgent", "-N3", "--wrap=true")
     cluster.wait(lambda: restarts(cluster, job) == 1, 60, "requeued job")
     jobs.wait_for(urgent, "COMPLETED")
@@ -72,6 +76,7 @@ def test_preempted_cancelled_and_after_a_node_failed_the_result_is_the_same(jobs
     jobs.wait_for(job, "CANCELLED")
     assert restarts(cluster, job) == 1
     assert stopped < saved(run) < STEPS
+    assert f"interrupted  step {saved(run)} of {STEPS}, last checkpoint {saved(run)}" in status(cluster, run)
 
     job, cancelled = jobs.submit(*command), saved(run)
     jobs.wait_for_steps(job, run, cancelled + 2)
@@ -98,15 +103,22 @@ def test_preempted_cancelled_and_after_a_node_failed_the_result_is_the_same(jobs
 )
 def test_ranks_that_fail(jobs, check, state, said):
     """A node that fails its check is done without, and nothing else is tried again."""
-    ranks = jobs.folder / "ranks"  # they fail where the job is not one that was queued again
-    ranks.write_text("#!/bin/bash\n[[ -n ${SLURM_RESTART_COUNT:-} ]]\n")
-    ranks.chmod(0o755)
+    ranks = ranks_that(jobs, "exit 1")
     run = ("--preset", "tiny", "--run", jobs.folder / "run")
-    job = jobs.submit("slurm/stage2_8b.sh", *run, HALO_PYTHON=str(ranks), HALO_CHECK=check)
+    job = jobs.submit("slurm/stage2_8b.sh", *run, HALO_PYTHON=ranks, HALO_CHECK=check)
     jobs.wait_for(job, state)
     assert said in jobs.said(job)
     if state == "COMPLETED":
         assert jobs.cluster.job(job)["NodeList"] == "127.0.0.[2,4]"
+
+
+def test_ranks_are_told_before_the_time_is_over(jobs):
+    ranks = ranks_that(jobs, "trap 'exit 75' TERM", "while true; do sleep 0.1; done")
+    run = ("--preset", "tiny", "--run", jobs.folder / "run")
+    job = jobs.submit("--time=15", "slurm/stage2_8b.sh", *run, HALO_PYTHON=ranks)
+    jobs.wait_for(job, "COMPLETED")
+    assert restarts(jobs.cluster, job) == 1
+    assert "stopped and saved: queued again" in jobs.said(job)
 
 
 def test_the_whole_graph(jobs):
@@ -121,6 +133,18 @@ def test_the_whole_graph(jobs):
     assert "| hybrid |" in (run / "eval" / "niah.md").read_text()
     again = jobs.cluster.run(*command, **few)
     assert [line.split(": ")[1] for line in again.splitlines()] == [f"done already, in {run}/{name}" for name in stages]
+
+
+def ranks_that(jobs: Jobs, *lines: str) -> str:
+    """A stand-in for Python that does so, and all is well where the job was queued again."""
+    path = jobs.folder / "ranks"
+    path.write_text("\n".join(["#!/bin/bash", "[[ -z ${SLURM_RESTART_COUNT:-} ]] || exit 0", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def status(cluster: Cluster, run: Path) -> str:
+    return cluster.run(sys.executable, "launcher/status.py", run)
 
 
 def restarts(cluster: Cluster, job: str) -> int:
