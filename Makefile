@@ -42,7 +42,8 @@ compat: install ## run the model's tests on transformers 5
 soak: install ## kill a training run 20 times, and compare it with one that was not
 	$(WITH_PATH) OMP_NUM_THREADS=1 python -m tests.distributed.soak --steps 60 --kills 20
 
-check: install ## lint, format check and types
+check: install ## lint, format check, types and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x slurm/*.sh .ci/run

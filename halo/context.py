@@ -6,36 +6,9 @@ from typing import Any
 
 from halo.config import Config, config_table
 from halo.errors import UserError
+from halo.graph import INPUTS, LAUNCHERS
 from halo.run import StageFolder
 from halo.split import Split
-
-INPUTS: dict[str, tuple[str, ...]] = {
-    "align": (),
-    "selection": ("align",),
-    "distill": ("align", "selection"),
-    "finetune": ("distill",),
-    "scaling": ("finetune",),
-    "export": ("finetune", "scaling"),
-    "eval": ("export",),
-}
-"""Each stage, in order, and the stages whose results it reads."""
-
-
-def stages_to(stage: str, prepare: bool) -> list[str]:
-    """The stages that a command for `stage` runs: itself, and to `prepare` it all before it."""
-    names = list(INPUTS)
-    return names[: names.index(stage) + 1] if prepare else [stage]
-
-
-LAUNCHERS = {
-    "align": "align.py",
-    "selection": "select_layers.py",
-    "distill": "kd.py",
-    "finetune": "finetune.py",
-    "scaling": "choose_scaling.py",
-    "export": "export_hybrid.py",
-    "eval": "evaluate_needles.py",
-}
 
 MEASURING = ("selection", "scaling", "eval")
 """The stages that measure on held-out text."""

@@ -20,9 +20,9 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from halo.config import Config, load_config
-from halo.context import stages_to
 from halo.dedicated import serve
 from halo.errors import Stopped, UserError
+from halo.graph import stages_to
 from halo.split import ERRORS, LEFT, Split, split_ranks
 
 EXIT_USER_ERROR = 2

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from halo.build import check_teacher
 from halo.config import Training, suggest
-from halo.context import Context, stages_to
+from halo.context import Context
 from halo.distributed import on_rank0, rank
 from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
+from halo.graph import stages_to
 from halo.launch import Job, launch
 from halo.models import check_architecture, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint

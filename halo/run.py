@@ -26,6 +26,8 @@ from halo.errors import UserError
 
 IDENTITY = ("name", "teacher", "rnn_mixer", "architecture")
 """The settings that make a run what it is: a folder with others belongs to another run."""
+JOBS = "slurm"
+"""The subfolder in which slurm/common.sh keeps its jobs' logs, from before a run's first stage."""
 
 
 @contextmanager
@@ -174,7 +176,7 @@ def claim(folder: Path, config: Config) -> None:
             if recorded.get(key) != table[key]:
                 other = difference({key: recorded.get(key)}, {key: table[key]})
                 raise UserError(f"{folder} belongs to another run, with another {other}: choose another --run")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != JOBS for path in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run (no config.toml): choose another --run")
 
 

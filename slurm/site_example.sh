@@ -1,0 +1,27 @@
+# shellcheck shell=bash
+# What is special about your cluster: copy this to slurm/site.sh, uncomment and change what you need.
+# The jobs read it, and table2.sh. Before you type sbatch yourself: source slurm/site.sh
+# Everything may as well be set in the environment.
+
+# Slurm's own names for what sbatch would otherwise be told with an option.
+# export SBATCH_ACCOUNT=my-project
+# export SBATCH_PARTITION=gpu
+# export SBATCH_GPUS_PER_NODE=4
+
+# The interface between nodes (ip -brief address lists them), for NCCL and for gloo.
+# export NCCL_SOCKET_IFNAME=ib0
+# export GLOO_SOCKET_IFNAME=ib0
+
+# Shared by all nodes: runs' folders, and Hugging Face's cache.
+# export HALO_RUNS=/scratch/$USER/runs
+# export HF_HOME=/scratch/$USER/huggingface
+
+# Modules, and another Python than .venv's.
+# module load cuda
+# export HALO_PYTHON=/shared/venv/bin/python
+
+# More options for srun, such as a container (pyxis).
+# export HALO_SRUN="--container-image=/shared/hypenet.sqsh --container-mounts=/scratch,$PWD --container-workdir=$PWD"
+
+# Run on each node when ranks fail; a node where it fails is excluded. Default: nvidia-smi, where there is one.
+# export HALO_CHECK="rocm-smi"

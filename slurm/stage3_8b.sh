@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Stage 3 of Qwen3-8B to HypeNet-9B: finetuning at long context.
+#SBATCH --job-name=hypenet-9b-stage3 --nodes=2 --gpus-per-node=8 --time=1-00:00:00
+#SBATCH --exclusive --mem=0 --requeue --open-mode=append --signal=TERM@900
+cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}" && source slurm/common.sh || exit 2
+launch launcher/finetune.py --preset hypenet-9b --ds_config ds_configs/zero3.json "$@"
