@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from halo import engine, trainer
@@ -93,7 +94,7 @@ def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool
     made = files(folder, tie_word_embeddings=tied)
     teacher = build_teacher(made / "teacher", teacher_group(settings.teacher_sharded))
     objective = Distillation(
-        _student(made, zero, settings),
+        student_of(made, zero, settings),
         Teacher(teacher, logits_form(settings, SHAPE["vocab_size"])),
         temperature=settings.temperature,
         activation_checkpointing=settings.activation_checkpointing,
@@ -101,7 +102,7 @@ def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool
     return run(objective, settings, shards, folder, zero)
 
 
-def _student(made: Path, zero: str, settings: Distill) -> PreTrainedModel:
+def student_of(made: Path, zero: str, settings: Distill) -> PreTrainedModel:
     torch.manual_seed(1)
     config = hybrid_config(load_config(made / "teacher"), attention_layers=[1])
     place = placement(read_ds_config(DS_CONFIGS / zero), settings)
@@ -125,7 +126,7 @@ def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher:
         seq_len=settings.seq_len,
     )
     with DedicatedTeacher(split, order) as asked:
-        student = _student(files(folder), zero, settings)
+        student = student_of(files(folder), zero, settings)
         objective = Distillation(student, asked, temperature=settings.temperature)
         return run(objective, settings, shards, folder, zero)
 
@@ -146,6 +147,21 @@ def finetune(shards: Path, folder: Path, zero: str, settings: Training) -> Resul
     place = placement(read_ds_config(DS_CONFIGS / zero), settings)
     objective = NextToken(build_hybrid(files(folder) / "hybrid", place))
     return run(objective, settings, shards, folder, zero)
+
+
+def first_moments(job: Callable[..., Result], *args: Any) -> Result:
+    """`job`, with AdamW's first moments in the place of the weights: they show how large each gradient was."""
+
+    class Watched(Engine):
+        def parameters_on_rank0(self) -> dict[str, torch.Tensor]:
+            if self.zero_stage < 3:  # DeepSpeed links them after the first group's step, when the others have none
+                self._engine.optimizer._hp_optimizer_states_linked = False
+                self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            named = self.module.named_parameters()
+            return {name: safe_get_full_optimizer_state(p, "exp_avg").cpu().clone() for name, p in named}
+
+    trainer.Engine = Watched
+    return job(*args)
 
 
 def losses(folder: Path) -> list[float]:

@@ -91,6 +91,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, shards, whole, zer
     assert checkpoints(folder) == ["latest", "step-000000004", "step-000000006"]
 
 
+@pytest.mark.parametrize("zero", ["zero1.json", "zero3.json"])
+def test_stage_1_goes_on_with_another_number_of_ranks(tmp_path, shards, zero):
+    """Its optimizer has a parameter group for each layer."""
+    weights = run_ranks(2, jobs.align, shards, tmp_path / "whole", zero, SETTINGS)[0].weights
+    interrupt(3, 2, jobs.align, shards, tmp_path / "parts", zero)
+    found = run_ranks(1, jobs.align, shards, tmp_path / "parts", zero, SETTINGS)[0].weights
+    assert jobs.losses(tmp_path / "parts") == pytest.approx(jobs.losses(tmp_path / "whole"), abs=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=5e-5, msg=name)
+
+
 def test_each_rank_keeps_its_random_state(tmp_path, shards):
     """ZeRO-1 writes what it is given of rank 0 alone."""
     run_ranks(2, jobs.noisy, shards, tmp_path / "whole", "zero1.json", SETTINGS)
