@@ -9,9 +9,9 @@ from tests.hypenet.test_transfer import FAMILIES, make_teacher
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("window", [None, 5])
-def test_hidden_states(family, window):
-    model = make_teacher(family)
+@pytest.mark.parametrize(("window", "activation"), [(None, "silu"), (5, "silu"), (None, "gelu")])
+def test_hidden_states(family, window, activation):
+    model = make_teacher(family, hidden_act=activation)
     config = model.config
     if window is not None:
         windows = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 2}
