@@ -5,12 +5,13 @@
         --placement dedicated --teacher_ranks 1
 
 Models are built as stages build them (halo/build.py), from weights that are drawn in the place of a checkpoint's files.
-No checkpoint is written. What is printed is the median of the steps after the first, as metrics.jsonl has them.
+No checkpoint is written. What is printed is the median of the steps after the first four, as metrics.jsonl has them.
 """
 
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -55,6 +56,8 @@ ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 def main() -> None:
     args = _parser().parse_args()
+    if args.steps < WARM_UP + 4:
+        sys.exit(f"--steps must be at least {WARM_UP + 4}, of which {WARM_UP} warm up, not {args.steps}")
     if "RANK" not in os.environ:
         os.environ |= ALONE
     store, number, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
@@ -156,7 +159,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
 
     on_rank0(prepare)
     nothing = {"resume": lambda engine: None, "is_written": lambda: False, "save": lambda *_: None}
-    nothing |= {"publish": lambda: None, "wait": lambda: None}
+    nothing |= {"publish": lambda: None}
     trainer.Checkpoints = lambda *_: SimpleNamespace(**nothing)  # type: ignore
     Engine.parameters_on_rank0 = lambda engine: {}  # type: ignore
     with teacher_of(args, training, teacher, split) as asked:

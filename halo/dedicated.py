@@ -174,6 +174,7 @@ class DedicatedTeacher:
             split.store.set(ORDER, order.to_json())
         self._link = Link(split, rank(), STUDENT)
         self._link.hear(torch.empty(1))
+        self._link.listen([torch.empty(1, device=device())])(SLOW_LIMIT)
 
     def ask(self, input_ids: Tensor) -> Callable[[], TeacherLogits]:
         """Ask about [B, T] tokens on the host. Call the result for their logits, before asking again."""
@@ -230,6 +231,8 @@ def _answer(split: Split, order: Order) -> None:
     teacher = Teacher(build_teacher(Path(order.teacher), teacher_group(order.sharded)), order.form)
     for link in links:
         link.tell(torch.ones(1))()
+        # NCCL connects at the first transfer, where each end waits for the other: not while one waits for a question.
+        link.answer([torch.ones(1, device=device())])
     while links:
         for link in list(links):
             message = torch.empty(

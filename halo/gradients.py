@@ -45,11 +45,14 @@ class Gradients:
         self._zero, self._clip, self._apart = zero, clip, apart
         self._names = list(layers)
         self._index = {id(p): i for i, parameters in enumerate(layers.values()) for p in parameters}
+        self._three = hasattr(zero, "fp16_groups")  # ZeRO-3
+        self._offloaded = bool(zero.offload_optimizer if self._three else zero.cpu_offload)
+        self._index_of: dict[int, Tensor] = {}
         self._norms = torch.zeros(len(layers), device=device())
         self._factors: Tensor | None = None
         # What it does not find, the norm does.
         zero.check_overflow = lambda *_, **__: None
-        if hasattr(zero, "fp16_groups"):  # ZeRO-3
+        if self._three:
             zero._get_norm_groups = lambda: [self._measure()]
         else:
             zero.scaled_global_norm = self._measure
@@ -65,30 +68,35 @@ class Gradients:
         """The global norm, on the device; not finite where a gradient is not."""
         squares = torch.zeros(len(self._names), device=device())
         for index, norms in self._shares():
-            squares.index_add_(0, torch.tensor(index, device=device()), norms.to(squares).square())
+            squares.index_add_(0, index, norms.to(squares).square())
         dist.all_reduce(squares, group=self._zero.dp_process_group)
         self._norms = squares.sqrt()
         total = squares.sum().sqrt()
         if self._clip:
             norms = self._norms if self._apart else total.expand(1)
-            self._factors = ((norms + 1e-6) / self._clip).clamp(min=1.0)
+            factors = ((norms + 1e-6) / self._clip).clamp(min=1.0)
+            # An optimizer on the host must not read them before they are there; torch would not wait.
+            self._factors = factors.cpu() if self._offloaded else factors
         return total
 
-    def _shares(self) -> Iterator[tuple[list[int], Tensor]]:
+    def _shares(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Of this rank's share of the gradients: the layer and the norm of each."""
         zero = self._zero
-        three = hasattr(zero, "fp16_groups")
-        for group, parameters in enumerate(zero.fp16_groups if three else zero.params_in_partition):
-            if zero.offload_optimizer if three else zero.cpu_offload:  # measured as they left the GPU
+        for group, parameters in enumerate(zero.fp16_groups if self._three else zero.params_in_partition):
+            if self._offloaded:  # measured as they left the GPU
                 norms = [(p, zero.norm_for_param_grads.get(zero.get_param_id(p))) for p in parameters]
                 found = [(self._index[id(p)], float(norm)) for p, norm in norms if norm is not None]
                 if found:
-                    yield [i for i, _ in found], torch.tensor([norm for _, norm in found])
+                    yield torch.tensor([i for i, _ in found], device=device()), torch.tensor([n for _, n in found])
                 continue
             gradients = [g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
-            index = [self._index[id(p)] for p, _ in zip(parameters, gradients, strict=False)]
-            if index:
-                yield index, torch.stack(torch._foreach_norm(gradients[: len(index)], 2, dtype=torch.float32))
+            if group not in self._index_of:  # once: the copy to the GPU makes the host wait
+                index = [self._index[id(p)] for p, _ in zip(parameters, gradients, strict=False)]
+                self._index_of[group] = torch.tensor(index, dtype=torch.long, device=device())
+            count = len(self._index_of[group])
+            if count:
+                each = torch._foreach_norm(gradients[:count], 2, dtype=torch.float32)
+                yield self._index_of[group], torch.stack(each)
 
     def _step(self, group: int) -> None:
         """One group's step of the optimizer; of a group's part, under ZeRO-3."""

@@ -233,7 +233,7 @@ class _LinearKL(torch.autograd.Function):
         to_head = None
         if ctx.needs_input_grad[1]:
             to_head = torch.empty_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
-            to_head[words if tokens else 0 :] = 0
+            to_head[words:] = 0
         student = hidden.new_empty(part, words, dtype=wide)
         rows_of = _rows_of(teacher, student)
         gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None

@@ -145,7 +145,10 @@ def never_looks(model: PreTrainedModel, tokens: int) -> bool:
 
 
 def _sees_all(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether no layer's window is shorter than so many tokens."""
+    """Whether, without a mask, each of so many tokens sees all before it and none after: no shorter window, nor the
+    plain implementation, which without a mask sees everything."""
+    if model.config._attn_implementation == "eager":
+        return False
     windows = [window_of(layer.self_attn) for layer in model.model.layers]
     return all(window is None or window >= tokens for window in windows)
 

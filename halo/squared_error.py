@@ -19,7 +19,7 @@ def squared_error(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = torch.empty_like(output)
+        gradient = torch.empty_like(output, memory_format=torch.contiguous_format)
         error, square = _kernel(output, target, gradient) if output.is_cuda else _plain(output, target, gradient)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(square)

@@ -148,7 +148,10 @@ def train(
                     metrics.close()
                     metrics.check()
                     metrics = _metrics(folder, training, progress, objective)
-                elif stop or _is_due(training, progress):
+                    due = stop  # where the data stands now is not yet in a checkpoint
+                else:
+                    due = stop or _is_due(training, progress)
+                if due:
                     _save(checkpoints, engine, progress, metrics)
                 if stop or progress.step == training.steps:
                     _publish(checkpoints, metrics)

@@ -44,7 +44,7 @@ launch() {
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
   ranks=${ranks##*:} # a kind of GPU may stand before: h100:8
-  export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000)) LOCAL_WORLD_SIZE=$ranks
+  export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) LOCAL_WORLD_SIZE=$ranks
 
   echo "$(date '+%F %T') $1: ${#nodes[@]} x $ranks ranks on $SLURM_JOB_NODELIST, each with a log in $logs"
   # --wait: if one rank ends, the others have a minute to end by themselves, with a status and a line of their own.
