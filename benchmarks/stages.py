@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,7 @@ from transformers import Qwen3Config
 from benchmarks.measure import header
 from halo import build, trainer
 from halo.config import Distill, load_config
-from halo.dedicated import DedicatedTeacher, Order, serve
+from halo.dedicated import serve
 from halo.distributed import device, on_rank0, rank, world_size
 from halo.engine import Engine, placement, read_ds_config, split_batch, whole_size
 from halo.objectives import Alignment, Distillation, NextToken
@@ -38,8 +38,8 @@ from halo.plan_load import PUBLISHED
 from halo.run import StageFolder
 from halo.shards import write_shards
 from halo.split import Split, split_ranks
-from halo.stages.distill import logits_form
-from halo.teacher import Asked, Teacher, teacher_group
+from halo.stages.distill import logits_form, teacher_of
+from halo.teacher import Asked, Teacher
 from halo.trainer import Objective, train
 from hypenet.transfer import empty_hybrid, hybrid_config
 
@@ -162,7 +162,10 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
     nothing |= {"publish": lambda: None}
     trainer.Checkpoints = lambda *_: SimpleNamespace(**nothing)  # type: ignore
     Engine.parameters_on_rank0 = lambda engine: {}  # type: ignore
-    with teacher_of(args, training, teacher, split) as asked:
+    form = logits_form(training, PUBLISHED[TEACHERS[args.teacher]]["vocab_size"])
+    shapes = nullcontext(SimpleNamespace(model=build.empty_teacher(teacher)))
+    asked: Any
+    with shapes if args.stage == "finetune" else teacher_of(training, teacher, split, form) as asked:
         objective = objective_of(args, training, teacher, asked, ds_config)
         trained = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in asked.model.parameters() if not p.is_meta)
@@ -174,19 +177,6 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
         report(args, training, lines[WARM_UP : -2 if args.profile else -1], trained, frozen, ds_config)
         if args.profile:
             print(f"trace in {stage.path / 'tensorboard'}")
-
-
-def teacher_of(args: argparse.Namespace, training: Distill, teacher: Path, split: Split) -> AbstractContextManager[Any]:
-    if args.stage == "finetune":
-        return nullcontext(SimpleNamespace(model=build.empty_teacher(teacher)))
-    form = logits_form(training, PUBLISHED[TEACHERS["8b"]]["vocab_size"])
-    if training.teacher_placement == "colocated":
-        return nullcontext(Teacher(build.build_teacher(teacher, teacher_group(training.teacher_sharded)), form))
-    batch, _ = split_batch(training)
-    return DedicatedTeacher(
-        split,
-        Order(teacher=str(teacher), sharded=training.teacher_sharded, form=form, batch=batch, seq_len=training.seq_len),
-    )
 
 
 def objective_of(

@@ -4,6 +4,7 @@ Writes `hybrid/`: the model as transformers saves it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from halo.errors import UserError
 from halo.models import load_config
 from halo.objectives import Distillation
 from halo.run import StageFolder, atomic_folder
+from halo.split import Split
 from halo.stages.align import MIXERS
 from halo.stages.data import shards_for
 from halo.teacher import Asked, Teacher, teacher_group
@@ -41,7 +43,7 @@ def run(context: Context) -> None:
         **context.config.architecture.switches(),
     )
     form = logits_form(training, config.vocab_size)
-    with teacher_of(context, form) as teacher:
+    with teacher_of(training, context.teacher, context.split, form) as teacher:
         torch.manual_seed(training.seed)
         mixers = context.folder("align").path / MIXERS
         student = build_student(context.teacher, config, mixers, placement(context.ds_config, training))
@@ -56,25 +58,24 @@ def run(context: Context) -> None:
     on_rank0(lambda: save_hybrid(folder, student, result))
 
 
-def teacher_of(context: Context, form: LogitsForm) -> AbstractContextManager[Asked]:
+def teacher_of(training: Distill, source: Path, split: Split | None, form: LogitsForm) -> AbstractContextManager[Asked]:
     """The teacher where the settings place it, for as long as it is asked.
 
     Raises:
         UserError: it could not be loaded.
     """
-    training = context.config.distill
     if training.teacher_placement == "colocated":
-        return nullcontext(Teacher(build_teacher(context.teacher, teacher_group(training.teacher_sharded)), form))
-    assert context.split is not None and context.split.teachers
+        return nullcontext(Teacher(build_teacher(source, teacher_group(training.teacher_sharded)), form))
+    assert split is not None and split.teachers
     micro_batch, _ = split_batch(training)
     order = Order(
-        teacher=str(context.teacher.resolve()),
+        teacher=str(source.resolve()),
         sharded=training.teacher_sharded,
         form=form,
         batch=micro_batch,
         seq_len=training.seq_len,
     )
-    return DedicatedTeacher(context.split, order)
+    return DedicatedTeacher(split, order)
 
 
 def logits_form(training: Distill, words: int) -> LogitsForm:
