@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from halo import squared_error
-from hypenet import delta_rule, fused, linear_attention, losses, mixer_gsa, rnn_mixer
+from hypenet import delta_rule, fused, linear_attention, losses, mixer_gsa
 from hypenet.mixer_ttt import TTTLinear
 
 CHUNK = 64
@@ -202,7 +202,7 @@ def _replaced_kernels(run: DryRun) -> Iterator[None]:
         (torch, "is_autocast_enabled", lambda *device: False),  # the meta device has none, and asking is an error
         (TTTLinear, "_first", first_with_data),  # how full a mini-batch is decides what runs
     ]
-    for module in (delta_rule, linear_attention, mixer_gsa, rnn_mixer):
+    for module in (delta_rule, linear_attention, mixer_gsa):
         places += [(module, name, value) for name, value in new.items() if hasattr(module, name)]
     before = [getattr(place, name) for place, name, _ in places]
     for place, name, value in places:

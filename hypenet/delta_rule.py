@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import check_gated_backward, kernel, serves
-from .linear_attention import by_token, join_chunks, split_into_chunks, start, widen
+from .linear_attention import beside, by_token, each_document, join_chunks, split_into_chunks, start, widen
 
 RWKV7_STRONGEST_DECAY = -math.exp(-0.5)
 """No log-decay of RWKV-7 is below it."""
@@ -135,8 +135,7 @@ def delta_rule(
         beta: [B, T, H], from 0 to 2 for keys of length one.
         state: the state to continue.
         keep_state: whether to return the state after the last token.
-        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end. Only
-            where a kernel serves.
+        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
         The output in q's dtype, and the state, or None where it was not asked for.
@@ -144,6 +143,8 @@ def delta_rule(
     Raises:
         RuntimeError: the installed triton cannot compute this.
     """
+    if cu_seqlens is not None and not serves(q):
+        return each_document(delta_rule, (q, k, v, beta, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
     if not _kernel_serves(q, cu_seqlens):
         write = widen(beta)[..., None] * k
         read = k if log_decay is None else by_token(log_decay, q).exp() * k
@@ -156,7 +157,7 @@ def delta_rule(
         run = kernel("gated_delta_rule.chunk_gated_delta_rule")
     else:
         run = kernel("kda.chunk_kda")
-    carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": cu_seqlens}
+    carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": beside(q, cu_seqlens)}
     return run(q, k, v, beta=beta.to(q.dtype), **gate, scale=scale, **carried)
 
 
@@ -182,10 +183,12 @@ def rwkv7(
     Returns:
         As `delta_rule`.
     """
+    if cu_seqlens is not None and not serves(q):
+        return each_document(rwkv7, (q, k, v, a, b, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
     if not _kernel_serves(q, cu_seqlens):
         return _plain(q, k, v, a, b, log_decay, scale=scale, state=state, keep_state=keep_state)
     run = kernel("rwkv7.chunk_rwkv7")
-    carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": cu_seqlens}
+    carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": beside(q, cu_seqlens)}
     return run(r=q, w=log_decay, k=k, v=v, a=a, b=b, scale=scale, lower_bound=RWKV7_STRONGEST_DECAY, **carried)
 
 

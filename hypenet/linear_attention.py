@@ -13,6 +13,10 @@ q, k are [B, T, H, K], v and the output [B, T, H, V], states [B, H, K, V]. `log_
 [B, T, H, K], never positive. States and decays are float32, or float64 where the input is.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,16 +95,17 @@ def linear_attention(
     Args:
         state: the state to continue.
         keep_state: whether to return the state after the last token.
-        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end. Only
-            where a kernel serves.
+        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
-        The output in q's dtype, and the state, or None where it was not asked for.
+        The output in q's dtype, and the state, or None where it was not asked for: [documents, H, K, V] of documents.
 
     Raises:
         RuntimeError: the installed triton cannot compute this.
     """
     final: Tensor | None
+    if cu_seqlens is not None and not serves(q):
+        return each_document(linear_attention, (q, k, v, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
     if q.shape[1] == 1 and cu_seqlens is None:
         output, final = linear_attention_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):
@@ -115,11 +120,50 @@ def linear_attention(
             else:
                 run, gate = kernel("gla.chunk_gla"), {"g": log_decay}
         output, final = run(
-            q, k, v, **gate, scale=scale, initial_state=state, output_final_state=keep_state, cu_seqlens=cu_seqlens
+            q,
+            k,
+            v,
+            **gate,
+            scale=scale,
+            initial_state=state,
+            output_final_state=keep_state,
+            cu_seqlens=beside(q, cu_seqlens),
         )
     else:
         output, final = linear_attention_chunked(q, k, v, log_decay, scale=scale, state=state)
     return output, final if keep_state else None
+
+
+def each_document(
+    recurrence: Callable[..., tuple[Tensor, Any]],
+    inputs: Sequence[Tensor | None],
+    cu_seqlens: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """A recurrence of packed documents without a kernel: each is a call of its own.
+
+    Args:
+        inputs: [1, T, ...] where they are by token; those of fewer than three dimensions are the same for all.
+        cu_seqlens: [documents + 1], where each begins, and the end.
+
+    Returns:
+        The outputs in a row, and the states after each document along the batch, or None where there are none.
+    """
+    outputs, states = zip(
+        *(
+            recurrence(*(x[:, a:b] if x is not None and x.ndim > 2 else x for x in inputs), **options)
+            for a, b in pairwise(cu_seqlens.tolist())
+        ),
+        strict=True,
+    )
+    if isinstance(states[0], tuple):
+        return torch.cat(outputs, dim=1), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+    return torch.cat(outputs, dim=1), None if states[0] is None else torch.cat(states)
+
+
+def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """`cu_seqlens` where a kernel that takes `x` reads them."""
+    return None if cu_seqlens is None else cu_seqlens.to(x.device, non_blocking=True)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The attention mixer: softmax attention with HyPE, NoPE and scaled logits, and an output gate (paper Eq. 17)."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,8 +119,37 @@ class HypeNetAttention(Qwen3Attention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax attention by `config._attn_implementation`: [B, T, H, D], and the weights where it gives them."""
-        implementation = self.config._attn_implementation or "sdpa"  # none is chosen outside of a model
-        attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        """Softmax attention of rows or, where sdpa is given no mask for them, of each packed document alone.
+
+        Args:
+            q: [B, H, T, D].
+            k, v: [B, KV heads, S, D].
+            attention_mask: what `config._attn_implementation` takes.
+            kwargs: among them `cu_seq_lens_q`, [documents + 1], the bounds of documents packed into the B x T tokens.
+
+        Returns:
+            The output, [B, T, H, D], and the attention weights where the implementation gives them.
+        """
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is None or attention_mask is not None or self.implementation != "sdpa":
+            return self.attend_rows(q, k, v, attention_mask, **kwargs)
+        q_, k_, v_ = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
+        documents = [
+            self.attend_rows(q_[:, :, a:b], k_[:, :, a:b], v_[:, :, a:b], None)[0] for a, b in pairwise(bounds.tolist())
+        ]
+        return torch.cat(documents, dim=1).view(q.shape[0], q.shape[2], *q.shape[1::2]), None
+
+    @property
+    def implementation(self) -> str:
+        """The name of what computes softmax attention."""
+        return self.config._attn_implementation or "sdpa"  # none is chosen outside of a model
+
+    def attend_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend`, of rows that are one sequence each unless the mask says otherwise."""
+        attention = (
+            eager_attention_forward if self.implementation == "eager" else ALL_ATTENTION_FUNCTIONS[self.implementation]
+        )
         dropout = self.attention_dropout if self.training else 0.0
         return attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

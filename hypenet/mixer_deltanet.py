@@ -43,6 +43,7 @@ class DeltaNet(RNNMixer):
 
     Options = DeltaNetOptions
     options: DeltaNetOptions
+    recurrence = staticmethod(delta_rule)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -58,4 +59,4 @@ class DeltaNet(RNNMixer):
         beta = torch.sigmoid(self.b_proj(hidden_states))
         if self.options.negative_eigenvalues:
             beta = 2 * beta
-        return delta_rule(q, k, v, beta, self.log_decay(hidden_states), scale=self.scaling, **carried)
+        return self.recurrence(q, k, v, beta, self.log_decay(hidden_states), scale=self.scaling, **carried)

@@ -41,6 +41,7 @@ class GatedLinearAttention(RNNMixer):
 
     Options = GLAOptions
     options: GLAOptions
+    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -54,4 +55,4 @@ class GatedLinearAttention(RNNMixer):
     ) -> tuple[Tensor, State | None]:
         logits = widen(self.gate_up(self.gate_down(hidden_states))) + self.gate_bias
         decay = F.logsigmoid(logits).view_as(q) / self.options.gate_logit_normalizer
-        return linear_attention(q, k, v, decay, scale=self.scaling, **carried)
+        return self.recurrence(q, k, v, decay, scale=self.scaling, **carried)

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
 from .kernels import kernel, serves
-from .linear_attention import join_chunks, linear_attention_chunked, split_into_chunks, start, widen
+from .linear_attention import (
+    beside,
+    each_document,
+    join_chunks,
+    linear_attention_chunked,
+    split_into_chunks,
+    start,
+    widen,
+)
 from .mixers import mixer
 from .rnn_mixer import RNNMixer, RNNOptions
 
@@ -41,24 +49,6 @@ class GSAOptions(RNNOptions):
 
     slots: int = 64
     gate_logit_normalizer: float = 8
-
-
-@mixer("gsa")
-class GatedSlotAttention(RNNMixer):
-    """GSA. `f_proj` is W_f."""
-
-    Options = GSAOptions
-    options: GSAOptions
-
-    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.f_proj = nn.Linear(config.hidden_size, self.heads * self.options.slots, bias=False)
-
-    def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
-    ) -> tuple[Tensor, State | None]:
-        decay = F.logsigmoid(widen(self.f_proj(hidden_states))) / self.options.gate_logit_normalizer
-        return gsa(q, k, v, decay.unflatten(-1, (self.heads, -1)), scale=self.scaling, **carried)
 
 
 def gsa_recurrence(
@@ -114,13 +104,14 @@ def gsa(
     Args:
         state: the state to continue.
         keep_state: whether to return the state after the last token.
-        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end. Only
-            where a kernel serves.
+        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
         The output in q's dtype, and the state, or None where it was not asked for.
     """
     final: Slots
+    if cu_seqlens is not None and not serves(q):
+        return each_document(gsa, (q, k, v, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
     if q.shape[1] == 1 and cu_seqlens is None:
         output, final = gsa_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):
@@ -133,7 +124,7 @@ def gsa(
             scale=scale,
             initial_state=state,
             output_final_state=keep_state,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=beside(q, cu_seqlens),
         )
         final = (keys, values)
     else:
@@ -168,3 +159,22 @@ def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, key
 def _start(q: Tensor, s: Tensor, v: Tensor, state: Slots | None) -> Slots:
     """`state`, or the state before the first token."""
     return state or (start(q, s, None), start(s, v, None))
+
+
+@mixer("gsa")
+class GatedSlotAttention(RNNMixer):
+    """GSA. `f_proj` is W_f."""
+
+    Options = GSAOptions
+    options: GSAOptions
+    recurrence = staticmethod(gsa)
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.f_proj = nn.Linear(config.hidden_size, self.heads * self.options.slots, bias=False)
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
+    ) -> tuple[Tensor, State | None]:
+        decay = F.logsigmoid(widen(self.f_proj(hidden_states))) / self.options.gate_logit_normalizer
+        return self.recurrence(q, k, v, decay.unflatten(-1, (self.heads, -1)), scale=self.scaling, **carried)

@@ -48,6 +48,7 @@ class HGRN2(RNNMixer):
 
     Options = HGRN2Options
     options: HGRN2Options
+    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -73,4 +74,4 @@ class HGRN2(RNNMixer):
     ) -> tuple[Tensor, State | None]:
         """RNNMixer's, with log f_t, [B, T, key heads, D], as `hidden_states`."""
         decay = hidden_states.repeat_interleave(self.queries_per_key, dim=2)
-        return linear_attention(q, k, v, decay, scale=self.scaling, **carried)
+        return self.recurrence(q, k, v, decay, scale=self.scaling, **carried)

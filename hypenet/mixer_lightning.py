@@ -38,7 +38,9 @@ def log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype
 class LightningAttention(RNNMixer):
     """Its options are the published configuration's `lightning_*` keys."""
 
+    recurrence = staticmethod(linear_attention)
+
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
     ) -> tuple[Tensor, State | None]:
-        return linear_attention(q, k, v, log_decay(self.heads, q.device), scale=self.scaling, **carried)
+        return self.recurrence(q, k, v, log_decay(self.heads, q.device), scale=self.scaling, **carried)

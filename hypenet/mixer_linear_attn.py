@@ -40,6 +40,7 @@ class LinearAttention(RNNMixer):
 
     Options = LinearAttentionOptions
     options: LinearAttentionOptions
+    recurrence = staticmethod(linear_attention)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(hidden_states)
@@ -50,4 +51,4 @@ class LinearAttention(RNNMixer):
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
     ) -> tuple[Tensor, State | None]:
-        return linear_attention(q, k, v, None, scale=self.scaling, **carried)
+        return self.recurrence(q, k, v, None, scale=self.scaling, **carried)

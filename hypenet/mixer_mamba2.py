@@ -34,6 +34,7 @@ class Mamba2(RNNMixer):
     """Multi-head Mamba2, with its names for what attention does not have: `A_log`, `dt_proj`, `dt_bias` and `D`."""
 
     Options = Mamba2Options
+    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -49,5 +50,5 @@ class Mamba2(RNNMixer):
         dt = F.softplus(widen(self.dt_proj(hidden_states)) + self.dt_bias)  # [B, T, H]
         decay = -dt * widen(self.A_log).exp()
         keys = (dt[..., None] * k).to(k.dtype)
-        output, state = linear_attention(q, keys, v, decay, scale=self.scaling, **carried)
+        output, state = self.recurrence(q, keys, v, decay, scale=self.scaling, **carried)
         return output + self.D.to(v.dtype)[:, None] * v, state

@@ -26,8 +26,10 @@ def log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype
 class Retention(RNNMixer):
     """Lightning Attention with the decays of RetNet. Options: those of every RNN mixer."""
 
+    recurrence = staticmethod(linear_attention)
+
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
     ) -> tuple[Tensor, State | None]:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        return linear_attention(q, k, v, log_decay(self.heads, q.device, dtype), scale=self.scaling, **carried)
+        return self.recurrence(q, k, v, log_decay(self.heads, q.device, dtype), scale=self.scaling, **carried)

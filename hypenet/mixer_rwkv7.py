@@ -51,6 +51,7 @@ class RWKV7(RNNMixer):
 
     Options = RWKV7Options
     options: RWKV7Options
+    recurrence = staticmethod(rwkv7)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -88,7 +89,7 @@ class RWKV7(RNNMixer):
         written = k * (1 + (rate - 1) * by_head(self.k_a))
         bonus = (q * by_head(self.r_k) * written).sum(-1, keepdim=True) * v
         k, a, b = (x.to(q.dtype) for x in (written, -kappa, kappa * rate))
-        output, state = rwkv7(q, k, v, a, b, by_head(log_decay), scale=1.0, **carried)
+        output, state = self.recurrence(q, k, v, a, b, by_head(log_decay), scale=1.0, **carried)
         return output + bonus.to(q.dtype), state
 
 

@@ -54,7 +54,7 @@ class SlidingWindowAttention(HypeNetAttention):
         """q as it is."""
         return q
 
-    def attend(
+    def attend_rows(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Softmax attention within the window.
@@ -74,14 +74,14 @@ class SlidingWindowAttention(HypeNetAttention):
         Raises:
             ValueError: there is no mask, and the implementation cannot do without.
         """
-        implementation, window = self.config._attn_implementation or "sdpa", self.sliding_window
+        implementation, window = self.implementation, self.sliding_window
         if implementation not in ("eager", "sdpa"):
             if attention_mask is None and k.shape[2] > window and "flash" not in implementation:
                 raise ValueError(
                     f"Layer {self.layer_idx}: {implementation} sees beyond the window of {window} without a mask: "
                     "give one, or take sdpa, eager or flash attention."
                 )
-            return super().attend(q, k, v, attention_mask, sliding_window=window, **kwargs)
+            return super().attend_rows(q, k, v, attention_mask, sliding_window=window, **kwargs)
 
         queries = q.shape[2]
         keys = min(k.shape[2], queries + window - 1)  # the first query sees no further
@@ -94,7 +94,7 @@ class SlidingWindowAttention(HypeNetAttention):
             mask = q.new_zeros(1, 1, queries, keys)
         if mask is not None or not (queries == 1 or queries == keys <= window):  # else sdpa's own causal mask is it
             mask = _within(mask, self._band(queries, keys, q.device))
-        return super().attend(q, k, v, mask, **kwargs)
+        return super().attend_rows(q, k, v, mask, **kwargs)
 
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
         """Each block of w queries with its 2 w keys: time and memory are O(T w), not O(T S). Gives [B, T, H, D]."""
@@ -104,7 +104,7 @@ class SlidingWindowAttention(HypeNetAttention):
         seen = keys - queries + first
         if mask is not None:
             mask = mask.expand(batch, -1, queries, -1)
-        head, _ = super().attend(
+        head, _ = super().attend_rows(
             q[:, :, :first],
             k[:, :, :seen],
             v[:, :, :seen],
@@ -122,7 +122,7 @@ class SlidingWindowAttention(HypeNetAttention):
         if mask is not None:
             mask = overlapping(mask[:, :, first:].unflatten(2, (blocks, window)), 4)  # [B, 1, N, w, N, 2 w]
             mask = mask.diagonal(dim1=2, dim2=4).movedim(-1, 1).flatten(0, 1)  # [B N, 1, w, 2 w]
-        tail, _ = super().attend(q, k, v, _within(mask, self._band(window, 2 * window, q.device)), **kwargs)
+        tail, _ = super().attend_rows(q, k, v, _within(mask, self._band(window, 2 * window, q.device)), **kwargs)
         return torch.cat([head, tail.unflatten(0, (batch, blocks)).flatten(1, 2)], dim=1)
 
     def _band(self, queries: int, keys: int, device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
-from .linear_attention import widen
+from .linear_attention import each_document, widen
 from .mixers import mixer
 from .rnn_mixer import RNNMixer, RNNOptions
 
@@ -75,43 +75,6 @@ class InnerNorm:
         slope = self.weight * (self.weight * normed + self.bias - target)
         along = normed * (slope * normed).mean(-1, keepdim=True)
         return inverse_std * (slope - slope.mean(-1, keepdim=True) - along)
-
-
-@mixer("ttt")
-class TTTLinear(RNNMixer):
-    """TTT-Linear. `W_0` and `b_0` are the first W and b, `ln_*` are LN's, `lr_proj` and `lr_bias` are W_lr and b_lr."""
-
-    Options = TTTOptions
-    options: TTTOptions
-    has_kernel = False
-
-    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.W_0 = nn.Parameter(0.02 * torch.randn(self.heads, self.head_dim, self.head_dim))
-        self.b_0 = nn.Parameter(torch.zeros(self.heads, self.head_dim))
-        self.ln_weight = nn.Parameter(torch.ones(self.heads, self.head_dim))
-        self.ln_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim))
-        self.lr_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        self.lr_bias = nn.Parameter(torch.zeros(self.heads))
-
-    def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
-    ) -> tuple[Tensor, State | None]:
-        rate, mini_batch = self.options.base_lr / self.head_dim, self.options.mini_batch_size
-        eta = rate * torch.sigmoid(widen(self.lr_proj(hidden_states)) + self.lr_bias)
-        ln = InnerNorm(self.ln_weight, self.ln_bias, self.config.rms_norm_eps)
-        state = self._first(q) if carried["state"] is None else carried["state"]
-        if q.shape[1] > 1 and _aligned(tokens, state):
-            output, state = ttt_chunked(q, k, v, eta, ln, mini_batch, state)
-        else:
-            output, state = ttt_recurrence(q, k, v, eta, tokens, ln, mini_batch, state)
-        return output, state if carried["keep_state"] else None
-
-    def _first(self, q: Tensor) -> Learned:
-        """The state before the first token."""
-        batch = q.shape[0]
-        w, b = (widen(x).expand(batch, *x.shape).to(widen(q).dtype) for x in (self.W_0, self.b_0))
-        return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=q.device)
 
 
 def ttt_recurrence(
@@ -177,3 +140,77 @@ def _aligned(tokens: Tensor | None, state: Learned) -> bool:
     """Whether the mini-batches of all rows begin at the same tokens, and there is no padding."""
     filled = state[-1]
     return (tokens is None or bool(tokens.all())) and bool((filled == filled[0]).all())
+
+
+def ttt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    mini_batch: int,
+    state: Learned,
+    keep_state: bool = False,
+    tokens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Learned | None]:
+    """By the fastest form: token by token for one token or uneven rows, else by mini-batch.
+
+    Args:
+        weight, bias: [H, D], LN's.
+        eps: LN's.
+        state: the state to continue, or the one before the first token, of each document.
+        keep_state: whether to return the state after the last token.
+        tokens: [B, T], false at padding, or None: no padding.
+        cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
+
+    Returns:
+        The output in q's dtype, and the state, or None where it was not asked for.
+    """
+    if cu_seqlens is not None:
+        options: dict[str, Any] = {"eps": eps, "mini_batch": mini_batch, "state": state, "keep_state": keep_state}
+        return each_document(ttt, (q, k, v, eta, weight, bias), cu_seqlens, **options)
+    ln = InnerNorm(weight, bias, eps)
+    if q.shape[1] > 1 and _aligned(tokens, state):
+        output, final = ttt_chunked(q, k, v, eta, ln, mini_batch, state)
+    else:
+        output, final = ttt_recurrence(q, k, v, eta, tokens, ln, mini_batch, state)
+    return output, final if keep_state else None
+
+
+@mixer("ttt")
+class TTTLinear(RNNMixer):
+    """TTT-Linear. `W_0` and `b_0` are the first W and b, `ln_*` are LN's, `lr_proj` and `lr_bias` are W_lr and b_lr."""
+
+    Options = TTTOptions
+    options: TTTOptions
+    recurrence = staticmethod(ttt)
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.W_0 = nn.Parameter(0.02 * torch.randn(self.heads, self.head_dim, self.head_dim))
+        self.b_0 = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+        self.ln_weight = nn.Parameter(torch.ones(self.heads, self.head_dim))
+        self.ln_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+        self.lr_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.lr_bias = nn.Parameter(torch.zeros(self.heads))
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
+    ) -> tuple[Tensor, State | None]:
+        rate = self.options.base_lr / self.head_dim
+        eta = rate * torch.sigmoid(widen(self.lr_proj(hidden_states)) + self.lr_bias)
+        if carried["state"] is None:
+            carried["state"] = self._first(q)
+        mini_batch, eps = self.options.mini_batch_size, self.config.rms_norm_eps
+        ln = (self.ln_weight, self.ln_bias)
+        return self.recurrence(q, k, v, eta, *ln, eps=eps, mini_batch=mini_batch, tokens=tokens, **carried)
+
+    def _first(self, q: Tensor) -> Learned:
+        """The state before the first token."""
+        batch = q.shape[0]
+        w, b = (widen(x).expand(batch, *x.shape).to(widen(q).dtype) for x in (self.W_0, self.b_0))
+        return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=q.device)

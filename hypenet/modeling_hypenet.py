@@ -284,7 +284,10 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
             if attention_mask is not None or past_key_values is not None or use_cache:
                 raise ValueError("Packed documents take neither attention_mask nor a cache: each is a sequence alone.")
             use_cache = False
-            position_ids = _positions_in_documents(bounds, batch)
+            if self.config._attn_implementation == "sdpa":
+                bounds = bounds.cpu()  # each document is a call of its own, and needs no mask
+            if position_ids is None:
+                position_ids = _positions_in_documents(bounds, batch).to(inputs_embeds.device)
             longest = int(bounds.diff().max())
             kwargs |= {
                 "cu_seq_lens_q": bounds,
@@ -292,8 +295,9 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
+        masked = bounds is not None and self.config._attn_implementation != "sdpa"
         masks = layer_masks(
-            self.config, inputs_embeds, attention_mask, past_key_values, None if bounds is None else position_ids
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids if masked else None
         )
         if position_ids is None:
             position_ids = _positions(attention_mask, seen, tokens, inputs_embeds.device)

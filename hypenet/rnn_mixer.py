@@ -7,9 +7,9 @@
 Shapes: B batch, T tokens, H heads, D their width.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache
 from .cache import HypeNetCache, State
 from .configuration_hypenet import HypeNetConfig
 from .fused import Rope, gated, turn
-from .kernels import serves
 from .linear_attention import widen
 from .norm import HeadNorm, OutputNorm
 
@@ -58,8 +57,10 @@ class RNNMixer(nn.Module):
     """An RNN layer but for its recurrence. `z_proj` makes the gate, `o_norm` is one norm over all heads together."""
 
     Options: ClassVar[type[RNNOptions]] = RNNOptions
-    has_kernel: ClassVar[bool] = True
-    """Whether a kernel can serve `recur`. Without one, packed documents come to it one by one on any device."""
+    recurrence: Callable[..., tuple[Tensor, Any]]
+    """What of `recur` runs along the sequence, of heads that know nothing of each other: queries, keys, values and
+    what else is by token, [B, T, H, ...], then what is by head, [H, ...], or None; by name `state`, [B, H, ...],
+    `keep_state`, `cu_seqlens`, and options. All else is token by token."""
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
@@ -117,8 +118,7 @@ class RNNMixer(nn.Module):
             tokens: [B, T], true at tokens and false at padding, or None: no padding.
             state: what a call before returned, or None at the beginning.
             keep_state: whether to return the state after the last token.
-            cu_seqlens: [documents + 1], where packed documents begin and the last one ends. Only where a kernel
-                serves; elsewhere each document is a call of its own.
+            cu_seqlens: [documents + 1], where packed documents begin and the last one ends; T counts all, and B is 1.
 
         Returns:
             The output [B, T, H, D], and the state where `keep_state` asks for it.
@@ -172,7 +172,11 @@ class RNNMixer(nn.Module):
             without_autocast = torch.autocast(device, enabled=False)
         with without_autocast:
             if cu_seq_lens_q is not None:
-                output = self._recur_by_document(q, k, v, gates, cu_seq_lens_q)
+                q_, k_, v_, gates_ = (x.flatten(0, 1)[None] for x in (q, k, v, gates))
+                output, state = self.recur(
+                    q_, k_, v_, gates_, None, state=None, keep_state=False, cu_seqlens=cu_seq_lens_q
+                )
+                output = output.view_as(q)
             else:
                 state = None if past_key_values is None else past_key_values.state(self.layer_idx)
                 keep = past_key_values is not None
@@ -224,20 +228,6 @@ class RNNMixer(nn.Module):
         if self.o_norm is not None:
             return self.o_norm(output, gate)
         return output if gate is None else gated(output, None, 0.0, gate)
-
-    def _recur_by_document(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, bounds: Tensor) -> Tensor:
-        """`recur` with a new state at each of `bounds`, [documents + 1], of the B x T tokens."""
-
-        def recur(inputs: list[Tensor], cu_seqlens: Tensor | None) -> Tensor:
-            q, k, v, x = inputs
-            return self.recur(q, k, v, x, None, state=None, keep_state=False, cu_seqlens=cu_seqlens)[0]
-
-        packed = [x.flatten(0, 1)[None] for x in (q, k, v, gates)]
-        if self.has_kernel and serves(q):
-            output = recur(packed, bounds)
-        else:
-            output = torch.cat([recur([x[:, a:b] for x in packed], None) for a, b in pairwise(bounds.tolist())], dim=1)
-        return output[0].unflatten(0, (q.shape[0], -1))
 
 
 def _tokens(mask: Tensor) -> Tensor:

@@ -122,10 +122,9 @@ class Kernels:
 @pytest.fixture
 def fla(monkeypatch):
     in_place = Kernels()
-    for module in ("linear_attention", "delta_rule", "mixer_gsa", "rnn_mixer"):
+    for module in ("linear_attention", "delta_rule", "mixer_gsa"):
         monkeypatch.setattr(f"hypenet.{module}.serves", in_place.serves)
-        if module != "rnn_mixer":
-            monkeypatch.setattr(f"hypenet.{module}.kernel", in_place.kernel)
+        monkeypatch.setattr(f"hypenet.{module}.kernel", in_place.kernel)
     monkeypatch.setattr(kernels, "_hopper", lambda device: False)
     return in_place
 
@@ -188,9 +187,8 @@ def assert_given(name, call, *, batch=B, length=T, state=None, keep_state=False,
 
 
 def test_every_rnn_mixer_is_tested():
-    """TTT has no kernel, which it says; attention has its own."""
+    """TTT has no kernel; attention has its own."""
     assert CALLS.keys() | {"ttt"} == MIXERS.keys() - {"attn", "swa"}
-    assert [name for name in MIXERS.keys() - {"attn", "swa"} if not MIXERS[name].has_kernel] == ["ttt"]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
