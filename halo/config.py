@@ -90,6 +90,10 @@ class Training:
     clip: float = 1.0
     """Largest gradient norm: of all layers together, in stage 1 of each alone; 0 turns clipping off."""
     activation_checkpointing: bool = False
+    activation_offload: bool = False
+    """Whether what activation checkpointing keeps waits for backward in host memory."""
+    sequence_parallel: int = 1
+    """How many ranks share a sequence, each with a part of its tokens (docs/long-context.md)."""
     seed: int = 0
     save_every: int = 500
     """Steps between checkpoints; the stage's end is always saved."""
@@ -108,13 +112,15 @@ class Training:
     """A folder of prepared MDS shards. Empty: the stage prepares its own from `corpus`."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch", "micro_batch", "steps", "save_every", "keep_last"):
+        for name in ("seq_len", "batch", "micro_batch", "steps", "save_every", "keep_last", "sequence_parallel"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "min_lr", "warmup", "decay", "weight_decay", "clip", "profile_from", "profile_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("keep_every", "max_skipped"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _check(self.keep_every % self.save_every == 0, "keep_every", self.keep_every, "a multiple of save_every")
+        offloads = self.activation_offload and not self.activation_checkpointing
+        _check(not offloads, "activation_offload", "true", "false without activation_checkpointing")
         _check(len(self.betas) == 2, "betas", self.betas, "two numbers")
         _check(self.schedule != "wsd" or self.decay > 0, "decay", self.decay, "at least 1 for a wsd schedule")
 
@@ -131,6 +137,17 @@ class Pretrain(Training):
     head_dim: int = 128
     ffn: int = 3072
     rope_theta: float = 50_000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.sequence_parallel == 1, "sequence_parallel", self.sequence_parallel, "1 in training from scratch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Training):
+    mask_documents: bool = False
+    """Whether a token sees its own document alone, in attention and in RNN states. A document ends with the separator
+    that the shards have after each. False: all that stands before it in the sample, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +174,8 @@ class Distill(Training):
         _check(self.teacher_ranks == 0 or dedicated, "teacher_ranks", self.teacher_ranks, "0 unless dedicated")
         alone = dedicated and self.teacher_ranks == 1
         _check(not (self.teacher_sharded and alone), "teacher_sharded", "true", "false where one rank is the teacher's")
+        whole = self.sequence_parallel == 1 or not dedicated
+        _check(whole, "teacher_placement", "dedicated", "colocated where ranks share a sequence")
         _check(self.teacher_top_k >= 1, "teacher_top_k", self.teacher_top_k, "at least 1")
         takes_k = self.teacher_logits == "top_k" or self.teacher_top_k == TOP_K
         _check(takes_k, "teacher_top_k", self.teacher_top_k, f"left at {TOP_K} unless teacher_logits is top_k")
@@ -241,7 +260,7 @@ class Config:
     align: Training
     selection: Selection = field(default_factory=Selection)
     distill: Distill
-    finetune: Training
+    finetune: Finetune
     scaling: Scaling = field(default_factory=Scaling)
     eval: Evaluation = field(default_factory=Evaluation)
 

@@ -14,7 +14,8 @@ MEASURING = ("selection", "scaling", "eval")
 """The stages that measure on held-out text."""
 
 FREE = (
-    *("micro_batch", "save_every", "activation_checkpointing", "batch_tokens"),
+    *("micro_batch", "save_every", "activation_checkpointing", "activation_offload", "batch_tokens"),
+    "sequence_parallel",
     *("teacher_placement", "teacher_sharded", "teacher_ranks"),
     *("profile_from", "profile_steps"),
     *("keep_last", "keep_every", "max_skipped"),

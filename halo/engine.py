@@ -60,21 +60,23 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def split_batch(training: Training, ranks: int | None = None) -> tuple[int, int]:
-    """How a batch is taken: (sequences a rank takes at once, times it does so for one optimizer step).
+    """How a batch is taken: (sequences a rank, or a group that shares them, takes at once, times it does so a step).
 
     Args:
         ranks: how many there are. None: as many as run here.
 
     Raises:
-        UserError: the ranks do not divide the batch.
+        UserError: the ranks, or their groups, do not divide the batch.
     """
-    ranks = world_size() if ranks is None else ranks
-    share, rest = divmod(training.batch, ranks)
+    degree = training.sequence_parallel
+    readers = (world_size() if ranks is None else ranks) // degree
+    who = f"{readers} ranks" if degree == 1 else f"{readers} groups of {degree} ranks"
+    share, rest = divmod(training.batch, readers)
     if share == 0:
-        raise UserError(f"{ranks} ranks are more than the {training.batch} samples of a batch: use fewer ranks")
+        raise UserError(f"{who} are more than the {training.batch} samples of a batch: use fewer ranks")
     if rest:
-        most = max(n for n in range(1, ranks) if training.batch % n == 0)
-        raise UserError(f"{ranks} ranks do not divide a batch of {training.batch}: use {most} ranks")
+        most = max(n for n in range(1, readers) if training.batch % n == 0)
+        raise UserError(f"{who} do not divide a batch of {training.batch}: use {most * degree} ranks")
     micro = max(n for n in range(1, share + 1) if share % n == 0 and n <= training.micro_batch)
     return micro, share // micro
 
@@ -83,7 +85,7 @@ def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, 
     """The JSON's settings with the preset's batch, clipping and precision filled in."""
     micro_batch, accumulation = split_batch(training)
     ours = {
-        "train_batch_size": training.batch,
+        "train_batch_size": micro_batch * accumulation * world_size(),  # it counts a rank's part of a sample as one
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.clip,

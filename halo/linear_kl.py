@@ -70,6 +70,7 @@ def linear_kl(
     labels: Tensor | None = None,
     temperature: float = 1.0,
     cross_entropy: float = 0.0,
+    label_count: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """KL(teacher || student), mean over tokens, and what one watches beside it.
@@ -85,6 +86,7 @@ def linear_kl(
         labels: [N] int64 next tokens, negative where there is none. Needed where `cross_entropy` is not zero.
         temperature: T, for both distributions.
         cross_entropy: the weight of the cross entropy in the loss.
+        label_count: what the sum over the labels is divided by. None: how many labels count.
         chunk: tokens whose logits live at a time. None: as many as fit `CHUNK_BYTES`.
 
     Returns:
@@ -108,7 +110,10 @@ def linear_kl(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     counted = hidden.new_ones(len(hidden), dtype=dtype) if mask is None else mask.to(dtype)
     weights = _mean_weights(counted)
-    label_weights = None if labels is None else _mean_weights(counted * (labels >= 0))
+    label_weights = None
+    if labels is not None:
+        labelled = counted * (labels >= 0)
+        label_weights = _mean_weights(labelled) if label_count is None else labelled / label_count
     terms = Terms(temperature, cross_entropy)
     loss, kl, entropy, agreement, nll = _LinearKL.apply(
         hidden, head, teacher, weights, labels, label_weights, terms, chunk

@@ -15,9 +15,10 @@ from halo.config import Config, build
 from halo.errors import UserError
 from halo.fuse import window_of
 from halo.gguf_file import check_gguf, is_gguf, where
+from halo.sequence_parallel import check_degree
 from halo.tokenizer import load_tokenizer
 from hypenet import HypeNetForCausalLM
-from hypenet.mixers import MIXERS
+from hypenet.mixers import MIXERS, build_mixer
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 from hypenet.transfer import TEACHERS, hybrid_config, mixer_from_attention
 
@@ -110,6 +111,30 @@ def check_architecture(teacher: Path, config: Config) -> None:
         raise UserError(f"no hybrid of this architecture from {teacher}: {_first_line(error)}") from error
 
 
+def check_sequence_parallel(teacher: Path, config: Config, stage: str, ranks: int) -> None:
+    """Whether the ranks can share the sequences of a stage as its settings say.
+
+    Raises:
+        UserError: saying what does not fit, and what would.
+    """
+    training, shape, name = getattr(config, stage), load_config(teacher), f"{stage}.sequence_parallel"
+    if training.sequence_parallel == 1:
+        return
+    with torch.device("meta"):
+        mixers = [
+            build_mixer(hybrid_config(shape, kept, rnn_mixer=config.rnn_mixer, **config.architecture.switches()), 0)
+            for kept in ([], [0])
+        ]
+        layers = AutoModelForCausalLM.from_config(shape).model.layers
+    check_degree(name, training.sequence_parallel, seq_len=training.seq_len, ranks=ranks, mixers=mixers)
+    windows = [window_of(layer.self_attn) for layer in layers] if stage != "finetune" else []
+    if any(window is not None and window < training.seq_len for window in windows):
+        raise UserError(
+            f"{name} = {training.sequence_parallel}: the teacher has layers that see fewer tokens than a sequence of "
+            f"{training.seq_len}: set it to 1"
+        )
+
+
 def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
     """The arguments of one forward of full rows [B, T], without a cache.
 
@@ -121,17 +146,20 @@ def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def frozen_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+def frozen_states(model: PreTrainedModel, input_ids: Tensor, first: int = 0) -> Tensor:
     """Final hidden states of full rows, [B, T] -> [B, T, D]: layer by layer, without what makes the host wait.
 
     A forward of transformers' models looks at its mask, on the host. Here there is none; only a window that is
     shorter than the rows needs one.
+
+    Args:
+        first: the position of the first token, where these are chunks of longer rows (halo/sequence_parallel.py).
     """
     tokens, body = input_ids.shape[1], model.model
     if not _sees_all(model, tokens):
         return body(**unpadded(model, input_ids)).last_hidden_state
     states = body.embed_tokens(input_ids)
-    positions = torch.arange(tokens, device=input_ids.device)[None]
+    positions = torch.arange(first, first + tokens, device=input_ids.device)[None]
     rope = body.rotary_emb(states, positions)
     for layer in body.layers:
         states = layer(states, attention_mask=None, position_ids=positions, position_embeddings=rope, use_cache=False)

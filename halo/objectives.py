@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halo.activations import checkpoint_activations
 from halo.distributed import world_size
 from halo.flops import align_flops, distill_flops, next_token_flops
 from halo.linear_kl import linear_kl
 from halo.look_ahead import Answer
 from halo.models import unpadded
+from halo.sequence_parallel import SequenceGroup, parallelize
 from halo.squared_error import squared_error
 from halo.teacher import Asked, Teacher
 from halo.trainer import Objective
@@ -34,6 +36,7 @@ class Alignment(Objective):
 
     def __init__(self, mixers: Mapping[int, nn.Module], teacher: Teacher):
         super().__init__()
+        parallelize(mixers.values(), teacher.sequence)
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
         self.regressions = nn.ModuleDict({name: _Regression(mixer) for name, mixer in self.mixers.items()})
         self._teacher = [teacher]  # in a list: not a submodule
@@ -110,14 +113,27 @@ class _Made(torch.autograd.Function):
 
 
 class _Headed(Objective):
-    """A causal language model whose loss reads the head in place of applying it."""
+    """A causal language model whose loss reads the head in place of applying it.
 
-    def __init__(self, student: PreTrainedModel, *, activation_checkpointing: bool = False):
+    Args:
+        sequence: the ranks that share each sequence with this one: it trains on a chunk. None: there are none.
+        activation_checkpointing, activation_offload: as halo/activations.py has them.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        *,
+        sequence: SequenceGroup | None = None,
+        activation_checkpointing: bool = False,
+        activation_offload: bool = False,
+    ):
         super().__init__()
         self.student = student
+        self.sequence = sequence or SequenceGroup()
+        parallelize([layer.self_attn for layer in student.model.layers], self.sequence)
         if activation_checkpointing:
-            # Reentrant: the other kind compares what backward recomputes with what ZeRO-3 had gathered in forward.
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            checkpoint_activations(student, offload=activation_offload)
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self, self.student.lm_head.weight)]
@@ -125,9 +141,23 @@ class _Headed(Objective):
     def flops_per_token(self, seq_len: int) -> float:
         return next_token_flops(self.student, seq_len)
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D]."""
-        return self.student.model(**unpadded(self.student, input_ids)).last_hidden_state
+    def states_and_labels(self, input_ids: Tensor, bounds: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+        """[B, T] tokens -> of the N tokens of this rank's chunk the final hidden states, [N, D], and the next tokens,
+        [N]; and what a sum over these is to be divided by, for the mean over the ranks to be that over all tokens.
+
+        Args:
+            bounds: [documents + 1] on the host, where packed documents begin in the B x T tokens, and the end.
+        """
+        labels = next_tokens(input_ids, bounds)
+        rows = self.sequence.begin(input_ids, bounds)
+        arguments = unpadded(self.student, rows.of_chunk(input_ids))
+        if self.sequence.degree > 1 or bounds is not None:  # else the model counts by itself
+            arguments["position_ids"] = rows.positions().to(input_ids.device, non_blocking=True)
+            arguments["cu_seq_lens_q"] = rows.chunk_bounds
+        hidden = self.student.model(**arguments).last_hidden_state
+        batch, tokens = input_ids.shape
+        count = batch * (tokens - 1) / self.sequence.degree
+        return hidden.flatten(0, 1), rows.of_chunk(labels).flatten(), count
 
 
 class Distillation(_Headed):
@@ -136,6 +166,7 @@ class Distillation(_Headed):
     Args:
         teacher: this rank's, or one on ranks of its own.
         temperature, cross_entropy: as `linear_kl` takes them.
+        options: those of every model with a head.
     """
 
     def __init__(
@@ -145,9 +176,9 @@ class Distillation(_Headed):
         *,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
-        activation_checkpointing: bool = False,
+        **options: Any,
     ):
-        super().__init__(student, activation_checkpointing=activation_checkpointing)
+        super().__init__(student, **options)
         self._teacher = [teacher]
         self._terms: dict[str, Any] = {"temperature": temperature, "cross_entropy": cross_entropy}
 
@@ -163,19 +194,52 @@ class Distillation(_Headed):
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Logs the KL, the teacher's entropy, top-1 agreement and the student's cross entropy, all in nats."""
-        hidden = self.hidden_states(input_ids).flatten(0, 1)
+        hidden, labels, count = self.states_and_labels(input_ids)
         head = self.student.lm_head.weight
-        return linear_kl(hidden, head, taught["teacher"], labels=next_tokens(input_ids), **self._terms)
+        return linear_kl(hidden, head, taught["teacher"], labels=labels, label_count=count, **self._terms)
 
 
 class NextToken(_Headed):
-    """Stage 3 (Sec. 4.5) and training from scratch: next-token cross entropy."""
+    """Stage 3 (Sec. 4.5) and training from scratch: next-token cross entropy.
+
+    Every target weighs the same, in whichever row, chunk or micro-batch: their sum is divided by the places that can
+    have one, all but the last of each row.
+
+    Args:
+        separator: the token that ends a document, where a token is to see its own document alone. None: it sees all
+            that stands before it.
+        options: those of every model with a head.
+    """
+
+    def __init__(self, student: PreTrainedModel, *, separator: int | None = None, **options: Any):
+        super().__init__(student, **options)
+        self._separator = separator
+
+    def ask(self, input_ids: Tensor) -> Answer:
+        """No teacher: where the documents begin, which is known on the host."""
+        if self._separator is None:
+            return super().ask(input_ids)
+        bounds = document_bounds(input_ids, self._separator)
+        return lambda: {"bounds": bounds}
 
     def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = self.hidden_states(input_ids).flatten(0, 1)
-        return linear_cross_entropy(hidden, self.student.lm_head.weight, next_tokens(input_ids)), {}
+        hidden, labels, count = self.states_and_labels(input_ids, taught.get("bounds"))
+        return linear_cross_entropy(hidden, self.student.lm_head.weight, labels, count=count), {}
 
 
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """[B, T] -> [B * T], the token after each; IGNORE after the last of a row."""
-    return F.pad(input_ids[:, 1:], (0, 1), value=IGNORE).flatten()
+def next_tokens(input_ids: Tensor, bounds: Tensor | None = None) -> Tensor:
+    """[B, T] -> [B, T], the token after each; IGNORE after the last of a row, or of a document where they are apart."""
+    labels = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
+    if bounds is not None:
+        last = bounds[1:].long() - 1
+        labels = labels.flatten().index_fill(0, last.to(labels.device), IGNORE).view_as(labels)
+    return labels
+
+
+def document_bounds(input_ids: Tensor, separator: int) -> Tensor:
+    """[B, T] -> [documents + 1] in int32: where documents begin in the B x T tokens, which end with `separator` or with
+    a row, and the end."""
+    begins = torch.ones_like(input_ids, dtype=torch.bool)
+    begins[:, 1:] = input_ids[:, :-1] == separator
+    starts = begins.flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([input_ids.numel()])]).int()

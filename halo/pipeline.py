@@ -7,12 +7,12 @@ from dataclasses import replace
 from halo.build import check_teacher
 from halo.config import Training, suggest
 from halo.context import Context
-from halo.distributed import on_rank0, rank
+from halo.distributed import on_rank0, rank, world_size
 from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
 from halo.graph import stages_to
 from halo.launch import Job, launch
-from halo.models import check_architecture, find_teacher
+from halo.models import check_architecture, check_sequence_parallel, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.stages import align, distill, evaluate, export, finetune, scale, select
 from hypenet.configuration_hypenet import ATTENTION
@@ -68,13 +68,15 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
     mixer, mixers = job.config.rnn_mixer, sorted(MIXERS.keys() - {ATTENTION})
     if mixer not in mixers:
         raise UserError(f"no RNN mixer '{mixer}'{suggest(mixer, mixers)}; there are: {', '.join(mixers)}")
-    for name in names:
-        training = getattr(job.config, name, None)
-        if isinstance(training, Training):
-            complete_ds_config(ds_config, training)
+    trained = {name: settings for name in names if isinstance(settings := getattr(job.config, name, None), Training)}
+    for settings in trained.values():
+        if world_size() % settings.sequence_parallel == 0:  # else it is refused below
+            complete_ds_config(ds_config, settings)
     claim(job.run, job.config)
     teacher = find_teacher(job.config.teacher)
     check_architecture(teacher, job.config)
+    for name in trained:
+        check_sequence_parallel(teacher, job.config, name, world_size())
     check_teacher(teacher)
     context = Context(
         config=job.config,

@@ -21,6 +21,7 @@ from halo.distributed import device, world_size
 from halo.errors import UserError
 from halo.fuse import fuse
 from halo.models import frozen_states, never_looks
+from halo.sequence_parallel import SequenceGroup, parallelize
 from halo.teacher_logits import LogitsForm, TeacherLogits
 
 
@@ -41,15 +42,19 @@ class Teacher:
     Args:
         model: as `halo.build.build_teacher` gives it: whole, or cut over the ranks of `teacher_group`.
         form: in which it supplies its logits.
+        sequence: the ranks that share each sequence with this one: it answers for this rank's chunk. None: there are
+            none. Not the student's own group: the teacher works in another stream.
     """
 
     ranks = 0
 
-    def __init__(self, model: PreTrainedModel, form: LogitsForm | None = None):
+    def __init__(self, model: PreTrainedModel, form: LogitsForm | None = None, sequence: SequenceGroup | None = None):
         self.model = model.eval().requires_grad_(False)
         self._form = form or LogitsForm()
+        self.sequence = sequence or SequenceGroup()
         self._recorded: dict[torch.Size, _Recording] = {}
         fuse(self.model)
+        parallelize([layer.get_submodule("self_attn") for layer in self.layers], self.sequence)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -61,12 +66,13 @@ class Teacher:
         return self.model.lm_head.weight
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T] -> final hidden states [B, T, E], after the last norm."""
-        return frozen_states(self.model, input_ids)
+        """input_ids [B, T] -> final hidden states after the last norm, [B, T, E], or [B, C, E] of this rank's chunk."""
+        rows = self.sequence.begin(input_ids)
+        return frozen_states(self.model, rows.of_chunk(input_ids), rows.first)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> TeacherLogits:
-        """input_ids [B, T] -> the logits of its B x T tokens."""
+        """input_ids [B, T] -> the logits of its B x T tokens, or of this rank's chunk of them."""
         input_ids = input_ids.to(device(), non_blocking=True)
         if self._can_be_recorded(input_ids):
             if input_ids.shape not in self._recorded:
@@ -79,6 +85,7 @@ class Teacher:
     def _can_be_recorded(self, input_ids: Tensor) -> bool:
         """Not where the forward waits for the host, nor where it exchanges weights with other ranks."""
         cut = isinstance(self.layers[0], FSDPModule)
+        cut = cut or self.sequence.degree > 1
         return input_ids.is_cuda and not cut and never_looks(self.model, input_ids.shape[1])
 
     def ask(self, input_ids: Tensor) -> Callable[[], TeacherLogits]:

@@ -104,7 +104,14 @@ def train(
         Stopped: a signal asked for it (halo/stop.py), and the state is saved.
     """
     micro_batch, accumulation = split_batch(training)
-    stream = TokenStream(shards, micro_batch=micro_batch, seed=training.seed, rank=rank(), world_size=world_size())
+    degree = training.sequence_parallel  # ranks that share a sequence read the same samples
+    stream = TokenStream(
+        shards,
+        micro_batch=micro_batch,
+        seed=training.seed,
+        rank=rank() // degree,
+        world_size=world_size() // degree,
+    )
     torch.manual_seed(training.seed)
     parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
     with waits_of_at_most(SLOW_LIMIT):

@@ -16,6 +16,7 @@ from halo.distributed import on_rank0
 from halo.engine import placement
 from halo.objectives import Alignment
 from halo.run import StageFolder
+from halo.sequence_parallel import SequenceGroup
 from halo.stages.data import shards_for
 from halo.teacher import Teacher
 from halo.trainer import train
@@ -32,7 +33,7 @@ def run(context: Context) -> None:
     config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=context.config.rnn_mixer, **switches)
     torch.manual_seed(training.seed)
     mixers = build_mixers(context.teacher, config, placement(context.ds_config, training))
-    objective = Alignment(mixers, Teacher(teacher))
+    objective = Alignment(mixers, Teacher(teacher, sequence=SequenceGroup(training.sequence_parallel)))
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
 
     def finish() -> None:

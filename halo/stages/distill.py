@@ -5,13 +5,14 @@ Writes `hybrid/`: the model as transformers saves it.
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from halo.build import build_student, build_teacher
-from halo.config import Distill
+from halo.config import Distill, Training
 from halo.context import Context
 from halo.dedicated import DedicatedTeacher, Order
 from halo.distributed import on_rank0
@@ -20,6 +21,7 @@ from halo.errors import UserError
 from halo.models import load_config
 from halo.objectives import Distillation
 from halo.run import StageFolder, atomic_folder
+from halo.sequence_parallel import SequenceGroup
 from halo.split import Split
 from halo.stages.align import MIXERS
 from halo.stages.data import shards_for
@@ -52,7 +54,7 @@ def run(context: Context) -> None:
             teacher,
             temperature=training.temperature,
             cross_entropy=training.cross_entropy,
-            activation_checkpointing=training.activation_checkpointing,
+            **options_of(training),
         )
         result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(lambda: save_hybrid(folder, student, result))
@@ -65,7 +67,8 @@ def teacher_of(training: Distill, source: Path, split: Split | None, form: Logit
         UserError: it could not be loaded.
     """
     if training.teacher_placement == "colocated":
-        return nullcontext(Teacher(build_teacher(source, teacher_group(training.teacher_sharded)), form))
+        model = build_teacher(source, teacher_group(training.teacher_sharded))
+        return nullcontext(Teacher(model, form, SequenceGroup(training.sequence_parallel)))
     assert split is not None and split.teachers
     micro_batch, _ = split_batch(training)
     order = Order(
@@ -92,6 +95,15 @@ def logits_form(training: Distill, words: int) -> LogitsForm:
     return LogitsForm(
         kind=training.teacher_logits, words=words, top_k=training.teacher_top_k, temperature=training.temperature
     )
+
+
+def options_of(training: Training) -> dict[str, Any]:
+    """What every objective with a head takes of a stage's settings. Every rank must call this."""
+    return {
+        "sequence": SequenceGroup(training.sequence_parallel),
+        "activation_checkpointing": training.activation_checkpointing,
+        "activation_offload": training.activation_offload,
+    }
 
 
 def save_hybrid(folder: StageFolder, student: PreTrainedModel, result: Result) -> None:

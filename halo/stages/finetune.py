@@ -6,7 +6,8 @@ from halo.distributed import on_rank0
 from halo.engine import placement
 from halo.objectives import NextToken
 from halo.stages.data import shards_for
-from halo.stages.distill import HYBRID, save_hybrid
+from halo.stages.distill import HYBRID, options_of, save_hybrid
+from halo.tokenizer import load_tokenizer, separator_id
 from halo.trainer import train
 
 
@@ -14,6 +15,10 @@ def run(context: Context) -> None:
     folder, training = context.folder("finetune"), context.config.finetune
     shards = shards_for(context, "finetune")
     student = build_hybrid(context.run / "distill" / HYBRID, placement(context.ds_config, training))
-    objective = NextToken(student, activation_checkpointing=training.activation_checkpointing)
+    objective = NextToken(
+        student,
+        separator=separator_id(load_tokenizer(context.teacher)) if training.mask_documents else None,
+        **options_of(training),
+    )
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(lambda: save_hybrid(folder, student, result))

@@ -1,0 +1,174 @@
+"""What the tests of sequence parallelism run on each rank."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from halo.distributed import all_sum, rank, world_size
+from halo.engine import Engine, read_ds_config
+from halo.objectives import Alignment, Distillation, NextToken, document_bounds
+from halo.sequence_parallel import SequenceGroup
+from halo.stages.align import new_mixers
+from halo.teacher import Teacher
+from halo.trainer import Objective
+from hypenet import HypeNetConfig, HypeNetForCausalLM
+from tests.distributed import jobs
+
+B, T, SEPARATOR = 2, 64, 63
+OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}, "ttt": {"mini_batch_size": 5}}
+"""Of mixers, so that a few tokens are many."""
+Gradients = dict[str, Tensor]
+
+
+def tokens(packed: bool) -> Tensor:
+    """[B, T]. If `packed`, documents end at the end of a chunk, within one, several in one, and none in some."""
+    ids = torch.randint(0, SEPARATOR, (B, T), generator=torch.Generator().manual_seed(3))
+    if packed:
+        ids[0, [9, 15, 52]] = SEPARATOR
+        ids[1, [16, 18, 47]] = SEPARATOR
+    return ids
+
+
+def student(mixer: str) -> HypeNetForCausalLM:
+    """Two layers of the mixer around one of attention, whose new weights and norms are not at their beginning."""
+    torch.manual_seed(1)
+    options = {mixer: OPTIONS[mixer]} if mixer in OPTIONS else {}
+    types = [mixer, "attn", mixer]
+    keys = jobs.SHAPE | {"num_hidden_layers": 3, "mixer_types": types, "mixer_options": options}
+    model = HypeNetForCausalLM(HypeNetConfig(**keys))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def next_token(mixer: str, degree: int, packed: bool, **options: Any) -> NextToken:
+    separator = SEPARATOR if packed else None
+    return NextToken(student(mixer), separator=separator, sequence=SequenceGroup(degree), **options)
+
+
+def alignment(mixer: str, degree: int) -> Alignment:
+    teacher = jobs.make_teacher(num_hidden_layers=2)
+    torch.manual_seed(1)
+    return Alignment(new_mixers(teacher, mixer), Teacher(teacher, sequence=SequenceGroup(degree)))
+
+
+def distillation(mixer: str, degree: int) -> Distillation:
+    teacher = Teacher(jobs.make_teacher(num_hidden_layers=2), sequence=SequenceGroup(degree))
+    return Distillation(student(mixer), teacher, cross_entropy=0.5, sequence=SequenceGroup(degree))
+
+
+def loss_and_gradients(objective: Objective, ids: Tensor, zero: str | None = None) -> tuple[Tensor, Gradients]:
+    """The mean over the ranks of the loss and of each parameter's gradient, without ZeRO or as ZeRO gives it."""
+    objective.train()
+    asked = objective.ask(ids)()
+    if zero is None:
+        loss, _ = objective(ids, **asked)
+        loss.backward()
+        found = {n: all_sum(p.grad) / world_size() for n, p in objective.named_parameters()}
+        return all_sum(loss.detach()) / world_size(), found
+    degree = world_size()
+    settings = jobs.training(batch=B, micro_batch=B, seq_len=T, sequence_parallel=degree, clip=0.0)
+    engine = Engine(objective, settings, read_ds_config(jobs.DS_CONFIGS / zero), objective.external_parameters())
+    loss, _ = engine.accumulate(input_ids=ids, **asked)
+    found = {n: safe_get_full_grad(p).clone() for n, p in objective.named_parameters()}
+    engine.close()
+    return all_sum(loss) / world_size(), found
+
+
+def of_mixers(
+    mixers: list[str], zero: str | None, dtype: torch.dtype = torch.float32
+) -> dict[tuple[str, str], tuple[Tensor, Gradients]]:
+    """`loss_and_gradients` of stage 3 with each mixer, on whole rows and packed ones, all ranks sharing each row."""
+    return {
+        (mixer, "packed" if packed else "whole"): loss_and_gradients(
+            next_token(mixer, world_size(), packed).to(dtype), tokens(packed), zero
+        )
+        for mixer in mixers
+        for packed in (False, True)
+    }
+
+
+def of_stages(mixer: str) -> dict[str, tuple[Tensor, Gradients]]:
+    """`loss_and_gradients` of stages 1 and 2."""
+    stages: dict[str, Callable[[str, int], Objective]] = {"align": alignment, "distill": distillation}
+    return {name: loss_and_gradients(make(mixer, world_size()), tokens(False)) for name, make in stages.items()}
+
+
+def in_tiles(packed: bool, zero: str | None) -> tuple[Tensor, Gradients]:
+    """Stage 3 with everything that spares memory."""
+    options = {"activation_checkpointing": True, "activation_offload": True}
+    with patch("halo.activations.TILE", 7):
+        return loss_and_gradients(next_token("lightning-attn", world_size(), packed, **options), tokens(packed), zero)
+
+
+def with_a_wrong_exchange(what: str, mixer: str) -> tuple[Tensor, Gradients]:
+    """`of_mixers`, but what the ranks send each other is not what they should."""
+    gather, exchange = SequenceGroup.gather, SequenceGroup.exchange
+    wrong = {
+        "states of other ranks": ("gather", lambda group, x: gather(group, x).roll(1, dims=0)),
+        "no decay": ("gather", lambda group, x: _kept_whole(gather(group, x))),
+        "heads of other ranks": ("exchange", lambda group, x, **dims: exchange(group, x, **dims).roll(1, dims=1)),
+    }
+    with patch.object(SequenceGroup, *wrong[what]):
+        return loss_and_gradients(next_token(mixer, world_size(), False), tokens(False))
+
+
+def _kept_whole(gathered: Tensor) -> Tensor:
+    """As if no chunk forgot anything."""
+    gathered[..., -1] = 1
+    return gathered
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """The bytes that this rank receives from others, by collective."""
+    received: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        plain = getattr(dist, name)
+
+        def collective(output: Any, given: Tensor, group: Any = None) -> Any:
+            size = dist.get_world_size(group)
+            everything = sum(x.nbytes for x in output) if isinstance(output, list) else output.nbytes
+            received[name] = received.get(name, 0) + everything * (size - 1) // size
+            return plain(output, given, group=group)
+
+        return patch.object(dist, name, collective)
+
+    with count("all_to_all_single"), count("all_gather"):
+        yield received
+
+
+def bytes_received(mixers: list[str], length: int) -> dict[str, dict[str, int]]:
+    """By mixer, in forward and backward of one layer of it over rows of `length` tokens."""
+    found = {}
+    for mixer in mixers:
+        model = HypeNetForCausalLM(HypeNetConfig(**jobs.SHAPE | {"num_hidden_layers": 1, "mixer_types": [mixer]}))
+        objective = NextToken(model, sequence=SequenceGroup(world_size()))
+        with counted() as received:
+            objective(torch.zeros(B, length, dtype=torch.long))[0].backward()
+        found[mixer] = received
+    return found
+
+
+def finetune(shards: Any, folder: Any, zero: str, settings: Any) -> Any:
+    """A few steps of stage 3 through the trainer."""
+    made = jobs.files(folder)
+    place = jobs.placement(read_ds_config(jobs.DS_CONFIGS / zero), settings)
+    student = jobs.build_hybrid(made / "hybrid", place)
+    objective = NextToken(student, separator=5, sequence=SequenceGroup(settings.sequence_parallel))
+    return jobs.run(objective, settings, shards, folder, zero)
+
+
+def chunk_of(ids: Tensor, separator: int) -> tuple[int, Any]:
+    """What a rank of a group has of packed rows."""
+    group = SequenceGroup(world_size())
+    rows = group.begin(ids, document_bounds(ids, separator))
+    return rank(), (rows.of_chunk(ids), rows.positions(), rows.chunk_bounds)
