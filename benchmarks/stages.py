@@ -5,7 +5,8 @@
         --placement dedicated --teacher_ranks 1
 
 Models are built as stages build them (halo/build.py), from weights that are drawn in the place of a checkpoint's files.
-No checkpoint is written. What is printed is the median of the steps after the first four, as metrics.jsonl has them.
+No checkpoint is written. What is printed is the median of the steps between those that warm up and the last, as
+metrics.jsonl has them.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from halo.plan_load import PUBLISHED
 from halo.run import StageFolder
 from halo.shards import write_shards
 from halo.split import Split, split_ranks
-from halo.stages.distill import logits_form, teacher_of
+from halo.stages.distill import logits_form, options_of, teacher_of
 from halo.teacher import Asked, Teacher
 from halo.trainer import Objective, train
 from hypenet.transfer import empty_hybrid, hybrid_config
@@ -46,7 +47,6 @@ from hypenet.transfer import empty_hybrid, hybrid_config
 TEACHERS = {"1.7b": "Qwen/Qwen3-1.7B", "4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}
 PRESETS = {"1.7b": "hypenet-2b", "4b": "hypenet-5b", "8b": "hypenet-9b"}
 KEPT = {"1.7b": [3, 21, 2, 9, 25, 6, 8], "4b": [10, 6, 7, 24, 33, 2, 4, 1, 34], "8b": [10, 6, 7, 24, 33, 2, 4, 1, 34]}
-WARM_UP = 4
 MIXERS = "mixers.safetensors"
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -56,8 +56,8 @@ ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 def main() -> None:
     args = _parser().parse_args()
-    if args.steps < WARM_UP + 4:
-        sys.exit(f"--steps must be at least {WARM_UP + 4}, of which {WARM_UP} warm up, not {args.steps}")
+    if args.steps < args.warm_up + 2:
+        sys.exit(f"--steps must be at least two more than the {args.warm_up} that warm up, not {args.steps}")
     if "RANK" not in os.environ:
         os.environ |= ALONE
     store, number, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
@@ -66,7 +66,10 @@ def main() -> None:
     split = split_ranks(
         store, number, size, preset_settings(args, preset.distill, 1) if args.stage == "distill" else None
     )
-    split.join()
+    if args.emulate:
+        emulate(args.emulate)
+    else:
+        split.join()
     folder = Path(args.folder or tempfile.gettempdir()) / f"benchmark-{os.environ['MASTER_PORT']}"
     teacher = write_teacher(args, folder)
     if split.is_teacher:
@@ -92,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher_ranks", type=int, default=0, help="of each node, with --placement dedicated")
     parser.add_argument("--teacher_sharded", action="store_true", help="cut the teacher over the ranks that hold it")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--offload", action="store_true", help="keep checkpointed activations in host memory")
+    parser.add_argument("--sequence_parallel", type=int, default=1, help="ranks that share a sequence (default: 1)")
+    parser.add_argument("--emulate", type=int, help="be the first of so many ranks, the others of which are not there")
+    parser.add_argument("--steps", type=int, default=12, help="with those that warm up, and the last (default: 12)")
+    parser.add_argument("--warm_up", type=int, default=4, help="steps that are not counted (default: 4)")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step that take the most time")
     parser.add_argument("--folder", help="for the data and what is measured (default: the system's temporary one)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -102,11 +109,29 @@ def _parser() -> argparse.ArgumentParser:
 def preset_settings(args: argparse.Namespace, preset: Any, ranks: int) -> Distill:
     """The preset's, as far as the command line says no other. Stages 1 and 3 have no more than stage 2."""
     chosen = {"micro_batch": args.micro_batch, "seq_len": args.seq_len, "activation_checkpointing": args.checkpointing}
+    chosen |= {"sequence_parallel": args.sequence_parallel, "activation_offload": args.offload}
     chosen |= {"teacher_placement": args.placement, "teacher_ranks": args.teacher_ranks, "steps": args.steps}
     values = vars(preset) | {name: value for name, value in chosen.items() if value is not None}
     values = {name: value for name, value in values.items() if name in Distill.__dataclass_fields__}
-    values |= {"batch": values["micro_batch"] * args.accumulation * ranks, "teacher_sharded": args.teacher_sharded}
+    groups = max(1, ranks // args.sequence_parallel)
+    values |= {"batch": values["micro_batch"] * args.accumulation * groups, "teacher_sharded": args.teacher_sharded}
     return Distill(**values | {"save_every": 10**9, "keep_every": 0})
+
+
+def emulate(size: int) -> None:
+    """Have this process be the first of many ranks, on its own: what it is to receive, it copies from what it sends.
+
+    So its memory is true, and its time is that without waiting for the others.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def exchange(output: Tensor, given: Tensor, **_: Any) -> None:
+        output.copy_(given)
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    trainer.waits_of_at_most = lambda limit: nullcontext()  # nothing is waited for
+    dist.all_to_all_single = exchange  # the backend's own leaves what it is to write as it is
 
 
 class Drawn(Mapping[str, Tensor]):
@@ -149,12 +174,13 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
     """Train for some steps, and print what they took."""
     ds_config = read_ds_config(args.ds_config)
     stage = StageFolder(teacher.parent / args.stage, {})
-    shards = teacher.parent / f"shards-{training.seq_len}"
+    shards = teacher.parent / f"shards-{training.batch}-{training.seq_len}"
 
     def prepare() -> None:
         (stage.path / "metrics.jsonl").unlink(missing_ok=True)
         if not shards.exists():
-            tokens = np.random.default_rng(0).integers(0, 151_936, (512, training.seq_len), dtype=np.uint32)
+            samples = min(512, training.batch * (training.steps + 2))
+            tokens = np.random.default_rng(0).integers(0, 151_936, (samples, training.seq_len), dtype=np.uint32)
             write_shards(shards, tokens, {"tokenizer": "none"})
 
     on_rank0(prepare)
@@ -174,7 +200,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
         train(objective, training, shards=shards, folder=stage, ds_config=ds_config)
     if rank() == 0:
         lines = [json.loads(line) for line in (stage.path / "metrics.jsonl").read_text().splitlines()]
-        report(args, training, lines[WARM_UP : -2 if args.profile else -1], trained, frozen, ds_config)
+        report(args, training, lines[args.warm_up : -2 if args.profile else -1], trained, frozen, ds_config)
         if args.profile:
             print(f"trace in {stage.path / 'tensorboard'}")
 
@@ -188,10 +214,9 @@ def objective_of(
         return Alignment(build.build_mixers(teacher, hybrid_config(config, []), place), asked)
     kept = [layer for layer in KEPT[args.teacher] if layer < config.num_hidden_layers]
     student = build.build_student(teacher, hybrid_config(config, kept), teacher / MIXERS, place)
-    checkpointing = {"activation_checkpointing": training.activation_checkpointing}
     if args.stage == "distill":
-        return Distillation(student, asked, **checkpointing)
-    return NextToken(student, **checkpointing)
+        return Distillation(student, asked, **options_of(training))
+    return NextToken(student, **options_of(training))
 
 
 def report(
@@ -210,8 +235,9 @@ def report(
     micro_batch, accumulation = split_batch(training)
     print(header())
     print(
-        f"{args.stage} {args.teacher}, {trained / 1e9:.2f}B trained, {world_size()} ranks of {accumulation} x "
-        f"{micro_batch} x {training.seq_len} tokens, ZeRO-{stage}, "
+        f"{args.stage} {args.teacher}, {trained / 1e9:.2f}B trained, {world_size()} "
+        f"{'emulated ' if args.emulate else ''}ranks, {training.sequence_parallel} a sequence, of {accumulation} x "
+        f"{micro_batch} x {training.seq_len} tokens, ZeRO-{stage}, {'offload, ' if training.activation_offload else ''}"
         f"checkpointing {'on' if training.activation_checkpointing else 'off'}: "
         f"{of['tokens_per_s_gpu']:,.0f} tokens/s a GPU, {1000 * of['step_s']:.0f} ms a step, "
         f"MFU {of.get('mfu', 0):.1%} of the data sheet's peak, "

@@ -188,8 +188,8 @@ def _replaced_kernels(run: DryRun) -> Iterator[None]:
 
     first = TTTLinear._first
 
-    def first_with_data(mixer: TTTLinear, q: Tensor) -> tuple[Tensor, ...]:
-        return *first(mixer, q)[:-1], torch.zeros(q.shape[0], dtype=torch.long, device="cpu")
+    def first_with_data(mixer: TTTLinear, q: Tensor, batch: int) -> tuple[Tensor, ...]:
+        return *first(mixer, q, batch)[:-1], torch.zeros(batch, dtype=torch.long, device="cpu")
 
     new = {"serves": serves, "kernel": kernel, "check_gated_backward": lambda gate: None}
     places: list[tuple[Any, str, Any]] = [

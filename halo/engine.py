@@ -157,9 +157,9 @@ class Engine:
     ):
         self.module = module.to(device())
         layers = by_layer(module)
-        groups = list(layers.values()) if clip_apart else [[p for layer in layers.values() for p in layer]]
         optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups],
+            # A group a layer: ZeRO makes float32 gradients of one group at a time.
+            [{"params": layer} for layer in layers.values()],
             lr=0.0,
             betas=training.betas,
             weight_decay=training.weight_decay,

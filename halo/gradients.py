@@ -36,9 +36,9 @@ class Gradients:
 
     Args:
         zero: DeepSpeed's ZeRO optimizer, of stage 1, 2 or 3, around a fused AdamW.
-        layers: as `by_layer` gives them.
+        layers: as `by_layer` gives them; the optimizer's parameter groups.
         clip: the largest norm; 0 turns clipping off.
-        apart: whether each layer is clipped by its own norm. The optimizer's parameter groups are then the layers.
+        apart: whether each layer is clipped by its own norm.
     """
 
     def __init__(self, zero: Any, layers: Mapping[str, list[nn.Parameter]], clip: float, *, apart: bool):

@@ -37,8 +37,9 @@ class Rows:
     Attributes:
         bounds: as given, None where each row is one document.
         chunk_bounds: the same of the rank's B x C tokens, which cut what reaches beyond them; None as above.
-        last: [B] the last of `chunk_bounds`' documents in each row.
-        carried: [B, C] whether a token's document began in an earlier chunk; None: every one's, as far as there is one.
+        row: [documents of the chunk] the row that each is in.
+        continued: [documents of the chunk] whether it began in an earlier chunk.
+        in_last: [B, C] whether a token is in its row's last document.
         unbroken: [B] whether no document begins in the chunk.
     """
 
@@ -47,19 +48,20 @@ class Rows:
         self.first = place * self.tokens
         self.bounds = bounds
         self.chunk_bounds: Tensor | None = None
-        self.last = self.carried = self.unbroken = None
+        self.row = self.continued = self.in_last = self.unbroken = torch.empty(0)
         if bounds is None:
             return
         begins = torch.zeros(shape, dtype=torch.bool)
         begins.view(-1)[bounds[:-1].long()] = True
-        mine = self.of_chunk(begins)
-        self.carried = ~mine.cummax(1).values
-        self.unbroken = self.carried[:, -1]
-        cuts = mine.clone()
+        begins = self.of_chunk(begins)
+        cuts = begins.clone()
         cuts[:, 0] = True
-        starts = cuts.flatten().nonzero().flatten()
+        self.row, column = cuts.nonzero(as_tuple=True)
+        starts = self.row * self.tokens + column
         self.chunk_bounds = torch.cat([starts, starts.new_tensor([cuts.numel()])]).int()
-        self.last = cuts.sum(1).cumsum(0) - 1
+        self.continued = ~begins[self.row, column]
+        self.in_last = begins.cumsum(1) == begins.sum(1, keepdim=True)
+        self.unbroken = ~begins.any(1)
 
     def of_chunk(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> this rank's [B, C, ...]."""
@@ -179,16 +181,17 @@ def repeats(heads: int, kv_heads: int, degree: int) -> int:
 class ChunkStates:
     """Gated linear attention (hypenet/linear_attention.py) over chunks, in the place of a mixer's `recurrence`.
 
-    Each rank computes its chunk as if it began from nothing, which leaves the state U_s. With A_s, what the decays of
-    the chunk keep of a state, the state S_s that chunk s should have begun with, and the outputs, are
+    Let U_s be the state that chunk s leaves by itself, and A_s what its decays keep of an earlier one. Each rank makes
+    its own, both are exchanged, and each rank begins with the state that the chunks before it leave:
 
-        S_(s+1) = A_s S_s + U_s        S_0 = 0        o_t += scale (q_t exp(G_t)) S_s
+        U_s = sum_t exp(G_C - G_t) k_t^T v_t        A_s = exp(G_C)        S_(s+1) = A_s S_s + U_s        S_0 = 0
 
-    where G_t are the log-decays cumulated from the chunk's first token. U_s and A_s are all that is exchanged.
+    where G_t are the log-decays cumulated from the chunk's first token to t, and C is its last.
     """
 
     def __init__(self, group: SequenceGroup):
         self._group = group
+        self._reach: int | None = None
 
     def __call__(
         self,
@@ -205,19 +208,35 @@ class ChunkStates:
         """As `linear_attention`, of this rank's chunk. A state is neither taken nor given."""
         _check_no_cache(state, keep_state)
         rows = self._group.rows
-        output, left = linear_attention(q, k, v, log_decay, scale=scale, keep_state=True, cu_seqlens=cu_seqlens)
-        assert left is not None
-        decay = by_token(log_decay, q).to(left.dtype)
+        decay = by_token(log_decay, q).to(torch.promote_types(q.dtype, torch.float32))
         total = rows.by_row(decay.expand(q.shape[0], *decay.shape[1:])).cumsum(1)  # G, [B, C, H, K or 1]
-        kept, reads = total[:, -1].exp(), total.exp()
+        kept = total[:, -1].exp()
+        near = slice(-self._tokens_that_reach_the_end(log_decay, total), None)
+        weights = (total[:, -1:] - total[:, near]).exp()
         if rows.bounds is not None:
-            assert rows.last is not None and rows.carried is not None and rows.unbroken is not None
-            left = left[rows.last.to(q.device, non_blocking=True)]
-            kept = kept * rows.unbroken.to(q.device, non_blocking=True)[:, None, None]
-            reads = reads * rows.carried.to(q.device, non_blocking=True)[:, :, None, None]
-        begun = _BegunWith.apply(left, kept.expand(left.shape[:3]), self._group).to(q.dtype)
-        read = torch.einsum("bthk,bhkv->bthv", (rows.by_row(q) * reads).to(q.dtype), begun)
-        return output + scale * read.reshape_as(output), None
+            row, continued, in_last, unbroken = (
+                x.to(q.device, non_blocking=True) for x in (rows.row, rows.continued, rows.in_last, rows.unbroken)
+            )
+            weights, kept = weights * in_last[:, near, None, None], kept * unbroken[:, None, None]
+        keys, values = (rows.by_row(x)[:, near].to(total.dtype) for x in (k, v))
+        left = torch.einsum("bthk,bthv->bhkv", keys * weights, values)
+        begun = _BegunWith.apply(left, kept.expand(left.shape[:3]), self._group)
+        if rows.bounds is not None:
+            begun = begun[row] * continued[:, None, None, None]
+        output, _ = linear_attention(q, k, v, log_decay, scale=scale, state=begun, cu_seqlens=cu_seqlens)
+        return output, None
+
+    def _tokens_that_reach_the_end(self, log_decay: Tensor | None, total: Tensor) -> int:
+        """Of a chunk: what the others leave has decayed to nothing, in `total`'s precision, in every head.
+
+        With one decay a head and nothing of the token, that is known beforehand.
+        """
+        if log_decay is None or log_decay.ndim > 1:
+            return total.shape[1]
+        if self._reach is None:
+            slowest = min(-1e-9, float(log_decay.max()))  # once: the host waits for it
+            self._reach = math.ceil(math.log(torch.finfo(total.dtype).tiny) / slowest)
+        return min(self._reach, total.shape[1])
 
 
 class _BegunWith(torch.autograd.Function):
@@ -277,8 +296,10 @@ class HeadParallel:
             x = group.exchange(rows.by_row(x), cut=2, join=1)
             return x if rows.bounds is None else x.flatten(0, 1)[None]
 
-        if state is not None:
+        if state is not None:  # the same for all
+            count = rows.shape[0] if rows.bounds is None else len(rows.bounds) - 1
             state = tuple(mine(x, 1) if x.ndim > 1 else x for x in state)
+            state = tuple(x[:1].expand(count, *x.shape[1:]) for x in state)
         output, _ = self._recurrence(*map(whole, inputs), state=state, cu_seqlens=rows.bounds, **options)
         given = inputs[0]
         assert given is not None

@@ -144,7 +144,8 @@ def delta_rule(
         RuntimeError: the installed triton cannot compute this.
     """
     if cu_seqlens is not None and not serves(q):
-        return each_document(delta_rule, (q, k, v, beta, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
+        inputs = (q, k, v, beta, log_decay)
+        return each_document(delta_rule, inputs, cu_seqlens, state=state, scale=scale, keep_state=keep_state)
     if not _kernel_serves(q, cu_seqlens):
         write = widen(beta)[..., None] * k
         read = k if log_decay is None else by_token(log_decay, q).exp() * k
@@ -184,7 +185,8 @@ def rwkv7(
         As `delta_rule`.
     """
     if cu_seqlens is not None and not serves(q):
-        return each_document(rwkv7, (q, k, v, a, b, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
+        inputs = (q, k, v, a, b, log_decay)
+        return each_document(rwkv7, inputs, cu_seqlens, state=state, scale=scale, keep_state=keep_state)
     if not _kernel_serves(q, cu_seqlens):
         return _plain(q, k, v, a, b, log_decay, scale=scale, state=state, keep_state=keep_state)
     run = kernel("rwkv7.chunk_rwkv7")

@@ -15,11 +15,13 @@ q, k are [B, T, H, K], v and the output [B, T, H, V], states [B, H, K, V]. `log_
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 from .kernels import check_gated_backward, kernel, serves
 
@@ -93,19 +95,21 @@ def linear_attention(
     """By the fastest form: one step for one token, fla's kernel for half precision on a GPU, else chunks.
 
     Args:
-        state: the state to continue.
+        state: the state to continue; of documents, [documents, H, K, V].
         keep_state: whether to return the state after the last token.
         cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
-        The output in q's dtype, and the state, or None where it was not asked for: [documents, H, K, V] of documents.
+        The output in q's dtype, and the state as it was taken, or None where it was not asked for.
 
     Raises:
         RuntimeError: the installed triton cannot compute this.
     """
     final: Tensor | None
     if cu_seqlens is not None and not serves(q):
-        return each_document(linear_attention, (q, k, v, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
+        return each_document(
+            linear_attention, (q, k, v, log_decay), cu_seqlens, state=state, scale=scale, keep_state=keep_state
+        )
     if q.shape[1] == 1 and cu_seqlens is None:
         output, final = linear_attention_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):
@@ -138,6 +142,8 @@ def each_document(
     recurrence: Callable[..., tuple[Tensor, Any]],
     inputs: Sequence[Tensor | None],
     cu_seqlens: Tensor,
+    *,
+    state: Any,
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """A recurrence of packed documents without a kernel: each is a call of its own.
@@ -145,20 +151,20 @@ def each_document(
     Args:
         inputs: [1, T, ...] where they are by token; those of fewer than three dimensions are the same for all.
         cu_seqlens: [documents + 1], where each begins, and the end.
+        state: [documents, ...], one tensor or several, or None.
 
     Returns:
-        The outputs in a row, and the states after each document along the batch, or None where there are none.
+        The outputs in a row, and the states after each document, [documents, ...], or None where there are none.
     """
-    outputs, states = zip(
-        *(
-            recurrence(*(x[:, a:b] if x is not None and x.ndim > 2 else x for x in inputs), **options)
-            for a, b in pairwise(cu_seqlens.tolist())
-        ),
-        strict=True,
-    )
-    if isinstance(states[0], tuple):
-        return torch.cat(outputs, dim=1), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
-    return torch.cat(outputs, dim=1), None if states[0] is None else torch.cat(states)
+    outputs, states = [], []
+    for i, (a, b) in enumerate(pairwise(cu_seqlens.tolist())):
+        document = (x[:, a:b] if x is not None and x.ndim > 2 else x for x in inputs)
+        first = tree_map_only(Tensor, itemgetter(slice(i, i + 1)), state)
+        output, last = recurrence(*document, state=first, **options)
+        outputs.append(output)
+        states.append(last)
+    whole = None if states[0] is None else tree_map(lambda *parts: torch.cat(parts), *states)
+    return torch.cat(outputs, dim=1), whole
 
 
 def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -111,7 +111,7 @@ def gsa(
     """
     final: Slots
     if cu_seqlens is not None and not serves(q):
-        return each_document(gsa, (q, k, v, log_decay), cu_seqlens, scale=scale, keep_state=keep_state)
+        return each_document(gsa, (q, k, v, log_decay), cu_seqlens, state=state, scale=scale, keep_state=keep_state)
     if q.shape[1] == 1 and cu_seqlens is None:
         output, final = gsa_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):

@@ -171,8 +171,8 @@ def ttt(
         The output in q's dtype, and the state, or None where it was not asked for.
     """
     if cu_seqlens is not None:
-        options: dict[str, Any] = {"eps": eps, "mini_batch": mini_batch, "state": state, "keep_state": keep_state}
-        return each_document(ttt, (q, k, v, eta, weight, bias), cu_seqlens, **options)
+        inputs, options = (q, k, v, eta, weight, bias), {"eps": eps, "mini_batch": mini_batch}
+        return each_document(ttt, inputs, cu_seqlens, state=state, keep_state=keep_state, **options)
     ln = InnerNorm(weight, bias, eps)
     if q.shape[1] > 1 and _aligned(tokens, state):
         output, final = ttt_chunked(q, k, v, eta, ln, mini_batch, state)
@@ -204,13 +204,13 @@ class TTTLinear(RNNMixer):
         rate = self.options.base_lr / self.head_dim
         eta = rate * torch.sigmoid(widen(self.lr_proj(hidden_states)) + self.lr_bias)
         if carried["state"] is None:
-            carried["state"] = self._first(q)
+            bounds = carried["cu_seqlens"]
+            carried["state"] = self._first(q, q.shape[0] if bounds is None else len(bounds) - 1)
         mini_batch, eps = self.options.mini_batch_size, self.config.rms_norm_eps
         ln = (self.ln_weight, self.ln_bias)
         return self.recurrence(q, k, v, eta, *ln, eps=eps, mini_batch=mini_batch, tokens=tokens, **carried)
 
-    def _first(self, q: Tensor) -> Learned:
-        """The state before the first token."""
-        batch = q.shape[0]
+    def _first(self, q: Tensor, batch: int) -> Learned:
+        """The state before the first token, for so many rows or documents."""
         w, b = (widen(x).expand(batch, *x.shape).to(widen(q).dtype) for x in (self.W_0, self.b_0))
         return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=q.device)
