@@ -56,8 +56,8 @@ ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 def main() -> None:
     args = _parser().parse_args()
-    if args.steps < args.warm_up + 2:
-        sys.exit(f"--steps must be at least two more than the {args.warm_up} that warm up, not {args.steps}")
+    if args.steps <= args.warm_up:
+        sys.exit(f"--steps must be more than the {args.warm_up} that warm up, not {args.steps}")
     if "RANK" not in os.environ:
         os.environ |= ALONE
     store, number, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--offload", action="store_true", help="keep checkpointed activations in host memory")
     parser.add_argument("--sequence_parallel", type=int, default=1, help="ranks that share a sequence (default: 1)")
     parser.add_argument("--emulate", type=int, help="be the first of so many ranks, the others of which are not there")
-    parser.add_argument("--steps", type=int, default=12, help="with those that warm up, and the last (default: 12)")
+    parser.add_argument("--steps", type=int, default=12, help="with those that warm up (default: 12)")
     parser.add_argument("--warm_up", type=int, default=4, help="steps that are not counted (default: 4)")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step that take the most time")
     parser.add_argument("--folder", help="for the data and what is measured (default: the system's temporary one)")
@@ -200,7 +200,8 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
         train(objective, training, shards=shards, folder=stage, ds_config=ds_config)
     if rank() == 0:
         lines = [json.loads(line) for line in (stage.path / "metrics.jsonl").read_text().splitlines()]
-        report(args, training, lines[args.warm_up : -2 if args.profile else -1], trained, frozen, ds_config)
+        counted = lines[args.warm_up : -2 if args.profile else -1] or lines[-1:]
+        report(args, training, counted, trained, frozen, ds_config)
         if args.profile:
             print(f"trace in {stage.path / 'tensorboard'}")
 

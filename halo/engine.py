@@ -98,8 +98,8 @@ def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, 
             raise UserError(
                 f"the DeepSpeed config says {key} = {config[key]}, the preset {value}: remove it from the JSON"
             )
-    # Where there is nobody to exchange with, it would only have the host wait for the GPU.
-    alone = {"overlap_comm": False} if world_size() == 1 else {}
+    # Where there is nobody to exchange with, overlap has the host wait for the GPU, and large buckets take memory.
+    alone = {"overlap_comm": False, "reduce_bucket_size": 20_000_000} if world_size() == 1 else {}
     return {**config, **ours, "zero_optimization": config.get("zero_optimization", {}) | alone}
 
 

@@ -208,17 +208,14 @@ class ChunkStates:
         """As `linear_attention`, of this rank's chunk. A state is neither taken nor given."""
         _check_no_cache(state, keep_state)
         rows = self._group.rows
-        decay = by_token(log_decay, q).to(torch.promote_types(q.dtype, torch.float32))
-        total = rows.by_row(decay.expand(q.shape[0], *decay.shape[1:])).cumsum(1)  # G, [B, C, H, K or 1]
-        kept = total[:, -1].exp()
-        near = slice(-self._tokens_that_reach_the_end(log_decay, total), None)
-        weights = (total[:, -1:] - total[:, near]).exp()
+        weights, kept = self._kept(q, log_decay, rows)
+        near = slice(-weights.shape[1], None)
         if rows.bounds is not None:
             row, continued, in_last, unbroken = (
                 x.to(q.device, non_blocking=True) for x in (rows.row, rows.continued, rows.in_last, rows.unbroken)
             )
             weights, kept = weights * in_last[:, near, None, None], kept * unbroken[:, None, None]
-        keys, values = (rows.by_row(x)[:, near].to(total.dtype) for x in (k, v))
+        keys, values = (rows.by_row(x)[:, near].to(weights.dtype) for x in (k, v))
         left = torch.einsum("bthk,bthv->bhkv", keys * weights, values)
         begun = _BegunWith.apply(left, kept.expand(left.shape[:3]), self._group)
         if rows.bounds is not None:
@@ -226,17 +223,24 @@ class ChunkStates:
         output, _ = linear_attention(q, k, v, log_decay, scale=scale, state=begun, cu_seqlens=cu_seqlens)
         return output, None
 
-    def _tokens_that_reach_the_end(self, log_decay: Tensor | None, total: Tensor) -> int:
-        """Of a chunk: what the others leave has decayed to nothing, in `total`'s precision, in every head.
+    def _kept(self, q: Tensor, log_decay: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """exp(G_C - G_t), [B or 1, n, H, K or 1], of the last n tokens of a chunk, and exp(G_C), [B or 1, H, K or 1].
 
-        With one decay a head and nothing of the token, that is known beforehand.
+        What the tokens before them leave has decayed to nothing in every head, where one can know that beforehand:
+        with one decay a head and nothing of the token.
         """
+        dtype = torch.promote_types(q.dtype, torch.float32)
         if log_decay is None or log_decay.ndim > 1:
-            return total.shape[1]
+            decay = by_token(log_decay, q).to(dtype)
+            decay = rows.by_row(decay.expand(q.shape[0], *decay.shape[1:])).movedim(1, -1)  # a scan likes T last
+            total = decay.cumsum(-1)
+            return (total[..., -1:] - total).exp().movedim(-1, 1), total[..., -1].exp()
         if self._reach is None:
             slowest = min(-1e-9, float(log_decay.max()))  # once: the host waits for it
-            self._reach = math.ceil(math.log(torch.finfo(total.dtype).tiny) / slowest)
-        return min(self._reach, total.shape[1])
+            self._reach = math.ceil(math.log(torch.finfo(dtype).tiny) / slowest)
+        after = torch.arange(min(self._reach, rows.tokens), device=q.device, dtype=dtype).flip(0)
+        log_decay = log_decay.to(dtype)
+        return (after[:, None] * log_decay).exp()[None, ..., None], (rows.tokens * log_decay).exp()[None, :, None]
 
 
 class _BegunWith(torch.autograd.Function):
