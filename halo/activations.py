@@ -29,10 +29,16 @@ def checkpoint_activations(model: PreTrainedModel, *, offload: bool = False) -> 
     """
     # Reentrant: the other kind compares what backward recomputes with what ZeRO-3 had gathered in forward.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    tile_mlps(model)
+    if offload:
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = _offloaded
+
+
+def tile_mlps(model: PreTrainedModel) -> None:
+    """Have the MLPs of a model's decoder layers take TILE tokens at a time."""
     for layer in model.model.layers:
         layer.mlp.forward = partial(_in_tiles, layer.mlp, layer.mlp.forward)
-        if offload:
-            layer._gradient_checkpointing_func = _offloaded
 
 
 def _offloaded(function: Callable[..., Any], *args: Any) -> Any:

@@ -59,6 +59,11 @@ class Work:
     dispatched: int = 0
     """How many operations the host issued, views and allocations among them."""
 
+    def shared(self, ranks: int) -> "Work":
+        """One rank's share of it: as many operations, each on a part."""
+        parts = [Operation(op.kind, op.flops / ranks, op.moved // ranks) for op in self.operations]
+        return Work(parts, self.dispatched)
+
 
 class DryRun(TorchDispatchMode):
     """Follows the memory and the work of what torch runs inside. Tensors that were made before are not counted."""

@@ -33,6 +33,10 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 OURS = ("optimizer", "scheduler", "fp16", "amp", "activation_checkpointing", "tensorboard")
 
+ALONE = {"overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
+"""Of ZeRO where there is nobody to exchange with: overlap has the host wait for the GPU, and copies of gradients that
+are made to be exchanged take memory."""
+
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
@@ -98,9 +102,9 @@ def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, 
             raise UserError(
                 f"the DeepSpeed config says {key} = {config[key]}, the preset {value}: remove it from the JSON"
             )
-    # Where there is nobody to exchange with, overlap has the host wait for the GPU, and large buckets take memory.
-    alone = {"overlap_comm": False, "reduce_bucket_size": 20_000_000} if world_size() == 1 else {}
-    return {**config, **ours, "zero_optimization": config.get("zero_optimization", {}) | alone}
+    zero = config.get("zero_optimization", {})
+    alone = ALONE if world_size() == 1 else {}
+    return {**config, **ours, "zero_optimization": zero | alone}
 
 
 def placement(ds_config: dict[str, Any], training: Training) -> Callable[[nn.Module], None]:

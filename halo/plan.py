@@ -13,10 +13,11 @@ from typing import Any
 
 from halo.config import Config, Training
 from halo.dry_run import Work
-from halo.engine import split_batch
+from halo.engine import ALONE, split_batch
 from halo.errors import UserError
 from halo.gpus import GPU
 from halo.plan_load import BF16, Load, Models, load_of
+from halo.sequence_parallel import check_degree
 
 GIB = 2**30
 STAGES = ("pretrain", "align", "distill", "finetune")
@@ -126,18 +127,20 @@ class Zero:
     offload_parameters: bool = False
     reduce_bucket: int = 500_000_000
     overlap: bool = False
+    contiguous: bool = True
+    """Whether gradients are copied into memory of all of them as soon as the first is there (ZeRO-1 and 2)."""
     prefetch: int = 50_000_000
     max_reuse: int = 1_000_000_000
     sub_group: int = 1_000_000_000
 
     @classmethod
-    def read(cls, ds_config: Mapping[str, Any]) -> "Zero":
-        """A DeepSpeed configuration, with DeepSpeed's own defaults.
+    def read(cls, ds_config: Mapping[str, Any], ranks: int) -> "Zero":
+        """A DeepSpeed configuration, with DeepSpeed's own defaults, as so many ranks run it.
 
         Raises:
             UserError: there is no such ZeRO stage.
         """
-        zero = ds_config.get("zero_optimization", {})
+        zero = ds_config.get("zero_optimization", {}) | (ALONE if ranks == 1 else {})
         stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3):
             raise UserError(f"the DeepSpeed config says zero_optimization.stage = {stage}: it is 0, 1, 2 or 3")
@@ -151,6 +154,7 @@ class Zero:
             offload_parameters=offloads("offload_param"),
             reduce_bucket=int(zero.get("reduce_bucket_size", cls.reduce_bucket)),
             overlap=bool(zero.get("overlap_comm", stage == 3)),
+            contiguous=bool(zero.get("contiguous_gradients", True)) or stage == 3 or offloads("offload_optimizer"),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
             max_reuse=int(zero.get("stage3_max_reuse_distance", cls.max_reuse)),
             sub_group=int(zero.get("sub_group_size", cls.sub_group)),
@@ -235,8 +239,17 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
     """Plan one of `STAGES`.
 
     Raises:
-        UserError: the ranks do not divide the batch, or a dedicated teacher takes all of a node.
+        UserError: the ranks do not divide the batch, or cannot share its sequences, or a dedicated teacher takes all
+            of a node.
     """
+    training = setup.training
+    check_degree(
+        f"{stage}.sequence_parallel",
+        training.sequence_parallel,
+        seq_len=training.seq_len,
+        ranks=setup.cluster.ranks,
+        mixers=[models.mixers[0], *(layer.get_submodule("self_attn") for layer in models.hybrid.model.layers)],
+    )
     students = replace(setup, cluster=setup.cluster.without(getattr(setup.training, "teacher_ranks", 0)))
     micro_batch, accumulation = split_batch(setup.training, students.cluster.ranks)
     load = load_of(models, stage, setup.training, micro_batch)
@@ -276,10 +289,16 @@ def _moments(load: Load, setup: Setup, accumulation: int) -> dict[str, dict[str,
     head = BF16 * load.head
     alone = zero.stage < 2 and not accumulates and load.head > zero.reduce_bucket
     of_head = head * (load.tied or alone)
-    buckets = BF16 * zero.reduce_bucket * (1 + ((zero.overlap and cluster.ranks > 1) or sharded)) * (zero.stage > 0)
+    buckets = (
+        zero.contiguous
+        * BF16
+        * zero.reduce_bucket
+        * (1 + ((zero.overlap and cluster.ranks > 1) or sharded))
+        * (zero.stage > 0)
+    )
     static = buckets / 2 * sharded  # ZeRO-3's are there always, but for the copy that is reduced
-    # A parameter group, which in stage 1 is a layer, is stepped after the other.
-    group = load.group or n
+    # A parameter group, which is a layer, is stepped after the other.
+    group = load.group or max(load.head, *(layer.parameters for layer in load.layers))
     stepped = min(group / cluster.ranks, zero.sub_group) if sharded else group / (cluster.ranks if zero.stage else 1)
 
     external, behind_loss, beside_layer = _gathered(load, setup)
@@ -301,11 +320,14 @@ def _moments(load: Load, setup: Setup, accumulation: int) -> dict[str, dict[str,
             "gradients": before_backward,
             "buckets": static,
         }
-        moments["the first gradients' exchange"] = layer | {
-            "activations": activations - freed,
-            "gradients": gradients + of_head,
-            "buckets": buckets,
-        }
+        if zero.contiguous:
+            moments["the first gradients' exchange"] = layer | {
+                "activations": activations - freed,
+                "gradients": gradients + of_head,
+                "buckets": buckets,
+            }
+        else:
+            moments["the first layer's backward"] = layer | {"gradients": gradients}
     return {name: _ordered(state | parts) for name, parts in moments.items()}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from halo.config import Distill
 from halo.errors import UserError
@@ -67,7 +66,7 @@ def _changed(models: Models, plan: StagePlan, changes: Sequence[Change]) -> Iter
 def _difference(old: StagePlan, new: StagePlan) -> str:
     """What to type for `new` in the place of `old`."""
     words, before, after = [], old.setup, new.setup
-    for name in ("activation_checkpointing", "teacher_sharded", "micro_batch"):
+    for name in ("activation_checkpointing", "activation_offload", "teacher_sharded", "micro_batch"):
         value = getattr(after.training, name, None)
         if value != getattr(before.training, name, None):
             words.append(f"--{old.stage}.{name} {str(value).lower()}")
@@ -83,11 +82,12 @@ def _gib(plan: StagePlan) -> str:
     return f"{plan.needed / GIB:.1f} GiB"
 
 
-def _setting(name: str, value: Any, *stages: str) -> Change:
+def _activations(*, checkpointing: bool, offload: bool = False) -> Change:
     def change(stage: str, setup: Setup) -> Setup | None:
-        if stage not in stages:
+        if stage not in ("distill", "finetune"):
             return None
-        return replace(setup, training=replace(setup.training, **{name: value}))
+        training = replace(setup.training, activation_checkpointing=checkpointing, activation_offload=offload)
+        return replace(setup, training=training)
 
     return change
 
@@ -132,17 +132,18 @@ def _nodes(factor: int) -> Change:
 
 
 SMALLER: list[Change] = [
-    _setting("activation_checkpointing", True, "distill", "finetune"),
+    _activations(checkpointing=True),
     _teacher_sharded(True),
     *(_micro_batch(1 / 2**i) for i in range(1, 6)),
     _zero(2),
     _zero(3),
+    _activations(checkpointing=True, offload=True),
 ]
 """Settings, in the order in which one would rather change them."""
 LARGER: list[Change] = [*(_nodes(factor) for factor in (2, 2, 2)), _zero(3, offload=True)]
 """What costs more, after them."""
 FASTER: list[Change] = [
-    _setting("activation_checkpointing", False, "distill", "finetune"),
+    _activations(checkpointing=False),
     _teacher_sharded(False),
     *(_micro_batch(2**i) for i in range(1, 4)),
     *(_zero(stage) for stage in (1, 2, 3)),

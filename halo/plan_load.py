@@ -6,13 +6,14 @@ B sequences of T tokens at a time, N = B T tokens, V words, D width. Bytes and b
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
+from halo.activations import tile_mlps
 from halo.config import Config, Distill, Training
 from halo.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
 from halo.errors import UserError
@@ -117,6 +118,28 @@ class Load:
     teacher: Frozen | None = None
     flops_per_token: float
 
+    def shared(self, ranks: int) -> "Load":
+        """One rank's, of those that share its sequences (halo/sequence_parallel.py)."""
+
+        def layer(one: Layer) -> Layer:
+            cost = one.cost
+            part = Cost(
+                kept=cost.kept // ranks,
+                peak=cost.peak // ranks,
+                forward=cost.forward.shared(ranks),
+                backward=cost.backward.shared(ranks),
+            )
+            return replace(one, cost=part, input_bytes=one.input_bytes // ranks)
+
+        return replace(
+            self,
+            layers=[layer(one) for one in self.layers],
+            held=self.held // ranks,
+            loss_held=self.loss_held // ranks,
+            loss=self.loss.shared(ranks),
+            teacher=self.teacher and replace(self.teacher, work=self.teacher.work.shared(ranks)),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
@@ -156,6 +179,7 @@ def build_models(config: Config) -> Models:
             model.to(torch.bfloat16)
             model.config._attn_implementation = "sdpa"
     fuse(teacher)
+    tile_mlps(hybrid)
     return Models(
         source=source,
         teacher=teacher.requires_grad_(False),
@@ -191,6 +215,13 @@ def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
 
 def load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:
     """What a micro-batch of `micro_batch` sequences of a stage asks of a GPU."""
+    load = _load_of(models, stage, training, micro_batch)
+    if training.activation_offload:
+        load = replace(load, layers=[replace(layer, input_bytes=0) for layer in load.layers])
+    return load.shared(training.sequence_parallel)
+
+
+def _load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:
     tokens = (micro_batch, training.seq_len)
     if stage == "align":
         return _align(models, *tokens)

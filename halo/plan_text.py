@@ -99,7 +99,8 @@ def assumptions(cluster: Cluster) -> str:
         f"where there is more than one GPU, {assumed.FRAGMENTATION:.0%} for fragmentation.",
         "Weights and gradients in bf16, weights and moments of the optimizer in fp32, laid out as DeepSpeed does; "
         "activations from a dry run of each kind of layer.",
-        "Left out: reading data, saving checkpoints, compiling kernels, and the stages that do not train.",
+        "Left out: what ranks that share a sequence exchange (docs/long-context.md), reading data, saving checkpoints, "
+        "compiling kernels, and the stages that do not train.",
     ]
     return "\n".join(textwrap.fill(line, 110) for line in lines) + "\n"
 

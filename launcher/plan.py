@@ -37,7 +37,7 @@ def main() -> int:
     if arguments.network is not None:
         gpu = replace(gpu, network=arguments.network * 1e9 / 8)
     cluster = Cluster(gpu=gpu, nodes=arguments.nodes, gpus_per_node=arguments.gpus_per_node)
-    zero = Zero.read(read_ds_config(arguments.ds_config))
+    zero = Zero.read(read_ds_config(arguments.ds_config), cluster.ranks)
     models = build_models(config)
 
     parts, all_fit = [heading(models, cluster, zero, arguments.ds_config)], True

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from halo.distributed import all_sum, rank, world_size
+from halo.distributed import all_sum, world_size
 from halo.engine import Engine, read_ds_config
-from halo.objectives import Alignment, Distillation, NextToken, document_bounds
+from halo.objectives import Alignment, Distillation, NextToken
 from halo.sequence_parallel import SequenceGroup
 from halo.stages.align import new_mixers
 from halo.teacher import Teacher
@@ -64,35 +64,46 @@ def distillation(mixer: str, degree: int) -> Distillation:
     return Distillation(student(mixer), teacher, cross_entropy=0.5, sequence=SequenceGroup(degree))
 
 
-def loss_and_gradients(objective: Objective, ids: Tensor, zero: str | None = None) -> tuple[Tensor, Gradients]:
+def loss_and_gradients(objective: Objective, ids: Tensor, engine: Engine | None = None) -> tuple[Tensor, Gradients]:
     """The mean over the ranks of the loss and of each parameter's gradient, without ZeRO or as ZeRO gives it."""
-    objective.train()
     asked = objective.ask(ids)()
-    if zero is None:
-        loss, _ = objective(ids, **asked)
+    if engine is None:
+        objective.zero_grad()
+        loss, _ = objective.train()(ids, **asked)
         loss.backward()
-        found = {n: all_sum(p.grad) / world_size() for n, p in objective.named_parameters()}
-        return all_sum(loss.detach()) / world_size(), found
+        found = {name: all_sum(p.grad) / world_size() for name, p in objective.named_parameters()}
+    else:
+        loss, _ = engine.accumulate(input_ids=ids, **asked)
+        found = {name: safe_get_full_grad(p).clone() for name, p in objective.named_parameters()}
+        engine.step(0.0)
+    return all_sum(loss.detach()) / world_size(), found
+
+
+@contextmanager
+def under(zero: str | None, objective: Objective) -> Iterator[Engine | None]:
+    if zero is None:
+        yield None
+        return
     degree = world_size()
     settings = jobs.training(batch=B, micro_batch=B, seq_len=T, sequence_parallel=degree, clip=0.0)
-    engine = Engine(objective, settings, read_ds_config(jobs.DS_CONFIGS / zero), objective.external_parameters())
-    loss, _ = engine.accumulate(input_ids=ids, **asked)
-    found = {n: safe_get_full_grad(p).clone() for n, p in objective.named_parameters()}
+    config = read_ds_config(jobs.DS_CONFIGS / zero)
+    engine = Engine(objective.train(), settings, config, objective.external_parameters())
+    yield engine
     engine.close()
-    return all_sum(loss) / world_size(), found
 
 
 def of_mixers(
     mixers: list[str], zero: str | None, dtype: torch.dtype = torch.float32
 ) -> dict[tuple[str, str], tuple[Tensor, Gradients]]:
     """`loss_and_gradients` of stage 3 with each mixer, on whole rows and packed ones, all ranks sharing each row."""
-    return {
-        (mixer, "packed" if packed else "whole"): loss_and_gradients(
-            next_token(mixer, world_size(), packed).to(dtype), tokens(packed), zero
-        )
-        for mixer in mixers
-        for packed in (False, True)
-    }
+    found = {}
+    for mixer in mixers:
+        objective = next_token(mixer, world_size(), packed=False).to(dtype)
+        with under(zero, objective) as engine:
+            found[mixer, "whole"] = loss_and_gradients(objective, tokens(packed=False), engine)
+            objective._separator = SEPARATOR
+            found[mixer, "packed"] = loss_and_gradients(objective, tokens(packed=True), engine)
+    return found
 
 
 def of_stages(mixer: str) -> dict[str, tuple[Tensor, Gradients]]:
@@ -101,11 +112,13 @@ def of_stages(mixer: str) -> dict[str, tuple[Tensor, Gradients]]:
     return {name: loss_and_gradients(make(mixer, world_size()), tokens(False)) for name, make in stages.items()}
 
 
-def in_tiles(packed: bool, zero: str | None) -> tuple[Tensor, Gradients]:
-    """Stage 3 with everything that spares memory."""
-    options = {"activation_checkpointing": True, "activation_offload": True}
-    with patch("halo.activations.TILE", 7):
-        return loss_and_gradients(next_token("lightning-attn", world_size(), packed, **options), tokens(packed), zero)
+def in_tiles(zero: str | None) -> tuple[Tensor, Gradients]:
+    """Stage 3 with everything that spares memory, on packed rows."""
+    objective = next_token(
+        "lightning-attn", world_size(), packed=True, activation_checkpointing=True, activation_offload=True
+    )
+    with patch("halo.activations.TILE", 7), under(zero, objective) as engine:
+        return loss_and_gradients(objective, tokens(packed=True), engine)
 
 
 def with_a_wrong_exchange(what: str, mixer: str) -> tuple[Tensor, Gradients]:
@@ -165,10 +178,3 @@ def finetune(shards: Any, folder: Any, zero: str, settings: Any) -> Any:
     student = jobs.build_hybrid(made / "hybrid", place)
     objective = NextToken(student, separator=5, sequence=SequenceGroup(settings.sequence_parallel))
     return jobs.run(objective, settings, shards, folder, zero)
-
-
-def chunk_of(ids: Tensor, separator: int) -> tuple[int, Any]:
-    """What a rank of a group has of packed rows."""
-    group = SequenceGroup(world_size())
-    rows = group.begin(ids, document_bounds(ids, separator))
-    return rank(), (rows.of_chunk(ids), rows.positions(), rows.chunk_bounds)

@@ -61,7 +61,7 @@ def test_stages_1_and_2():
 
 @pytest.mark.parametrize("zero", [None, "zero3.json"])
 def test_with_all_that_spares_memory(one_process, zero):
-    for of_rank in run_ranks(2, sequence_jobs.in_tiles, True, zero):
+    for of_rank in run_ranks(2, sequence_jobs.in_tiles, zero):
         assert worst(of_rank, one_process[torch.float32]["lightning-attn", "packed"]) <= 1e-5
 
 
@@ -99,13 +99,3 @@ def test_training_by_groups_of_ranks_is_that_of_one(tmp_path, shards):
     assert first.loss == pytest.approx(one.loss, rel=1e-5)
     for name, weight in one.weights.items():
         torch.testing.assert_close(first.weights[name], weight, rtol=1e-3, atol=1e-4)
-
-
-def test_what_a_rank_has_of_packed_rows():
-    ids = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1, 1, 1]])  # 0 ends a document
-    parts = dict(run_ranks(2, sequence_jobs.chunk_of, ids, 0))
-    (left, positions, bounds), (right, later_positions, later_bounds) = parts[0], parts[1]
-    assert torch.equal(torch.cat([left, right], dim=1), ids)
-    assert positions.tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
-    assert later_positions.tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
-    assert bounds.tolist() == [0, 3, 4, 5, 8] and later_bounds.tolist() == [0, 4, 8]

@@ -62,6 +62,9 @@ def through_host(collective):
 
 
 def _rank(rank: int, store: str, results: str) -> None:
+    import faulthandler
+
+    faulthandler.dump_traceback_later(110)
     os.environ["LOCAL_RANK"] = "0"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dist.all_to_all_single, dist.all_gather = through_host(dist.all_to_all_single), through_host(dist.all_gather)

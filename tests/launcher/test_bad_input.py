@@ -213,6 +213,11 @@ def test_a_choice_of_layers_that_do_not_exist(finished):
     assert "the teacher's layers are 0 to 7" in refusal("selection", finished, "--selection.layers", "[3, 8]")
 
 
+def test_ranks_that_cannot_share_sequences(tmp_path):
+    message = refusal("align", tmp_path / "run", "--align.sequence_parallel", "2")
+    assert message == "align.sequence_parallel = 2 does not divide the 1 ranks: use 1"
+
+
 def test_an_unknown_mixer(tmp_path):
     message = refusal("align", tmp_path / "run", "--rnn_mixer", "lightning")
     assert message.startswith("no RNN mixer 'lightning' (did you mean 'lightning-attn'?); there are: ")
