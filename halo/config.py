@@ -219,12 +219,15 @@ class Scaling:
     seq_len: int = 65_536
     documents: int = 32
     """How many windows of seq_len tokens."""
+    sequence_parallel: int = 1
+    """How many ranks share a window, each with a part of its tokens."""
 
     def __post_init__(self) -> None:
         _check(bool(self.candidates) and min(self.candidates) > 1, "candidates", self.candidates, "numbers above 1")
         small = self.form == "hype" or max(self.candidates) <= 10
         _check(small, "candidates", self.candidates, "at most 10 where they are constants")
-        _check(self.documents >= 1, "documents", self.documents, "at least 1")
+        for name in ("documents", "sequence_parallel"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +241,15 @@ class Evaluation:
     """The teacher's own length: beyond it YaRN's factor is length / yarn_from."""
     batch_tokens: int = 16_384
     """Tokens of one forward; a single longer sample goes alone."""
+    sequence_parallel: int = 1
+    """How many ranks share a sample, each with a part of its tokens: lengths that one GPU does not hold."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         same = len(self.samples) == len(self.lengths) > 0
         _check(same, "samples", self.samples, "one number for each of lengths")
         _check(min(self.samples) >= 1, "samples", self.samples, "at least 1 each")
+        _check(self.sequence_parallel >= 1, "sequence_parallel", self.sequence_parallel, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

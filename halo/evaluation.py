@@ -1,7 +1,8 @@
 """What is measured of a model: needle recall, continuation accuracy, and loss at a length.
 
 Every function takes a plain transformers causal language model (a teacher, a teacher with replaced mixers, a hybrid; of
-any dtype), whole on each rank. The work is split over the ranks, and every rank returns the figure of all.
+any dtype), whole on each rank. The work is split over the ranks, or over groups of ranks that share each sequence
+(`share_sequences`), and every rank returns the figure of all.
 
 Rows of unequal length are padded on the right. No position of a causal model sees what follows it: no mask is needed.
 
@@ -19,12 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from halo.activations import tile_mlps
 from halo.distributed import all_sum, rank, world_size
 from halo.errors import UserError
-from halo.models import unpadded
+from halo.fuse import fuse
 from halo.needle import NeedleSample
+from halo.objectives import next_tokens
+from halo.sequence_parallel import SequenceGroup, parallelize
+from hypenet.losses import IGNORE
+from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 
 Progress = Callable[[int], object]
+ALONE = SequenceGroup()
 
 CHOICES = 4
 NO_TARGET = -100
@@ -41,25 +48,41 @@ class Question:
     """Which of `choices` is the true continuation."""
 
 
+def share_sequences(model: PreTrainedModel, group: SequenceGroup) -> None:
+    """Have a hybrid, or a teacher, compute a chunk of each sequence on each of the group's ranks, without a cache."""
+    if group.degree > 1 and not isinstance(model, HypeNetPreTrainedModel):
+        fuse(model)
+    parallelize([layer.get_submodule("self_attn") for layer in model.model.layers], group)
+    tile_mlps(model)
+
+
 def needle_recall(
-    model: PreTrainedModel, samples: Sequence[NeedleSample], *, batch: int, progress: Progress | None = None
+    model: PreTrainedModel,
+    samples: Sequence[NeedleSample],
+    *,
+    batch: int,
+    group: SequenceGroup = ALONE,
+    progress: Progress | None = None,
 ) -> float:
     """The share of samples whose whole answer is the model's greedy continuation of the prompt (exact match).
 
     One forward over prompt and answer decides: where every answer token is the argmax given the true tokens before it,
     greedy generation writes the same. Samples of about one length belong in one call.
+
+    Args:
+        group: what `share_sequences` was given for the model.
     """
     by_length = sorted(samples, key=lambda sample: len(sample.prompt_ids) + len(sample.answer_ids))
     hits = 0
     with _evaluating(model):
-        for rows in _shares(len(by_length), batch, progress):
+        for rows in _shares(len(by_length), batch, progress, group):
             share = by_length[rows]
             logits, targets = _answer_logits(
-                model, [sample.prompt_ids for sample in share], [sample.answer_ids for sample in share]
+                model, [sample.prompt_ids for sample in share], [sample.answer_ids for sample in share], group
             )
             right = (logits.argmax(-1) == targets) | (targets == NO_TARGET)
-            hits += int(right.all(dim=1).sum())
-    return _total(hits) / len(samples)
+            hits += int(group.all_of(right.all(dim=1)).sum())
+    return _total(hits) / group.degree / len(samples)
 
 
 def continuation_accuracy(
@@ -90,23 +113,29 @@ def continuation_accuracy(
 
 
 def loss_at_length(
-    model: PreTrainedModel, samples: Tensor, *, batch: int = 1, progress: Progress | None = None
+    model: PreTrainedModel,
+    samples: Tensor,
+    *,
+    batch: int = 1,
+    group: SequenceGroup = ALONE,
+    progress: Progress | None = None,
 ) -> float:
     """The mean next-token loss (nats, fp32) over `samples` [N, T] (int64), every token but the first of each.
 
     The head is applied to chunks of hidden states, so that logits of [T, vocabulary] never exist at once.
+
+    Args:
+        group: what `share_sequences` was given for the model; its ranks divide T.
     """
     head = model.get_output_embeddings()
     total = 0.0
     with _evaluating(model):
-        for rows in _shares(len(samples), batch, progress):
+        for rows in _shares(len(samples), batch, progress, group):
             ids = samples[rows].to(model.device)
-            hidden = model.base_model(**unpadded(model, ids)).last_hidden_state[:, :-1]
-            chunks = zip(
-                hidden.flatten(0, 1).split(TOKENS_PER_CHUNK), ids[:, 1:].flatten().split(TOKENS_PER_CHUNK), strict=True
-            )
-            for states, targets in chunks:
-                total += F.cross_entropy(head(states).float(), targets, reduction="sum").item()
+            labels = group.begin(ids).of_chunk(next_tokens(ids)).flatten()
+            hidden = model.base_model(**group.arguments(model, ids)).last_hidden_state.flatten(0, 1)
+            for states, targets in zip(hidden.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True):
+                total += F.cross_entropy(head(states).float(), targets, ignore_index=IGNORE, reduction="sum").item()
     return _total(total) / samples[:, 1:].numel()
 
 
@@ -158,13 +187,13 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _shares(count: int, batch: int, progress: Progress | None) -> Iterator[slice]:
-    """This rank's batches of `count` samples: one of every `world_size()` batches that follow each other."""
+def _shares(count: int, batch: int, progress: Progress | None, group: SequenceGroup = ALONE) -> Iterator[slice]:
+    """The batches of `count` samples that are this rank's, or its group's: each takes one in turn."""
     if count == 0:
         raise ValueError("there is nothing to evaluate: no samples were given")
-    stride = batch * world_size()
+    stride = batch * (world_size() // group.degree)
     for first in range(0, count, stride):
-        mine = first + batch * rank()
+        mine = first + batch * (rank() // group.degree)
         if mine < count:
             yield slice(mine, mine + batch)
         if progress is not None:
@@ -177,21 +206,27 @@ def _total(value: float) -> float:
 
 
 def _answer_logits(
-    model: PreTrainedModel, contexts: Sequence[list[int]], answers: Sequence[list[int]]
+    model: PreTrainedModel,
+    contexts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    group: SequenceGroup = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """One forward over contexts with their answers, and what it predicts for the answers.
 
     Returns:
         Logits [B, A, vocabulary] in the model's dtype, and the tokens that they are to predict, [B, A], `NO_TARGET`
-        where a row has no answer token. A reaches from the first position of any answer to the last.
+        where a row has none: of the positions in this rank's chunk at which some row has an answer's token.
     """
-    length = max(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True))
+    longest = max(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True)) - 1
+    length = -(-longest // group.degree) * group.degree
     ids = torch.zeros(len(contexts), length, dtype=torch.long)
     targets = torch.full_like(ids, NO_TARGET)
     for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
-        end = len(context) + len(answer)
-        ids[row, :end] = torch.tensor(context + answer)
-        targets[row, len(context) : end] = torch.tensor(answer)
-    keep = length - min(map(len, contexts))
-    logits = model(**unpadded(model, ids[:, :-1].to(model.device)), logits_to_keep=keep).logits
-    return logits, targets[:, -keep:].to(model.device)
+        tokens, begin = context + answer, len(context) - 1
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        targets[row, begin : begin + len(answer)] = torch.tensor(answer)
+    targets = group.begin(ids).of_chunk(targets)
+    asked = (targets != NO_TARGET).any(0).nonzero().flatten()
+    arguments = group.arguments(model, ids.to(model.device))
+    logits = model(**arguments, logits_to_keep=asked.to(model.device)).logits
+    return logits, targets[:, asked].to(model.device)

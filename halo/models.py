@@ -15,10 +15,9 @@ from halo.config import Config, build
 from halo.errors import UserError
 from halo.fuse import window_of
 from halo.gguf_file import check_gguf, is_gguf, where
-from halo.sequence_parallel import check_degree
 from halo.tokenizer import load_tokenizer
 from hypenet import HypeNetForCausalLM
-from hypenet.mixers import MIXERS, build_mixer
+from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 from hypenet.transfer import TEACHERS, hybrid_config, mixer_from_attention
 
@@ -109,30 +108,6 @@ def check_architecture(teacher: Path, config: Config) -> None:
         mixer_from_attention(layer.self_attn, hybrid, 0)
     except ValueError as error:
         raise UserError(f"no hybrid of this architecture from {teacher}: {_first_line(error)}") from error
-
-
-def check_sequence_parallel(teacher: Path, config: Config, stage: str, ranks: int) -> None:
-    """Whether the ranks can share the sequences of a stage as its settings say.
-
-    Raises:
-        UserError: saying what does not fit, and what would.
-    """
-    training, shape, name = getattr(config, stage), load_config(teacher), f"{stage}.sequence_parallel"
-    if training.sequence_parallel == 1:
-        return
-    with torch.device("meta"):
-        mixers = [
-            build_mixer(hybrid_config(shape, kept, rnn_mixer=config.rnn_mixer, **config.architecture.switches()), 0)
-            for kept in ([], [0])
-        ]
-        layers = AutoModelForCausalLM.from_config(shape).model.layers
-    check_degree(name, training.sequence_parallel, seq_len=training.seq_len, ranks=ranks, mixers=mixers)
-    windows = [window_of(layer.self_attn) for layer in layers] if stage != "finetune" else []
-    if any(window is not None and window < training.seq_len for window in windows):
-        raise UserError(
-            f"{name} = {training.sequence_parallel}: the teacher has layers that see fewer tokens than a sequence of "
-            f"{training.seq_len}: set it to 1"
-        )
 
 
 def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:

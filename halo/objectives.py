@@ -13,7 +13,6 @@ from halo.distributed import world_size
 from halo.flops import align_flops, distill_flops, next_token_flops
 from halo.linear_kl import linear_kl
 from halo.look_ahead import Answer
-from halo.models import unpadded
 from halo.sequence_parallel import SequenceGroup, parallelize
 from halo.squared_error import squared_error
 from halo.teacher import Asked, Teacher
@@ -150,11 +149,7 @@ class _Headed(Objective):
         """
         labels = next_tokens(input_ids, bounds)
         rows = self.sequence.begin(input_ids, bounds)
-        arguments = unpadded(self.student, rows.of_chunk(input_ids))
-        if self.sequence.degree > 1 or bounds is not None:  # else the model counts by itself
-            arguments["position_ids"] = rows.positions().to(input_ids.device, non_blocking=True)
-            arguments["cu_seq_lens_q"] = rows.chunk_bounds
-        hidden = self.student.model(**arguments).last_hidden_state
+        hidden = self.student.model(**self.sequence.arguments(self.student, input_ids)).last_hidden_state
         batch, tokens = input_ids.shape
         count = batch * (tokens - 1) / self.sequence.degree
         return hidden.flatten(0, 1), rows.of_chunk(labels).flatten(), count

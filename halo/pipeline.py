@@ -12,8 +12,9 @@ from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
 from halo.graph import stages_to
 from halo.launch import Job, launch
-from halo.models import check_architecture, check_sequence_parallel, find_teacher
+from halo.models import check_architecture, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint
+from halo.sequence_parallel import check_sequence_parallel
 from halo.stages import align, distill, evaluate, export, finetune, scale, select
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
@@ -68,15 +69,16 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
     mixer, mixers = job.config.rnn_mixer, sorted(MIXERS.keys() - {ATTENTION})
     if mixer not in mixers:
         raise UserError(f"no RNN mixer '{mixer}'{suggest(mixer, mixers)}; there are: {', '.join(mixers)}")
-    trained = {name: settings for name in names if isinstance(settings := getattr(job.config, name, None), Training)}
-    for settings in trained.values():
-        if world_size() % settings.sequence_parallel == 0:  # else it is refused below
-            complete_ds_config(ds_config, settings)
+    for name in names:
+        training = getattr(job.config, name, None)
+        if isinstance(training, Training) and world_size() % training.sequence_parallel == 0:  # else refused below
+            complete_ds_config(ds_config, training)
     claim(job.run, job.config)
     teacher = find_teacher(job.config.teacher)
     check_architecture(teacher, job.config)
-    for name in trained:
-        check_sequence_parallel(teacher, job.config, name, world_size())
+    for name in names:
+        if hasattr(getattr(job.config, name, None), "sequence_parallel"):
+            check_sequence_parallel(teacher, job.config, name, world_size())
     check_teacher(teacher)
     context = Context(
         config=job.config,

@@ -14,16 +14,23 @@ Shapes: B rows, T tokens of a row, S ranks of a group, C = T / S tokens of a chu
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from halo.config import Config
 from halo.distributed import rank
 from halo.errors import UserError
+from halo.fuse import window_of
+from halo.models import load_config, unpadded
 from hypenet.linear_attention import by_token, linear_attention
+from hypenet.mixers import build_mixer
 from hypenet.rnn_mixer import RNNMixer
+from hypenet.transfer import hybrid_config
 
 
 class Rows:
@@ -108,6 +115,16 @@ class SequenceGroup:
         """Take up rows of [B, T] tokens, with packed documents where there are `bounds` (as `Rows` has them)."""
         self._rows = Rows(tuple(input_ids.shape), bounds, self.degree, self.place)  # type: ignore[arg-type]
         return self._rows
+
+    def arguments(self, model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
+        """Of a forward of this rank's chunk of the rows that were begun, [B, T], without a cache."""
+        rows = self.rows
+        arguments = unpadded(model, rows.of_chunk(input_ids))
+        if self.degree > 1 or rows.bounds is not None:  # else the model counts by itself
+            arguments["position_ids"] = rows.positions().to(input_ids.device, non_blocking=True)
+        if rows.bounds is not None:
+            arguments["cu_seq_lens_q"] = rows.chunk_bounds
+        return arguments
 
     def all_of(self, flags: Tensor) -> Tensor:
         """[N] of this rank -> [N], true where it is so on every rank of the group."""
@@ -340,6 +357,32 @@ def parallelize(mixers: Iterable[nn.Module], group: SequenceGroup) -> None:
 
 def can_be_split(mixer: nn.Module) -> bool:
     return hasattr(mixer, "recurrence") or hasattr(mixer, "attend")
+
+
+def check_sequence_parallel(teacher: Path, config: Config, stage: str, ranks: int) -> None:
+    """Whether the ranks can share the sequences of a stage as its settings say, found out without a weight.
+
+    Raises:
+        UserError: saying what does not fit, and what would.
+    """
+    settings, shape = getattr(config, stage), load_config(teacher)
+    degree, name = settings.sequence_parallel, f"{stage}.sequence_parallel"
+    if degree == 1:
+        return
+    with torch.device("meta"):
+        mixers = [
+            build_mixer(hybrid_config(shape, kept, rnn_mixer=config.rnn_mixer, **config.architecture.switches()), 0)
+            for kept in ([], [0])
+        ]
+        layers = AutoModelForCausalLM.from_config(shape).model.layers
+    longest = max(settings.lengths) if stage == "eval" else settings.seq_len
+    # Evaluation fills up what its ranks do not divide.
+    check_degree(name, degree, seq_len=degree if stage == "eval" else longest, ranks=ranks, mixers=mixers)
+    windows = [window_of(layer.self_attn) for layer in layers] if stage not in ("finetune", "scaling") else []
+    if any(window is not None and window < longest for window in windows):
+        raise UserError(
+            f"{name} = {degree}: the teacher has layers that see fewer tokens than a sequence of {longest}: set it to 1"
+        )
 
 
 def check_degree(name: str, degree: int, *, seq_len: int, ranks: int, mixers: Iterable[nn.Module]) -> None:

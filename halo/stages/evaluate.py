@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from halo.context import Context
 from halo.distributed import device, on_rank0
-from halo.evaluation import needle_recall
+from halo.evaluation import needle_recall, share_sequences
 from halo.metrics import progress_bar
 from halo.models import apply_yarn, load_hybrid, load_teacher
 from halo.needle import VARIANTS
 from halo.report import Cell, Results, StageCost, to_json, to_markdown, to_png
+from halo.sequence_parallel import SequenceGroup
 from halo.stages.export import MODEL
 from halo.stages.held_out import HeldOut
 from halo.tokenizer import load_tokenizer
@@ -26,7 +27,8 @@ def run(context: Context) -> None:
     began = time.perf_counter()
     settings = context.config.eval
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
-    rows = _rows(context)
+    group = SequenceGroup(settings.sequence_parallel)
+    rows = _rows(context, group)
     cells = []
     with progress_bar(len(rows) * len(VARIANTS) * sum(settings.samples), "evaluate", unit="sample") as bar:
         for length, count in zip(settings.lengths, settings.samples, strict=True):
@@ -36,7 +38,9 @@ def run(context: Context) -> None:
                 model = model_at(length)
                 for variant in VARIANTS:
                     batch = max(1, settings.batch_tokens // length)
-                    recall[variant][name] = needle_recall(model, samples[variant], batch=batch, progress=bar.update)
+                    recall[variant][name] = needle_recall(
+                        model, samples[variant], batch=batch, group=group, progress=bar.update
+                    )
             cells += [Cell(variant=v, length=length, samples=count, recall=recall[v]) for v in VARIANTS]
 
     def finish() -> None:
@@ -50,10 +54,12 @@ def run(context: Context) -> None:
     on_rank0(finish)
 
 
-def _rows(context: Context) -> dict[str, Callable[[int], PreTrainedModel]]:
+def _rows(context: Context, group: SequenceGroup) -> dict[str, Callable[[int], PreTrainedModel]]:
     """The table's rows: name -> the model as it is run at a length."""
     teacher = load_teacher(context.teacher).to(device())
     hybrid = load_hybrid(context.run / "export" / MODEL).to(device())
+    for model in (teacher, hybrid):
+        share_sequences(model, group)
     scaling, original = hybrid.config.attn_logits_scaling, context.config.eval.yarn_from
 
     def teacher_plain(length: int) -> PreTrainedModel:

@@ -7,9 +7,10 @@ import time
 
 from halo.context import Context
 from halo.distributed import device, on_rank0
-from halo.evaluation import loss_at_length
+from halo.evaluation import loss_at_length, share_sequences
 from halo.metrics import progress_bar
 from halo.models import load_hybrid
+from halo.sequence_parallel import SequenceGroup
 from halo.stages.distill import HYBRID
 from halo.stages.held_out import HeldOut
 from halo.tokenizer import load_tokenizer
@@ -25,13 +26,15 @@ def run(context: Context) -> None:
         settings.seq_len, settings.documents
     )
     hybrid = load_hybrid(context.run / "finetune" / HYBRID).to(device())
+    group = SequenceGroup(settings.sequence_parallel)
+    share_sequences(hybrid, group)
     scaled = {f"{a:g}": hype_scaling(a) if settings.form == "hype" else a for a in settings.candidates}
     specs: dict[str, str | float | None] = {"none": None} | scaled
     losses = {}
     with progress_bar(len(specs) * len(samples), "scale", unit="sample") as bar:
         for name, spec in specs.items():
             hybrid.config.attn_logits_scaling = spec
-            losses[name] = loss_at_length(hybrid, samples, progress=bar.update)
+            losses[name] = loss_at_length(hybrid, samples, group=group, progress=bar.update)
     best = min(scaled, key=lambda name: losses[name])
 
     def finish() -> None:

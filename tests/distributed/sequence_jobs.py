@@ -12,6 +12,8 @@ from torch import Tensor
 
 from halo.distributed import all_sum, world_size
 from halo.engine import Engine, read_ds_config
+from halo.evaluation import loss_at_length, needle_recall, share_sequences
+from halo.needle import NeedleSample
 from halo.objectives import Alignment, Distillation, NextToken
 from halo.sequence_parallel import SequenceGroup
 from halo.stages.align import new_mixers
@@ -169,6 +171,34 @@ def bytes_received(mixers: list[str], length: int) -> dict[str, dict[str, int]]:
             objective(torch.zeros(B, length, dtype=torch.long))[0].backward()
         found[mixer] = received
     return found
+
+
+def answers(prompts: list[list[int]]) -> list[NeedleSample]:
+    """The two tokens with which the hybrid goes on, but after every third prompt others."""
+    model, samples = scaled_hybrid(), []
+    for i, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(2):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        answer = [(token + (i % 3 == 0)) % SEPARATOR for token in ids[-2:]]
+        samples.append(NeedleSample(variant="", prompt_ids=prompt, answer_ids=answer, answer="", depth=0.0))
+    return samples
+
+
+def scaled_hybrid() -> HypeNetForCausalLM:
+    model = student("lightning-attn").eval()
+    model.config.attn_logits_scaling = "hype 4"
+    return model
+
+
+def evaluate(samples: list[NeedleSample], ids: Tensor, degree: int) -> tuple[float, float, float]:
+    """The hybrid's recall and loss, and a teacher's loss."""
+    group, hybrid, teacher = SequenceGroup(degree), scaled_hybrid(), jobs.make_teacher()
+    for model in (hybrid, teacher):
+        share_sequences(model, group)
+    recall = needle_recall(hybrid, samples, batch=2, group=group)
+    return recall, loss_at_length(hybrid, ids, group=group), loss_at_length(teacher, ids, group=group)
 
 
 def finetune(shards: Any, folder: Any, zero: str, settings: Any) -> Any:

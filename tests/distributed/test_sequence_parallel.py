@@ -99,3 +99,14 @@ def test_training_by_groups_of_ranks_is_that_of_one(tmp_path, shards):
     assert first.loss == pytest.approx(one.loss, rel=1e-5)
     for name, weight in one.weights.items():
         torch.testing.assert_close(first.weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_by_groups_of_ranks_is_that_of_one():
+    generator = torch.Generator().manual_seed(5)
+    lengths = (31, 40, 33, 36, 29, 38, 35)  # none of which two ranks divide with its answer
+    samples = sequence_jobs.answers([torch.randint(0, 63, (n,), generator=generator).tolist() for n in lengths])
+    ids = torch.randint(0, 63, (5, 48), generator=generator)
+    recall, loss, of_teacher = sequence_jobs.evaluate(samples, ids, 1)
+    assert recall == pytest.approx(4 / 7)
+    for found in run_ranks(4, sequence_jobs.evaluate, samples, ids, 2):
+        assert found == pytest.approx((recall, loss, of_teacher), rel=1e-6)
