@@ -2,8 +2,9 @@
 
     config = load_config("tiny", overrides=["--distill.lr", "5e-5"])
 
-A preset names only what differs from the defaults below, which are the paper's (Tables 5 and 12). Unknown keys
-are refused with a suggestion. In a preset, a path that starts with "./" or "../" is relative to the preset's file.
+A preset names only what differs from the defaults below, which are the paper's (Tables 5 and 12), or from the shipped
+preset that is its `base`. Unknown keys are refused with a suggestion. In a preset, a path that starts with "./" or
+"../" is relative to the preset's file.
 """
 
 import difflib
@@ -294,12 +295,26 @@ def load_config(preset: str | Path, overrides: Sequence[str] = (), recorded: Pat
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.toml"))
         raise UserError(f"no preset '{preset}'{suggest(str(preset), names)}; presets: {', '.join(names)}")
-    table = {"name": path.stem} | _anchor(read_toml(path), path.parent)
+    table = {"name": path.stem} | _read_preset(path)
     if recorded is not None and recorded.is_file():
         path, table = recorded, read_toml(recorded) | {"name": table["name"]}
     for key, value in _pairs(overrides):
         _assign(table, key, value)
     return build(Config, table, where=str(path))
+
+
+def _read_preset(path: Path) -> dict[str, Any]:
+    """A preset, on top of the shipped one that it names as its `base`, if any."""
+    table = _anchor(read_toml(path), path.parent)
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if not (PRESETS / f"{base}.toml").is_file():
+        raise UserError(f"{path} names a base that is no shipped preset: '{base}'")
+    merged = _read_preset(PRESETS / f"{base}.toml")
+    for key, value in table.items():
+        merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    return merged
 
 
 def read_toml(path: Path) -> dict[str, Any]:
