@@ -1,6 +1,7 @@
 """Presets: what ships parses and builds; what is wrong is named, with the right key suggested."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from hypenet.transfer import hybrid_config
 from tests.halo.teachers import teacher_config
 
 SHIPPED = sorted(path.stem for path in PRESETS.glob("*.toml"))
+CONVERSIONS = ["hypenet-2b", "hypenet-5b", "hypenet-9b", "tiny"]
 
 
 def test_the_presets_of_the_paper_ship():
-    assert SHIPPED == ["hypenet-2b", "hypenet-5b", "hypenet-9b", "tiny"]
+    longer = [f"{name}-{length}" for name in CONVERSIONS if name != "tiny" for length in ("64k", "256k")]
+    assert sorted(SHIPPED) == sorted([*CONVERSIONS, *longer])
 
 
 @pytest.mark.parametrize("preset", SHIPPED)
@@ -27,7 +30,7 @@ def test_every_preset_parses_and_survives_toml(preset):
     assert tomllib.loads(to_toml(config_table(config))) == config_table(config)
 
 
-@pytest.mark.parametrize("preset", SHIPPED)
+@pytest.mark.parametrize("preset", CONVERSIONS)
 def test_every_preset_builds(preset):
     """The hybrid of the preset, at full size, on the meta device."""
     teacher = teacher_config(load_config(preset).teacher)
@@ -42,12 +45,26 @@ def test_every_preset_builds(preset):
     )
 
 
-@pytest.mark.parametrize("preset", ["hypenet-2b", "hypenet-5b", "hypenet-9b"])
+@pytest.mark.parametrize("preset", [name for name in SHIPPED if name != "tiny"])
 def test_the_paper_presets_train_on_the_papers_tokens(preset):
     """Table 5: 320M, 1B and 1B tokens."""
     config = load_config(preset)
     tokens = [t.steps * t.batch * t.seq_len for t in (config.align, config.distill, config.finetune)]
     assert tokens == pytest.approx([320e6, 1e9, 1e9], rel=0.05)
+
+
+def test_a_preset_on_top_of_another():
+    longer, base = load_config("hypenet-9b-64k"), load_config("hypenet-9b")
+    settings = longer.finetune
+    assert (settings.seq_len, settings.batch, settings.sequence_parallel) == (65_536, 32, 2)
+    changed = {"seq_len": 16_384, "batch": 128, "sequence_parallel": 1}
+    assert replace(longer, name=base.name, finetune=replace(settings, **changed)) == base
+
+
+def test_a_base_that_does_not_ship(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "hypenet-7b"')
+    with pytest.raises(UserError, match=r"mine.toml names a base that is no shipped preset: 'hypenet-7b'$"):
+        load_config(tmp_path / "mine.toml")
 
 
 @pytest.mark.parametrize(
