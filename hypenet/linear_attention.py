@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import check_gated_backward, kernel, serves
 
@@ -167,9 +168,17 @@ def each_document(
     return torch.cat(outputs, dim=1), whole
 
 
+_MOVED = WeakTensorKeyDictionary()
+
+
 def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """`cu_seqlens` where a kernel that takes `x` reads them."""
-    return None if cu_seqlens is None else cu_seqlens.to(x.device, non_blocking=True)
+    """`cu_seqlens` where a kernel that takes `x` reads them. Moved once for all layers: by the tensor that it is given,
+    fla knows what it has derived before, for which the host waits."""
+    if cu_seqlens is None or cu_seqlens.device == x.device:
+        return cu_seqlens
+    if cu_seqlens not in _MOVED or _MOVED[cu_seqlens].device != x.device:
+        _MOVED[cu_seqlens] = cu_seqlens.to(x.device)
+    return _MOVED[cu_seqlens]
 
 
 def widen(x: Tensor) -> Tensor:
