@@ -15,11 +15,13 @@ help: ## list the targets
 
 install: $(INSTALLED) ## create .venv and install the project into it
 
+# pip would compile on one core. Some files are templates, and no Python.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: add PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -e '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 demo: install ## convert the embedded teacher, all stages, and show what the hybrid remembers
