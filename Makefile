@@ -15,11 +15,13 @@ help: ## list the targets
 
 install: $(INSTALLED) ## create .venv and install the project into it
 
+# pip would compile on one core. Some files are templates, and no Python.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: add PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -e '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 demo: install ## convert the embedded teacher, all stages, and show what the hybrid remembers
@@ -29,7 +31,7 @@ teacher: install ## remake the embedded teacher from its preset
 	$(WITH_PATH) deepspeed launcher/pretrain.py --preset tiny --run runs/tiny-teacher
 
 test: install ## run the tests
-	$(WITH_PATH) OMP_NUM_THREADS=1 python -m pytest
+	$(WITH_PATH) OMP_NUM_THREADS=1 python -m pytest -n 2
 
 # The resolver picks transformers 4 (pyproject.toml says why); the model code also runs on 5, which stands apart.
 TRANSFORMERS5 := .venv/transformers5
@@ -37,7 +39,7 @@ TRANSFORMERS5 := .venv/transformers5
 compat: install ## run the model's tests on transformers 5
 	test -d $(TRANSFORMERS5) || $(BIN)/python -m pip install --no-deps --target $(TRANSFORMERS5) \
 		transformers==5.17.0 huggingface-hub==1.33.0 tokenizers==0.23.2
-	$(WITH_PATH) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRANSFORMERS5) python -m pytest -q tests/hypenet
+	$(WITH_PATH) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRANSFORMERS5) python -m pytest -q -n 2 tests/hypenet
 
 soak: install ## kill a training run 20 times, and compare it with one that was not
 	$(WITH_PATH) OMP_NUM_THREADS=1 python -m tests.distributed.soak --steps 60 --kills 20

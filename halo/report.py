@@ -8,9 +8,11 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TASKS = {
     "niah_single_1": "a number in noise",
@@ -106,7 +108,7 @@ def to_markdown(results: Results) -> str:
 
 def to_png(results: Results) -> bytes:
     """Recall over length, one panel a variant and one line a model, to be read at a width of 900 pixels."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = _figure(9, 3.4)
     panels = figure.subplots(1, len(results.variants), sharey=True, squeeze=False)[0]
     for panel, variant in zip(panels, results.variants, strict=True):
         _draw(panel, results, variant)
@@ -121,7 +123,7 @@ def to_png(results: Results) -> bytes:
 
 def selection_png(recall: Sequence[float], csr: Sequence[float], kept: Sequence[int]) -> bytes:
     """Recall and CSR in [0, 1] of the teacher with each one layer replaced, and which layers stay attention."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = _figure(9, 3)
     panel = figure.subplots()
     for number, layer in enumerate(kept):
         panel.axvspan(layer - 0.4, layer + 0.4, color="0.88", label="stays attention" if number == 0 else None)
@@ -143,7 +145,13 @@ def selection_png(recall: Sequence[float], csr: Sequence[float], kept: Sequence[
     return _png(figure)
 
 
-def _draw(panel: Axes, results: Results, variant: str) -> None:
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # not at every start: most commands draw nothing
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw(panel: "Axes", results: Results, variant: str) -> None:
     cells = results.of(variant)
     lengths = [cell.length for cell in cells]
     for model, (color, marker, linestyle) in zip(results.models, itertools.cycle(LINES), strict=False):
@@ -158,14 +166,14 @@ def _draw(panel: Axes, results: Results, variant: str) -> None:
     _tidy(panel)
 
 
-def _tidy(panel: Axes) -> None:
+def _tidy(panel: "Axes") -> None:
     panel.set_ylim(-3, 103)
     panel.grid(color="0.9")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
     return png.getvalue()

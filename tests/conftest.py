@@ -2,9 +2,38 @@
 
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
+
+ORDER = ["slurm", "hypenet", "halo", "launcher", "distributed"]
+"""Of the folders in `pytest -n 2`. Slurm's tests wait a lot: they begin, beside those that need one process each."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # under pytest-xdist
+        items.sort(key=lambda item: (*ORDER, item.path.parent.name).index(item.path.parent.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What runs in one process, in turn: a module, or all that share more than that."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.partition("::")[0])
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+def group(module: str) -> str:
+    """Those of Slurm share a cluster; those of launchers one demo's run, and the one port of DeepSpeed's launcher."""
+    if module.startswith("tests/launcher") or module == "tests/distributed/test_stopping.py":
+        return "launcher"
+    return "slurm" if module.startswith("tests/slurm") else module
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from halo.split import Split, split_ranks
 
 # A server that has imported everything once forks the ranks: importing it takes longer than most jobs.
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.distributed.jobs"])
+CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def run_ranks(

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from halo.launch import EXIT_SAVED
-from tests.launcher.conftest import BIN, ROOT, SMALL
+from tests.launcher.conftest import BIN, ENVIRONMENT, ROOT, SMALL, free_port
 
 SECONDS_TO_END = 60.0
 """Of a rank beside one that was killed."""
@@ -25,7 +24,7 @@ def start(*command: object, **environment: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables,
+        env=os.environ | ENVIRONMENT | {"PATH": path} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -34,10 +33,7 @@ def start(*command: object, **environment: object) -> subprocess.Popen[str]:
 
 def start_ranks(run: Path) -> list[subprocess.Popen[str]]:
     """Two ranks of stage 1 without a launcher, as srun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = (sys.executable, "launcher/align.py", "--run", run, "--ds_config", "ds_configs/zero3.json", *ENDLESS)
     return [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
 

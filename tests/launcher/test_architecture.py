@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from halo.config import load_config
 from halo.tokenizer import load_tokenizer
 from tests.halo.gguf_teacher import make_llama, write_gguf
-from tests.launcher.conftest import SMALL, deepspeed
+from tests.launcher.conftest import SMALL, Launch
 
 
-def test_a_llama_from_gguf_with_everything_switched(tmp_path: Path):
+def test_a_llama_from_gguf_with_everything_switched(tmp_path: Path, launch: Launch):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     tokenizer = load_tokenizer(Path(load_config("tiny").teacher))
@@ -26,11 +26,7 @@ def test_a_llama_from_gguf_with_everything_switched(tmp_path: Path):
     ]
     # fmt: on
     run = tmp_path / "run"
-    done = deepspeed(
-        *("launcher/export_hybrid.py", "--run", str(run), "--teacher", str(teacher)),
-        *SMALL,
-        *switches,
-    )
+    done = launch("launcher/export_hybrid.py", "--run", str(run), "--teacher", str(teacher), *SMALL, *switches)
     assert done.returncode == 0, done.stdout + done.stderr
     model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", dtype=torch.float32)
     config = model.config

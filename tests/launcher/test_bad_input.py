@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from halo.config import config_table, load_config, to_toml
 from halo.errors import UserError
-from halo.launch import Job
+from halo.launch import EXIT_USER_ERROR, Job
 from halo.pipeline import run_stage
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
 
@@ -276,16 +276,16 @@ def test_both_ranks_end_with_one_line_and_a_status(tmp_path):
     assert "which is missing: run launcher/align.py first" in errors(done)[0]
 
 
-def test_an_altered_shard_ends_both_ranks(finished):
+def test_an_altered_shard_ends_both_ranks(finished, launch):
     shutil.rmtree(finished / "distill")
     shard = next((finished / "data" / "distill").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-10])
-    done = deepspeed("launcher/kd.py", "--preset", "tiny", "--run", str(finished), *SMALL, ranks=2)
-    assert done.returncode != 0
+    done = launch("launcher/kd.py", "--preset", "tiny", "--run", str(finished), *SMALL, ranks=2)
+    assert done.returncode == EXIT_USER_ERROR
     assert errors(done) == [f"error: {shard} is truncated or altered; remove {shard.parent} and prepare it anew"]
 
 
-def test_more_ranks_than_samples_end_both_ranks(tmp_path):
-    done = deepspeed("launcher/align.py", "--run", str(tmp_path / "run"), *SMALL, "--align.batch", "1", ranks=2)
-    assert done.returncode != 0
+def test_more_ranks_than_samples_end_both_ranks(tmp_path, launch):
+    done = launch("launcher/align.py", "--run", str(tmp_path / "run"), *SMALL, "--align.batch", "1", ranks=2)
+    assert done.returncode == EXIT_USER_ERROR
     assert errors(done) == ["error: 2 ranks are more than the 1 samples of a batch: use fewer ranks"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halo.config import load_config
 from halo.run import sha256
-from tests.launcher.conftest import SMALL, deepspeed
+from tests.launcher.conftest import SMALL
 
 TEACHER = Path(load_config("tiny").teacher)
 
@@ -75,38 +75,38 @@ def test_the_table_has_all_rows_and_variants(demo):
     assert (run / "eval" / "niah.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_start_finds_everything_done(demo):
+def test_a_second_start_finds_everything_done(demo, launch):
     run, _ = demo
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.toml"}
-    again = deepspeed("launcher/demo.py", "--run", str(run), "--ds_config", "ds_configs/zero3.json", *SMALL)
+    again = launch("launcher/demo.py", "--run", str(run), "--ds_config", "ds_configs/zero3.json", *SMALL)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done already") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_run_remembers_what_was_set(demo):
+def test_a_run_remembers_what_was_set(demo, launch):
     """A later command on the run need not repeat it."""
     run, _ = demo
-    again = deepspeed("launcher/evaluate_needles.py", "--preset", "tiny", "--run", str(run))
+    again = launch("launcher/evaluate_needles.py", "--preset", "tiny", "--run", str(run))
     assert again.returncode == 0, again.stderr
     assert f"eval: done already, in {run / 'eval'}" in again.stdout
     assert load_config("tiny", recorded=run / "config.toml").eval.lengths == (256, 512)
 
 
-def test_kd_as_typed_prepares_what_is_missing(tmp_path):
+def test_kd_as_typed_prepares_what_is_missing(tmp_path, launch):
     run = tmp_path / "typed"
-    done = deepspeed("launcher/kd.py", "--ds_config", "ds_configs/zero3.json", "--run", str(run), *SMALL)
+    done = launch("launcher/kd.py", "--ds_config", "ds_configs/zero3.json", "--run", str(run), *SMALL)
     assert done.returncode == 0, done.stderr
     assert "align: missing, preparing it for distill" in done.stdout
     assert (run / "distill" / "hybrid" / "model.safetensors").is_file()
     assert not (run / "finetune").exists()
 
 
-def test_pretraining_leaves_a_teacher(tmp_path):
+def test_pretraining_leaves_a_teacher(tmp_path, launch):
     """The command that made the embedded one, two steps of it."""
     run = tmp_path / "teacher"
     small = ["--pretrain.steps", "2", "--pretrain.batch", "4", "--pretrain.corpus.samples", "16"]
-    done = deepspeed("launcher/pretrain.py", "--preset", "tiny", "--run", str(run), *small)
+    done = launch("launcher/pretrain.py", "--preset", "tiny", "--run", str(run), *small)
     assert done.returncode == 0, done.stderr
     made, embedded = (AutoModelForCausalLM.from_pretrained(path) for path in (run / "pretrain" / "teacher", TEACHER))
     assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in embedded.named_parameters()}

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from halo.launch import EXIT_SAVED, EXIT_USER_ERROR
 from tests.distributed.test_stopping import SECONDS_TO_END, start
-from tests.launcher.conftest import SMALL, deepspeed
+from tests.launcher.conftest import SMALL, deepspeed, free_port
 
 DEDICATED = ["--distill.teacher_placement", "dedicated", "--distill.teacher_ranks", "1"]
 TYPED = ["--preset", "tiny", "--ds_config", "ds_configs/zero3.json", *SMALL, *DEDICATED]
@@ -30,23 +29,20 @@ def selected(demo, tmp_path: Path) -> Path:
     return run
 
 
-def test_deepspeed_starts_both_kinds_of_ranks_and_a_second_start_finds_it_done(selected, demo):
+def test_deepspeed_starts_both_kinds_of_ranks_and_a_second_start_finds_it_done(selected, demo, launch):
     done = deepspeed("launcher/kd.py", "--run", str(selected), *TYPED, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     weights, whole = (load_file(run / "distill" / "hybrid" / "model.safetensors") for run in (selected, demo[0]))
     for name, weight in whole.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
-    again = deepspeed("launcher/kd.py", "--run", str(selected), *TYPED, ranks=2)
+    again = launch("launcher/kd.py", "--run", str(selected), *TYPED, ranks=2)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count(f"distill: done already, in {selected / 'distill'}") == 1
 
 
 def start_ranks(run: Path, *more: str) -> list[subprocess.Popen[str]]:
     """A student and a teacher without a launcher, as srun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = (sys.executable, "launcher/kd.py", "--run", run, *TYPED, *more)
     return [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
 
@@ -61,13 +57,12 @@ def wait_for_steps(run: Path, number: int, ranks: list[subprocess.Popen[str]]) -
         psutil.wait_procs([psutil.Process(rank.pid) for rank in ranks], timeout=0.1)
 
 
-def test_a_users_mistake_ends_both_with_one_line(selected, started):
-    ranks = start_ranks(selected, "--distill.teacher_logits", "top_k", "--distill.teacher_top_k", "5000")
-    started += ranks
-    told = [rank.communicate()[0] for rank in ranks]  # they start first, which may take its time
-    assert [rank.returncode for rank in ranks] == [EXIT_USER_ERROR] * 2, told
-    assert "".join(told).count("error: ") == 1
-    assert "error: distill.teacher_top_k = 5000 is more than the 1024 words of the vocabulary" in told[0]
+def test_a_users_mistake_ends_both_with_one_line(selected, launch):
+    mistake = ("--distill.teacher_logits", "top_k", "--distill.teacher_top_k", "5000")
+    done = launch("launcher/kd.py", "--run", str(selected), *TYPED, *mistake, ranks=2)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.count("error: ") == 1
+    assert "error: distill.teacher_top_k = 5000 is more than the 1024 words of the vocabulary" in done.stderr
 
 
 def test_both_save_when_asked_to_stop(selected, started):

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.launcher.conftest import ENVIRONMENT
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NODES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
@@ -59,7 +61,7 @@ class Cluster:
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.environment |= ENVIRONMENT | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
         host = os.uname().nodename.split(".")[0]
