@@ -170,7 +170,7 @@ class _Work:
             except BrokenProcessPool as error:
                 raise UserError("a worker process was killed, out of memory perhaps: take fewer --workers") from error
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
 
     def merge(self, settings: Mapping[str, Any]) -> None:
         """Write what stands at the end: the joined samples, the indexes, and the manifests.
@@ -300,8 +300,8 @@ def _is_claimed(folder: Path, settings: Mapping[str, Any]) -> bool:
     before = json.loads(plan.read_text())
     if before != settings:
         raise UserError(
-            f"{folder} was prepared from another {difference(before, dict(settings))}: remove it to prepare it anew, or "
-            "choose another folder"
+            f"{folder} was prepared from another {difference(before, dict(settings))}: remove it to prepare it "
+            "anew, or choose another folder"
         )
     return True
 
