@@ -1,9 +1,8 @@
 """File locks that the kernel lets go of when their holder ends, however it ends: nothing stale is left to clear up.
 
-POSIX locks (`fcntl.lockf`), which NFS and Lustre keep across nodes, and which a forked process does not inherit.
+Both kinds hold across nodes on NFS, and on Lustre where it is mounted with flock.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -19,7 +18,8 @@ from halo.errors import UserError
 def exclusive(path: Path) -> Iterator[IO[bytes]]:
     """Wait for the lock of a file, and hold it. Yields the file, open to read and append."""
     with open(path, "a+b") as file:
-        _lock(file, fcntl.LOCK_EX)
+        with _refusals(file):
+            fcntl.flock(file, fcntl.LOCK_EX)  # each opening for itself, also within a process
         file.seek(0)
         yield file
 
@@ -46,22 +46,22 @@ def sole_task(folder: Path, task: int, tasks: int) -> Iterator[None]:
 
 
 def _try_lock(file: IO[bytes], begin: int, length: int) -> bool:
-    """Lock bytes of a file (0: all that follow), unless somebody holds one of them."""
-    try:
-        _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, begin)
-    except BlockingIOError:
-        return False
-    return True
+    """Lock bytes of a file (0: all that follow), unless another process holds one. Forking passes nothing on."""
+    with _refusals(file):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, begin)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
 
-def _lock(file: IO[bytes], kind: int, length: int = 0, begin: int = 0) -> None:
+@contextmanager
+def _refusals(file: IO[bytes]) -> Iterator[None]:
     try:
-        fcntl.lockf(file, kind, length, begin)
+        yield
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError from error
         raise UserError(
-            f"no file locks where {file.name} is ({error.strerror}): use a file system that has them"
+            f"{file.name}: no file locks here ({error.strerror}); use a file system that has them"
         ) from error
 
 

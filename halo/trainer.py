@@ -23,6 +23,7 @@ from halo.look_ahead import Answer, LookAhead
 from halo.metrics import Metrics, mean_over_ranks
 from halo.run import StageFolder
 from halo.stop import stop_requests
+from halo.storage import cache_in
 from halo.stream import TokenStream
 
 MAX_RETURNS = 3
@@ -94,7 +95,7 @@ def learning_rate(training: Training, step: int) -> float:
 
 
 def train(
-    objective: Objective, training: Training, *, shards: Path, folder: StageFolder, ds_config: dict[str, Any]
+    objective: Objective, training: Training, *, shards: str | Path, folder: StageFolder, ds_config: dict[str, Any]
 ) -> Result:
     """Train `objective` on the samples in `shards`, from the last checkpoint in `folder` or from the start.
 
@@ -104,7 +105,14 @@ def train(
         Stopped: a signal asked for it (halo/stop.py), and the state is saved.
     """
     micro_batch, accumulation = split_batch(training)
-    stream = TokenStream(shards, micro_batch=micro_batch, seed=training.seed, rank=rank(), world_size=world_size())
+    stream = TokenStream(
+        shards,
+        micro_batch=micro_batch,
+        seed=training.seed,
+        rank=rank(),
+        world_size=world_size(),
+        cache=cache_in(training.shards_cache, training.shards_cache_gb),
+    )
     torch.manual_seed(training.seed)
     parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
     with waits_of_at_most(SLOW_LIMIT):
