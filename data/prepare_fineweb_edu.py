@@ -77,6 +77,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, {cores} here)")
     parser.add_argument("--task", type=int, default=0, help="which share of the work to do here, from 0")
     parser.add_argument("--tasks", type=int, default=1, help="how many share the work, each with its own --task")
+    parser.add_argument("--ds_config", help=argparse.SUPPRESS)  # the launchers': slurm/table2.sh passes everything on
     return parser.parse_known_args()
 
 

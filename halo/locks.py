@@ -24,25 +24,46 @@ def exclusive(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-@contextmanager
-def sole_task(folder: Path, task: int, tasks: int) -> Iterator[None]:
-    """Be the one process that works on a folder as `task` of `tasks`, where nobody divides the work otherwise.
+class Place:
+    """Being the one process that works on a folder as `task` of `tasks`, where nobody divides the work otherwise.
+
+    Take and leave it, and ask `is_alone`, under one `exclusive` lock.
 
     Raises:
         UserError: another process is this task, or divides the work in another number of tasks.
     """
-    mine = folder / f"tasks-of-{tasks}.lock"
-    with open(mine, "a+b") as file:
-        if not _try_lock(file, task, 1):
-            raise UserError(_held(folder, f"task-{task}-of-{tasks}.json"))
-        about = folder / f"task-{task}-of-{tasks}.json"
-        about.write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "job": _job()}))
-        for other in folder.glob("tasks-of-*.lock"):
-            if other != mine:
-                with open(other, "a+b") as foreign:
-                    if not _try_lock(foreign, 0, 0):
-                        raise UserError(_held(folder, f"task-*-of-{other.stem.removeprefix('tasks-of-')}.json"))
-        yield
+
+    def __init__(self, folder: Path, task: int, tasks: int):
+        self._folder = folder
+        mine = folder / f"tasks-of-{tasks}.lock"
+        self._file = open(mine, "a+b")  # noqa: SIM115, it stays open
+        if not _try_lock(self._file, task, 1):
+            raise self._held(f"task-{task}-of-{tasks}.json")
+        for path in folder.glob("tasks-of-*.lock"):
+            if path != mine:
+                with open(path, "a+b") as other:
+                    if not _try_lock(other, 0, 0):
+                        raise self._held(f"task-*-of-{path.stem.removeprefix('tasks-of-')}.json")
+        job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+        about = {"host": os.uname().nodename, "pid": os.getpid(), "job": job}
+        (folder / f"task-{task}-of-{tasks}.json").write_text(json.dumps(about))
+
+    def is_alone(self) -> bool:
+        """Whether no other task is at work. Nobody else has a place from then on."""
+        return _try_lock(self._file, 0, 0)
+
+    def leave(self) -> None:
+        self._file.close()
+
+    def _held(self, pattern: str) -> UserError:
+        """Who holds a place, in words, as far as it said so."""
+        self.leave()
+        who = ""
+        for path in sorted(self._folder.glob(pattern)):
+            about = json.loads(path.read_text())
+            job = f"job {about['job']}, " if about["job"] else ""
+            who = f" ({job}process {about['pid']} on {about['host']})"
+        return UserError(f"another process works on {self._folder.parent}{who}: wait for its end, or end it")
 
 
 def _try_lock(file: IO[bytes], begin: int, length: int) -> bool:
@@ -63,19 +84,3 @@ def _refusals(file: IO[bytes]) -> Iterator[None]:
         raise UserError(
             f"{file.name}: no file locks here ({error.strerror}); use a file system that has them"
         ) from error
-
-
-def _held(folder: Path, pattern: str) -> str:
-    """Who holds a lock, in words, as far as it said so."""
-    for path in sorted(folder.glob(pattern)):
-        about = json.loads(path.read_text())
-        job = f"job {about['job']}, " if about["job"] else ""
-        who = f" ({job}process {about['pid']} on {about['host']})"
-        break
-    else:
-        who = ""
-    return f"another process works on {folder.parent}{who}: wait for its end, or end it"
-
-
-def _job() -> str | None:
-    return os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")

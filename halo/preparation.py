@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halo.corpus import HELD_OUT_MARK, Piece, cut, text_files
 from halo.errors import UserError
-from halo.locks import exclusive, sole_task
+from halo.locks import Place, exclusive
 from halo.metrics import progress_bar
 from halo.run import atomic, difference, sha256
 from halo.shards import MANIFEST
@@ -48,6 +48,8 @@ PIECE = 1 << 25
 HELD_OUT_SHARE = 0.005
 """Of the documents: twelve million of 2.3 billion tokens, more than the stages that measure read."""
 
+PLAN = "plan.json"
+LOCK = "plan.lock"
 FAR_TOO_SMALL = 0.8
 """Of the tokens asked for: a source that seems to have fewer is refused after its first piece, not at its end."""
 INDEX = "index.json"
@@ -107,22 +109,27 @@ def prepare(
         **asdict(packing),
     }
     try:
-        _is_claimed(folder, settings)
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        with sole_task(folder / WORK, task, tasks):
-            _claim(folder, settings)
-            if not _is_complete(folder, parts):
-                work = _Work(source, backend, folder, packing, whole=whole, piece_bytes=piece_bytes)
-                work.run(task, tasks, workers)
-                if not _all_finished(folder, task, tasks):
+        _claim(folder, settings)
+        with exclusive(folder / LOCK):
+            if _is_complete(folder, parts):
+                shutil.rmtree(folder / WORK, ignore_errors=True)  # a kill may have left some of it
+                return _manifests(folder, parts)
+            (folder / WORK).mkdir(exist_ok=True)
+            place = Place(folder / WORK, task, tasks)
+        try:
+            work = _Work(source, backend, folder, packing, whole=whole, piece_bytes=piece_bytes)
+            work.run(task, tasks, workers)
+            with exclusive(folder / LOCK):
+                if not (_all_finished(folder, task, tasks) and place.is_alone()):
+                    place.leave()
                     return None
-                with exclusive(folder / WORK / "merge.lock"):
-                    if not _is_complete(folder, parts):
-                        if tasks > 1:
-                            work.run(0, 1, workers)  # what this node does not see yet, if others wrote it just now
-                        work.merge(settings)
-            shutil.rmtree(folder / WORK, ignore_errors=True)
-        return {name: json.loads((folder / name / MANIFEST).read_text()) for name in parts}
+                if tasks > 1:
+                    work.run(0, 1, workers)  # what this node does not see yet, if others wrote it just now
+                work.merge(settings)
+                shutil.rmtree(folder / WORK)
+                return _manifests(folder, parts)
+        finally:
+            place.leave()
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: {error.strerror or error}; nothing is lost: once that is mended, the same "
@@ -292,9 +299,10 @@ def _is_claimed(folder: Path, settings: Mapping[str, Any]) -> bool:
     Raises:
         UserError: something else is in it.
     """
-    plan = folder / "plan.json"
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    plan = folder / PLAN
     if not plan.is_file():
-        if folder.exists() and any(path.name != WORK for path in folder.iterdir()):
+        if names - {LOCK, WORK, PLAN, f"{PLAN}.partial"}:  # another task may be writing the last just now
             raise UserError(f"{folder} holds other files: choose another folder")
         return False
     before = json.loads(plan.read_text())
@@ -307,23 +315,29 @@ def _is_claimed(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    with exclusive(folder / WORK / "plan.lock"):
-        if not _is_claimed(folder, settings):
-            with atomic(folder / "plan.json") as partial:
-                partial.write_text(json.dumps(settings, indent=2) + "\n")
+    if not _is_claimed(folder, settings):
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / LOCK):
+            if not _is_claimed(folder, settings):
+                with atomic(folder / PLAN) as partial:
+                    partial.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _is_complete(folder: Path, names: Iterable[str]) -> bool:
     return all((folder / name / MANIFEST).is_file() for name in names) and (folder / HELD_OUT / HELD_OUT_MARK).is_file()
 
 
+def _manifests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    return {name: json.loads((folder / name / MANIFEST).read_text()) for name in names}
+
+
 def _all_finished(folder: Path, task: int, tasks: int) -> bool:
     """Note that this task has finished. Whether all have."""
-    with exclusive(folder / WORK / f"finished-of-{tasks}") as file:
-        finished = {int(line) for line in file.read().split()}
-        if task not in finished:
-            file.write(f"{task}\n".encode())
-    return len(finished | {task}) == tasks
+    path = folder / WORK / f"finished-of-{tasks}"
+    with open(path, "a+") as file:
+        file.write(f"{task}\n")
+        file.seek(0)
+        return len(set(file.read().split())) == tasks
 
 
 def _provenance(settings: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halo.corpus import cut, read_documents, read_piece
 from halo.errors import UserError
-from halo.locks import sole_task
+from halo.locks import Place
 from halo.preparation import prepare
 from halo.run import sha256
 from halo.shards import verify_shards
@@ -218,8 +218,8 @@ def test_a_full_disk_loses_nothing(
 def running(source: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Somebody who works on the folder, until stopped."""
     code = (
-        "import sys, time; from pathlib import Path; from halo.locks import sole_task\n"
-        "with sole_task(Path(sys.argv[1]), 0, 2): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from halo.locks import Place\n"
+        "place = Place(Path(sys.argv[1]), 0, 2); print('held', flush=True); time.sleep(60)"
     )
     (tmp_path / "shards" / "preparation").mkdir(parents=True)
     environment = os.environ | {"SLURM_JOB_ID": "17"}
@@ -238,8 +238,9 @@ def test_two_jobs_on_one_folder(
     who = rf"another process works on {tmp_path}/shards \(job 17, process {running.pid} on {os.uname().nodename}\)"
     with pytest.raises(UserError, match=who):
         _prepare(source, tokenizer, tmp_path / "shards", tasks=tasks)
-    with sole_task(tmp_path / "shards" / "preparation", 1, 2):  # another task of the same division may
-        pass
+    another = Place(tmp_path / "shards" / "preparation", 1, 2)  # of the same division
+    assert not another.is_alone()
+    another.leave()
     running.kill()
     running.wait()
     assert _prepare(source, tokenizer, tmp_path / "shards", tasks=tasks) is None
