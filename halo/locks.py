@@ -37,12 +37,12 @@ class Place:
         self._folder = folder
         mine = folder / f"tasks-of-{tasks}.lock"
         self._file = open(mine, "a+b")  # noqa: SIM115, it stays open
-        if not _try_lock(self._file, task, 1):
+        if not try_lock(self._file, task, 1):
             raise self._held(f"task-{task}-of-{tasks}.json")
         for path in folder.glob("tasks-of-*.lock"):
             if path != mine:
                 with open(path, "a+b") as other:
-                    if not _try_lock(other, 0, 0):
+                    if not try_lock(other, 0, 0):
                         raise self._held(f"task-*-of-{path.stem.removeprefix('tasks-of-')}.json")
         job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
         about = {"host": os.uname().nodename, "pid": os.getpid(), "job": job}
@@ -50,7 +50,7 @@ class Place:
 
     def is_alone(self) -> bool:
         """Whether no other task is at work. Nobody else has a place from then on."""
-        return _try_lock(self._file, 0, 0)
+        return try_lock(self._file, 0, 0)
 
     def leave(self) -> None:
         self._file.close()
@@ -66,8 +66,8 @@ class Place:
         return UserError(f"another process works on {self._folder.parent}{who}: wait for its end, or end it")
 
 
-def _try_lock(file: IO[bytes], begin: int, length: int) -> bool:
-    """Lock bytes of a file (0: all that follow), unless another process holds one. Forking passes nothing on."""
+def try_lock(file: IO[bytes], begin: int, length: int) -> bool:
+    """Lock bytes of a file (0: all that follow), unless another process holds one. For this process alone."""
     with _refusals(file):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, begin)

@@ -10,7 +10,7 @@ packs it into samples for each stage (halo/tokenizing.py). As many pieces are ta
 together need; what the pieces leave over is then joined into further samples. So each byte depends on the source, the
 tokenizer and the settings, and not on how many processes there were, on how many nodes, or how often one was killed.
 
-Tasks, on other nodes, take every n-th piece each. The last to finish writes what is written at the end.
+Tasks, on other nodes, each take the next piece that nobody has in hand. The last to finish writes the end.
 """
 
 import copy
@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halo.corpus import HELD_OUT_MARK, Piece, cut, text_files
 from halo.errors import UserError
-from halo.locks import Place, exclusive
+from halo.locks import Place, exclusive, try_lock
 from halo.metrics import progress_bar
 from halo.run import atomic, difference, sha256
 from halo.shards import MANIFEST
@@ -88,8 +88,11 @@ def prepare(
         UserError: the source is too small or cannot be read, the folder belongs to something else, another process
             works on it, or it cannot be written.
     """
-    if not 0 <= task < tasks or workers < 1:
-        raise UserError(f"task {task} of {tasks} on {workers} workers: tasks count from 0, workers from 1")
+    if not 0 <= task < tasks or workers < 1 or not 0 <= held_out < 1:
+        raise UserError(
+            f"task {task} of {tasks}, {workers} workers, {held_out} held out: tasks count from 0, workers from 1, and "
+            "what is held out is from 0 to below 1"
+        )
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     packing = Packing(
         parts=dict(parts),
@@ -109,27 +112,7 @@ def prepare(
         **asdict(packing),
     }
     try:
-        _claim(folder, settings)
-        with exclusive(folder / LOCK):
-            if _is_complete(folder, parts):
-                shutil.rmtree(folder / WORK, ignore_errors=True)  # a kill may have left some of it
-                return _manifests(folder, parts)
-            (folder / WORK).mkdir(exist_ok=True)
-            place = Place(folder / WORK, task, tasks)
-        try:
-            work = _Work(source, backend, folder, packing, whole=whole, piece_bytes=piece_bytes)
-            work.run(task, tasks, workers)
-            with exclusive(folder / LOCK):
-                if not (_all_finished(folder, task, tasks) and place.is_alone()):
-                    place.leave()
-                    return None
-                if tasks > 1:
-                    work.run(0, 1, workers)  # what this node does not see yet, if others wrote it just now
-                work.merge(settings)
-                shutil.rmtree(folder / WORK)
-                return _manifests(folder, parts)
-        finally:
-            place.leave()
+        return _prepare(_Work(source, backend, folder, packing, settings), folder, settings, workers, task, tasks)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: {error.strerror or error}; nothing is lost: once that is mended, the same "
@@ -137,14 +120,39 @@ def prepare(
         ) from error
 
 
+def _prepare(
+    work: "_Work", folder: Path, settings: Mapping[str, Any], workers: int, task: int, tasks: int
+) -> dict[str, dict[str, Any]] | None:
+    """This task's share of the work, and, if it is the last to finish, what is written at the end."""
+    parts = settings["parts"]
+    _claim(folder, settings)
+    with exclusive(folder / LOCK):
+        if _is_complete(folder, parts):
+            shutil.rmtree(folder / WORK, ignore_errors=True)  # a kill may have left some of it
+            return _manifests(folder, parts)
+        (folder / WORK).mkdir(exist_ok=True)
+        place = Place(folder / WORK, task, tasks)
+    try:
+        work.run(workers)
+        with exclusive(folder / LOCK):
+            if not (_all_finished(folder, task, tasks) and place.is_alone()):
+                place.leave()
+                return None
+            work.run(workers)  # what a task left that was ended
+            work.merge()
+            shutil.rmtree(folder / WORK)
+            return _manifests(folder, parts)
+    finally:
+        place.leave()
+
+
 class _Work:
     """The pieces of a source, and how far they are written."""
 
-    def __init__(
-        self, source: Path, tokenizer: Tokenizer, folder: Path, packing: Packing, *, whole: bool, piece_bytes: int
-    ):
-        self._tokenizer, self._folder, self._packing, self._whole = tokenizer, folder, packing, whole
-        pieces = cut(source, piece_bytes)
+    def __init__(self, source: Path, tokenizer: Tokenizer, folder: Path, packing: Packing, settings: Mapping[str, Any]):
+        self._tokenizer, self._folder, self._packing, self._settings = tokenizer, folder, packing, settings
+        self._whole = settings["whole"]
+        pieces = cut(source, settings["piece_bytes"])
         order = np.random.default_rng(packing.seed).permutation(len(pieces))
         self._pieces: list[tuple[Piece, int]] = [pieces[i] for i in order]
         self._bytes = sum(size for _, size in pieces)
@@ -154,23 +162,29 @@ class _Work:
         self._tokens = dict.fromkeys(packing.parts, 0)
         self._samples = dict.fromkeys(packing.parts, 0)
 
-    def run(self, task: int, tasks: int, workers: int) -> None:
-        """Write every `tasks`-th piece from `task` on that is not written yet, until the first pieces are enough."""
-        numbers = iter(range(task, len(self._pieces), tasks))
-        running: set[Future[None]] = set()
+    def run(self, workers: int) -> None:
+        """Write the first pieces that are not written yet and that no other task has in hand, until they are enough."""
+        done: set[int] = set()
+        running: dict[Future[None], int] = {}
         enough = self._look()
-        bar = progress_bar(self._expected(), "prepare", " tokens", sum(self._tokens.values()), scale=True)
-        with bar, self._pool(workers) as pool:
+        bar = progress_bar(self._expected(), "prepare", " tokens", sum(self._tokens.values()), delay=1.0, scale=True)
+        with bar, open(self._folder / WORK / "pieces.lock", "a+b") as claims, self._pool(workers) as pool:
             try:
                 while not enough:
-                    while len(running) <= workers and (number := next(numbers, None)) is not None:
-                        if not record_path(self._folder, number).is_file():
-                            running.add(pool.submit(_write, number, self._pieces[number][0]))
+                    for number in range(self._first, len(self._pieces)):
+                        if len(running) > workers:
+                            break
+                        if number in done or number in running.values():
+                            continue
+                        if record_path(self._folder, number).is_file():
+                            done.add(number)
+                        elif try_lock(claims, number, 1):
+                            running[pool.submit(_write, number, self._pieces[number][0])] = number
                     if not running:
                         break
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
                         future.result()
+                        done.add(running.pop(future))
                     enough = self._look()
                     bar.total = self._expected()
                     bar.update(sum(self._tokens.values()) - bar.n)
@@ -179,7 +193,7 @@ class _Work:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def merge(self, settings: Mapping[str, Any]) -> None:
+    def merge(self) -> None:
         """Write what stands at the end: the joined samples, the indexes, and the manifests.
 
         Raises:
@@ -188,22 +202,20 @@ class _Work:
         enough = self._look()
         if not (enough or self._whole):
             raise self._too_small(sum(self._tokens.values()))
-        records = [json.loads(record_path(self._folder, n).read_text()) for n in range(self._first)]
+        records = [self._record(number) for number in range(self._first)]
         for name, part in self._packing.parts.items():
-            self._merge_part(name, part, [record[name] for record in records], settings)
+            self._merge_part(name, part, [record[name] for record in records])
         held_out = [record[HELD_OUT] for record in records]
         manifest = {
-            **_provenance(settings, HELD_OUT),
+            **_provenance(self._settings, HELD_OUT),
             "documents": sum(one["documents"] for one in held_out),
             "sha256": {name: digest for one in held_out for name, digest in one["sha256"].items()},
         }
         _write_manifest(self._folder / HELD_OUT, HELD_OUT_MARK, manifest)
 
-    def _merge_part(
-        self, name: str, part: Part, records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
-    ) -> None:
-        folder, dtype = self._folder / name, np.dtype(self._packing.dtype)
-        rest = np.concatenate([np.array(record["rest"], dtype) for record in records])
+    def _merge_part(self, name: str, part: Part, records: Sequence[Mapping[str, Any]]) -> None:
+        folder = self._folder / name
+        rest = np.concatenate([record["rest"] for record in records])
         joined = rest[: len(rest) - len(rest) % part.seq_len].reshape(-1, part.seq_len)
         shards = [shard for record in records for shard in record["shards"]]
         shards += write_samples(folder, "joined", joined, self._packing.compression)
@@ -213,16 +225,22 @@ class _Work:
             partial.write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
         files = [shard["zip_data"] or shard["raw_data"] for shard in shards]
         manifest = {
-            **_provenance(settings, name),
+            **_provenance(self._settings, name),
             "separator": self._packing.separator,
             "documents": sum(record["documents"] for record in records),
             "samples": sum(record["samples"] for record in records) + len(joined),
             "seq_len": part.seq_len,
-            "dtype": dtype.name,
+            "dtype": rest.dtype.name,
             "tokens_left_over": len(rest) - joined.size,
             "sha256": {file["basename"]: file["hashes"]["sha256"] for file in files} | {INDEX: sha256(folder / INDEX)},
         }
         _write_manifest(folder, MANIFEST, manifest)
+
+    def _record(self, number: int) -> dict[str, Any]:
+        record = json.loads(record_path(self._folder, number).read_text())
+        for name in self._packing.parts:
+            record[name]["rest"] = np.array(record[name]["rest"], self._packing.dtype)
+        return record
 
     def _look(self) -> bool:
         """Count the first pieces that are written, and no more than are needed. Whether they are enough.
@@ -230,8 +248,8 @@ class _Work:
         Raises:
             UserError: by what they hold, the whole source is far too small.
         """
-        while not (enough := self._is_enough()) and (path := record_path(self._folder, self._first)).is_file():
-            record = json.loads(path.read_text())
+        while not (enough := self._is_enough()) and record_path(self._folder, self._first).is_file():
+            record = self._record(self._first)
             for name in self._packing.parts:
                 self._tokens[name] += record[name]["tokens"]
                 self._samples[name] += record[name]["samples"]
