@@ -34,6 +34,8 @@ from halo.tokenizing import Part
 PACKAGES = ("tokenizers", "transformers", "pyarrow", "mosaicml-streaming", "numpy")
 PARTS = {"distill": Part(seq_len=512, tokens=1), "finetune": Part(seq_len=16_384, tokens=1)}
 MICRO_BATCH = 12
+PIECE = 1 << 21
+"""Bytes: smaller than by default, so that a short run has many, and the cores end together as they do in a long one."""
 
 
 def main() -> None:
@@ -57,7 +59,8 @@ def main() -> None:
             return sum(len(one) for one in backend.encode_batch_fast(texts, add_special_tokens=False))
 
         def preparation(out: Path) -> int:
-            manifests = prepare(Path(scratch, "source"), tokenizer, out, PARTS, whole=True, workers=args.cores)
+            shares = {"workers": args.cores, "piece_bytes": PIECE}
+            manifests = prepare(Path(scratch, "source"), tokenizer, out, PARTS, whole=True, **shares)
             assert manifests is not None
             return sum(m["samples"] * m["seq_len"] + m["tokens_left_over"] for m in manifests.values())
 
