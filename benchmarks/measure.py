@@ -1,5 +1,6 @@
 """How the benchmarks here measure and report: medians of device events, peak memory, and the machine they ran on."""
 
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,24 +13,31 @@ import torch
 PACKAGES = ("torch", "triton", "fla-core", "liger-kernel", "transformers", "deepspeed")
 
 
-def header() -> str:
+def header(packages: Sequence[str] = PACKAGES, *, gpu: bool = True) -> str:
     """The command, the machine and the versions, as the first lines of a report.
 
     Raises:
-        SystemExit: there is no GPU.
+        SystemExit: there is no GPU, and the benchmark is of one.
     """
-    if not torch.cuda.is_available():
+    if gpu and not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
     versions = []
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
     spec = sys.modules["__main__"].__spec__
     command = ["python", *(["-m", spec.name] if spec else [sys.argv[0]]), *sys.argv[1:]]
-    gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{' '.join(command)}\n{gpu}, Python {platform.python_version()}, {', '.join(versions)}\n"
+    machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else _processor()
+    return f"{' '.join(command)}\n{machine}, Python {platform.python_version()}, {', '.join(versions)}\n"
+
+
+def _processor() -> str:
+    cores = len(os.sched_getaffinity(0))
+    with open("/proc/cpuinfo") as lines:
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{cores} x {names[0] if names else platform.machine()}"
 
 
 def milliseconds(run: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3) -> float:

@@ -21,6 +21,7 @@ from hypenet.configuration_hypenet import LIGHTNING
 PRESETS = Path(__file__).parent / "presets"
 Schedule = Literal["cosine", "constant", "wsd"]
 TOP_K = 64
+CACHE_GB = 64.0
 T = TypeVar("T")
 
 
@@ -110,13 +111,19 @@ class Training:
     """How many steps it traces, into the stage's tensorboard/; 0: none."""
     corpus: Corpus = field(default_factory=Corpus)
     shards: str = ""
-    """A folder of prepared MDS shards. Empty: the stage prepares its own from `corpus`."""
+    """A folder of prepared MDS shards, or its URL in object storage. Empty: they are prepared from `corpus`."""
+    shards_cache: str = ""
+    """A folder on each node's own disk for copies of shards: of a URL, of compressed ones, or of a slow folder's."""
+    shards_cache_gb: float = CACHE_GB
+    """The most that it holds (1e9 bytes)."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch", "micro_batch", "steps", "save_every", "keep_last", "sequence_parallel"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "min_lr", "warmup", "decay", "weight_decay", "clip", "profile_from", "profile_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        caches = bool(self.shards_cache) or self.shards_cache_gb == CACHE_GB
+        _check(caches, "shards_cache_gb", self.shards_cache_gb, f"left at {CACHE_GB} without shards_cache")
         for name in ("keep_every", "max_skipped"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _check(self.keep_every % self.save_every == 0, "keep_every", self.keep_every, "a multiple of save_every")

@@ -38,16 +38,20 @@ from halo.gpus import gpu_of_device
 from halo.run import atomic
 
 
-def progress_bar(total: int, name: str, unit: str = "step", initial: int = 0, delay: float = 0.0) -> tqdm:
+def progress_bar(
+    total: int | None, name: str, unit: str = "step", initial: int = 0, delay: float = 0.0, scale: bool = False
+) -> tqdm:
     """A bar, silent on every rank but 0. In a log it moves twice a minute.
 
     Args:
         delay: seconds of work before it shows.
+        scale: write 1.2M for 1,234,567.
     """
     return tqdm(
         total=total,
         desc=f"{name:>8}",
         unit=unit,
+        unit_scale=scale,
         initial=initial,
         delay=delay,
         disable=rank() != 0,

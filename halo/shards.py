@@ -6,6 +6,7 @@ A folder is written beside its final place and renamed when it is complete, so t
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256 as sha256_of
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from halo.corpus import HELD_OUT_EVERY, Part, read_documents
 from halo.errors import UserError
 from halo.needle import EVAL_KEYS, TRAIN_KEYS, VARIANTS, Prose, build_needle
 from halo.run import atomic_folder, sha256
+from halo.storage import is_remote, read_bytes
 from halo.tokenizer import separator_id
 from halo.tokenizer import tokenizer_hash as hash_of
 
 COLUMN = "input_ids"
 MANIFEST = "manifest.json"
+INDEX = "index.json"
 
 # Documents are shuffled within blocks of this many, and needles are hidden in the text of the first block.
 _BLOCK = 2048
@@ -64,6 +67,7 @@ def prepare_shards(
         "source": str(source),
         "part": part,
         "tokenizer": hash_of(tokenizer),
+        "separator": separator_id(tokenizer),
         "seed": seed,
         "needle_fraction": needle_fraction,
         "tokens_left_over": 0,
@@ -132,30 +136,52 @@ def write_shards(folder: str | Path, samples: Iterable[np.ndarray], meta: Mappin
     return manifest
 
 
-def verify_shards(folder: str | Path, tokenizer_hash: str, seq_len: int) -> dict[str, Any]:
-    """Check that `folder` is complete, unaltered and fit for this tokenizer and length, and return its manifest.
+def open_manifest(source: str | Path) -> dict[str, Any]:
+    """The manifest of a folder or URL of shards.
 
     Raises:
-        UserError: it is not.
+        UserError: it has none, or a damaged one.
     """
-    folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, tokenizer, length = manifest["sha256"], manifest["tokenizer"], manifest["seq_len"]
+        manifest = json.loads(read_bytes(source, MANIFEST))
+        _ = [manifest[name] for name in ("samples", "seq_len", "dtype", "sha256")]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} holds no token shards (it has no {MANIFEST}); prepare them first") from error
+        raise UserError(f"{source} holds no token shards (it has no {MANIFEST}); prepare them first") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged; remove {folder} and prepare it anew") from error
-    if tokenizer != tokenizer_hash:
-        raise UserError(f"the shards in {folder} were made with another tokenizer; prepare them with this one")
-    if length != seq_len:
-        raise UserError(f"the shards in {folder} hold samples of {length} tokens, not {seq_len}")
-    for name, digest in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing; remove {folder} and prepare it anew")
-        if sha256(path) != digest:
-            raise UserError(f"{path} is truncated or altered; remove {folder} and prepare it anew")
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source}/{MANIFEST} is damaged; remove {source} and prepare it anew") from error
+    return manifest
+
+
+def verify_shards(source: str | Path, tokenizer_hash: str, seq_len: int) -> dict[str, Any]:
+    """Check that shards are complete and fit for this tokenizer and length, and return their manifest.
+
+    Every shard must be there, as long as it was written; what is in it is verified when it is first read
+    (halo/shard_reader.py). Of a URL, the manifest and the index are looked at.
+
+    Raises:
+        UserError: they are not.
+    """
+    manifest = open_manifest(source)
+    if manifest.get("tokenizer") != tokenizer_hash:
+        raise UserError(f"the shards in {source} were made with another tokenizer; prepare them with this one")
+    if manifest["seq_len"] != seq_len:
+        raise UserError(f"the shards in {source} hold samples of {manifest['seq_len']} tokens, not {seq_len}")
+    try:
+        index = read_bytes(source, INDEX)
+    except FileNotFoundError as error:
+        raise UserError(f"{source}/{INDEX} is missing; remove {source} and prepare it anew") from error
+    if sha256_of(index).hexdigest() != manifest["sha256"][INDEX]:
+        raise UserError(f"{source}/{INDEX} is truncated or altered; remove {source} and prepare it anew")
+    if not is_remote(source):
+        for shard in json.loads(index)["shards"]:
+            stored = shard["zip_data"] or shard["raw_data"]
+            path = Path(source, stored["basename"])
+            if not path.is_file():
+                raise UserError(f"{path} is missing; remove {source} and prepare it anew")
+            if path.stat().st_size != stored["bytes"]:
+                raise UserError(f"{path} is truncated or altered; remove {source} and prepare it anew")
     return manifest
 
 

@@ -23,6 +23,7 @@ from halo.look_ahead import Answer, LookAhead
 from halo.metrics import Metrics, mean_over_ranks
 from halo.run import StageFolder
 from halo.stop import stop_requests
+from halo.storage import cache_in
 from halo.stream import TokenStream
 
 MAX_RETURNS = 3
@@ -94,7 +95,7 @@ def learning_rate(training: Training, step: int) -> float:
 
 
 def train(
-    objective: Objective, training: Training, *, shards: Path, folder: StageFolder, ds_config: dict[str, Any]
+    objective: Objective, training: Training, *, shards: str | Path, folder: StageFolder, ds_config: dict[str, Any]
 ) -> Result:
     """Train `objective` on the samples in `shards`, from the last checkpoint in `folder` or from the start.
 
@@ -111,6 +112,7 @@ def train(
         seed=training.seed,
         rank=rank() // degree,
         world_size=world_size() // degree,
+        cache=cache_in(training.shards_cache, training.shards_cache_gb),
     )
     torch.manual_seed(training.seed)
     parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)

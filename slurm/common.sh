@@ -21,7 +21,8 @@ fail() {
   exit 2
 }
 
-# Sets `run`, the run's folder, from a launcher's options: the last --run, else where HALO_RUNS keeps the last --preset's.
+# From a launcher's options sets `run`, the run's folder (the last --run, else where HALO_RUNS keeps the last --preset's),
+# and `preset_file`.
 find_run() {
   local word before="" preset=""
   run=""
@@ -32,6 +33,9 @@ find_run() {
   done
   [[ -n $preset ]] || fail "no preset: add --preset hypenet-9b, or another"
   run=${run:-${HALO_RUNS:-runs}/$(basename "$preset" .toml)}
+  [[ $preset == *.toml ]] || preset=halo/presets/$preset.toml
+  # shellcheck disable=SC2034 # table2.sh reads it
+  preset_file=$preset
 }
 
 launch() {

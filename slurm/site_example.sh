@@ -16,6 +16,12 @@
 # export HALO_RUNS=/scratch/$USER/runs
 # export HF_HOME=/scratch/$USER/huggingface
 
+# Where slurm/table2.sh has shards prepared, on how many nodes (default: 4), and more options for that, such as text of
+# your own.
+# export HALO_SHARDS=/scratch/$USER/shards
+# export HALO_DATA_TASKS=16
+# export HALO_DATA="--source /scratch/$USER/texts --whole"
+
 # Modules, and another Python than .venv's.
 # module load cuda
 # export HALO_PYTHON=/shared/venv/bin/python

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Submit a whole conversion, from stage 1 to Table 2, each job after the one before. Prints their ids.
-#   bash slurm/table2.sh 8b --align.shards shards/align --distill.shards shards/distill ...
+# Submit a whole conversion, from text to Table 2, each job after the one before. Prints their ids.
+#   bash slurm/table2.sh 8b
 # Options go on to every launcher. A stage that is finished is left out. AFTER=17:18 has the first job wait for others.
+# Where neither options, preset nor run name shards or a corpus, shards are prepared first, in HALO_SHARDS, in
+# HALO_DATA_TASKS tasks; HALO_DATA has more options for that (slurm/prepare_data.sh).
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && source slurm/common.sh || exit 2
 
 declare -A presets=([2b]=hypenet-2b [4b]=hypenet-5b [8b]=hypenet-9b)
@@ -11,19 +13,37 @@ options=(--preset "${presets[$size]}" "${@:2}")
 find_run "${options[@]}"
 
 before=${AFTER:-}
-submit() { # a stage, and its script
-  if [[ -f $run/$1/stage.json ]]; then
-    echo "$1: done already, in $run/$1"
+submit() { # a name, what there is once it is done, a script, and its options
+  if [[ -f $2 ]]; then
+    echo "$1: done already, in $(dirname "$2")"
     return
   fi
-  before=$(sbatch --parsable ${before:+--dependency="afterok:$before" --kill-on-invalid-dep=yes} "$2" "${options[@]}")
+  before=$(sbatch --parsable ${before:+--dependency="afterok:$before" --kill-on-invalid-dep=yes} "${@:3}")
   before=${before%%;*} # a cluster's name may follow
   echo "$1: job $before"
 }
 
-submit align "slurm/stage1_$size.sh"
-submit selection "slurm/select_$size.sh"
-submit distill "slurm/stage2_$size.sh"
-submit finetune "slurm/stage3_$size.sh"
-submit export slurm/export.sh
-submit eval slurm/eval_niah.sh
+submit_stage() { # a stage, and its script
+  submit "$1" "$run/$1/stage.json" "$2" "${options[@]}"
+}
+
+has_data() {
+  [[ " ${options[*]}" =~ \ --[a-z]+\.(shards|corpus\.source)[\ =] ]] ||
+    grep -Eqs '(shards|source) = "[^"]' "$preset_file" "$run/config.toml"
+}
+
+if ! has_data; then
+  shards=${HALO_SHARDS:-shards}
+  read -ra data <<<"${HALO_DATA:-}"
+  submit data "$shards/held_out/held_out.json" ${HALO_DATA_TASKS:+--array="0-$((HALO_DATA_TASKS - 1))"} \
+    slurm/prepare_data.sh --out "$shards" "${data[@]}" "${options[@]}"
+  for stage in align distill finetune; do options=("--$stage.shards" "$shards/$stage" "${options[@]}"); done
+  options=(--heldout "$shards/held_out" "${options[@]}") # one that was given comes later, and stays
+fi
+
+submit_stage align "slurm/stage1_$size.sh"
+submit_stage selection "slurm/select_$size.sh"
+submit_stage distill "slurm/stage2_$size.sh"
+submit_stage finetune "slurm/stage3_$size.sh"
+submit_stage export slurm/export.sh
+submit_stage eval slurm/eval_niah.sh

@@ -12,7 +12,7 @@ from halo.shards import prepare_shards, verify_shards
 from halo.tokenizer import load_tokenizer, tokenizer_hash
 
 
-def shards_for(context: Context, stage: str) -> Path:
+def shards_for(context: Context, stage: str) -> str | Path:
     """The verified shards that `stage` trains on, prepared first if they are the run's own and missing."""
     training: Training = context.settings(stage)
     return on_rank0(
@@ -20,7 +20,7 @@ def shards_for(context: Context, stage: str) -> Path:
     )
 
 
-def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrainedTokenizerBase) -> str | Path:
     """See `shards_for`; on one rank.
 
     Args:
@@ -30,17 +30,17 @@ def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrain
         UserError: neither shards nor a corpus are set, or the shards are not what the stage needs.
     """
     corpus = training.corpus
-    folder = Path(training.shards) if training.shards else own
+    folder = training.shards or own
     if not training.shards and not corpus.source:
         raise UserError(
-            f"{stage} has no data: prepare shards with data/prepare_text.py and pass --{stage}.shards FOLDER, "
+            f"{stage} has no data: prepare shards with data/prepare_fineweb_edu.py and pass --{stage}.shards FOLDER, "
             f"or set {stage}.corpus.source"
         )
-    if not training.shards and not folder.exists():
+    if not training.shards and not own.exists():
         prepare_shards(
             corpus.source,
             tokenizer,
-            folder,
+            own,
             seq_len=training.seq_len,
             seed=training.seed,
             samples=corpus.samples or None,

@@ -44,7 +44,7 @@ def run(job: Job) -> Path:
         claim(job.run, job.config)
         return ds_config
 
-    def prepare() -> tuple[bool, Path, Path]:
+    def prepare() -> tuple[bool, Path, str | Path]:
         tokenizer = _tokenizer(training, folder.path / "tokenizer")
         shards = ensure_shards(training, "pretrain", job.run / "data" / "pretrain", load_tokenizer(tokenizer))
         return folder.is_complete(), tokenizer, shards

@@ -29,12 +29,12 @@ def _global_batches(folder: Path, state: dict[str, Any] | None, steps: int) -> t
     return batches, stream.state_dict()
 
 
-def test_two_ranks_draw_the_batches_of_one(tmp_path: Path) -> None:
+def test_two_and_four_ranks_draw_the_batches_of_one(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     write_shards(folder, np.repeat(np.arange(SAMPLES, dtype=np.uint16)[:, None], 4, axis=1), {})
     [(one, _)] = run_ranks(1, _global_batches, folder, None, STEPS)
     begun = run_ranks(2, _global_batches, folder, None, 5)
-    resumed = run_ranks(2, _global_batches, folder, begun[0][1], STEPS - 5)
+    resumed = run_ranks(4, _global_batches, folder, begun[0][1], STEPS - 5)
     assert begun[0] == begun[1]
-    assert begun[0][0] + resumed[1][0] == one
+    assert begun[0][0] + resumed[3][0] == one
     assert sorted(list(chain.from_iterable(one))[:SAMPLES]) == list(range(SAMPLES))

@@ -1,8 +1,6 @@
 """Shards hold every token once, are whole or not there, and are refused when they are not what they should be."""
 
 import json
-import re
-import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,11 +99,18 @@ def _edit_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
+def test_an_altered_shard_is_found_when_it_is_read(shards: Path) -> None:
+    """And not before: a start does not read everything."""
+    _alter(shards)
+    verify_shards(shards, "mine", 8)
+    with pytest.raises(UserError, match=r"shard.00000.mds is truncated or altered; remove .* and prepare it anew"):
+        read_samples(shards)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_truncate, "shard.00000.mds is truncated or altered"),
-        (_alter, "shard.00000.mds is truncated or altered"),
         (lambda folder: (folder / "shard.00000.mds").unlink(), "shard.00000.mds is missing"),
         (lambda folder: (folder / "index.json").unlink(), "index.json is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), "holds no token shards"),
@@ -198,24 +203,3 @@ def test_nothing_held_out(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
     (tmp_path / "one.txt").write_text("One document.")
     with pytest.raises(UserError, match="has no held_out documents"):
         prepare_shards(tmp_path, tokenizer, tmp_path / "shards", seq_len=8, seed=0, part="held_out")
-
-
-def test_command_line(
-    tokenizer: PreTrainedTokenizerFast,
-    novel: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    script = Path(__file__).parents[2] / "data" / "prepare_text.py"
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = ["prepare_text.py", "--source", str(novel), "--tokenizer", str(tmp_path / "tokenizer")]
-    command += ["--out", str(tmp_path / "shards"), "--seq_len", "256", "--samples", "12"]
-    monkeypatch.setattr("sys.argv", command)
-    runpy.run_path(str(script), run_name="__main__")
-    assert "12 samples, 3,072 tokens" in capsys.readouterr().out
-    assert verify_shards(tmp_path / "shards", tokenizer_hash(tokenizer), 256)["samples"] == 12
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 2
-    assert re.fullmatch("error: .* exists already.*\n", capsys.readouterr().err)

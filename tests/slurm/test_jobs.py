@@ -22,6 +22,9 @@ TINY = [
     "--distill.steps", STEPS, "--distill.micro_batch", "2", "--distill.save_every", "3",
 ]
 # fmt: on
+WITHOUT_CORPUS = [
+    word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if "corpus" not in pair[0] for word in pair
+]
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +125,22 @@ def test_ranks_are_told_before_the_time_is_over(jobs):
 
 
 def test_the_whole_graph(jobs):
-    run = jobs.folder / "run"
-    few = {"SBATCH_GPUS_PER_NODE": "1", "SBATCH_OUTPUT": f"{jobs.folder}/job-%j.out"}
-    command = ("bash", "slurm/table2.sh", "8b", "--preset", "tiny", "--run", run, *SMALL)
+    """From text: two tasks of an array prepare it, and the stages train on that."""
+    run, shards = jobs.folder / "run", jobs.folder / "shards"
+    preset = jobs.folder / "bare.toml"
+    tiny = (ROOT / "halo" / "presets" / "tiny.toml").read_text().replace('"./', f'"{ROOT}/halo/presets/')
+    preset.write_text("\n".join(line for line in tiny.splitlines() if not line.startswith(("corpus", "heldout"))))
+    few = {"SBATCH_GPUS_PER_NODE": "1", "SBATCH_OUTPUT": f"{jobs.folder}/job-%j.out", "HALO_DATA_TASKS": "2"}
+    few |= {"HALO_SHARDS": str(shards), "HALO_DATA": f"--source {ROOT}/halo/presets/tiny/corpus --whole --held_out 0.1"}
+    command = ("bash", "slurm/table2.sh", "8b", "--preset", preset, "--run", run, *WITHOUT_CORPUS)
     printed = jobs.cluster.run(*command, **few)
     stages = dict(line.split(": job ") for line in printed.splitlines())
-    assert list(stages) == ["align", "selection", "distill", "finetune", "export", "eval"]
+    assert list(stages) == ["data", "align", "selection", "distill", "finetune", "export", "eval"]
     for job in stages.values():
         jobs.wait_for(job, "COMPLETED", 240)
     assert "| hybrid |" in (run / "eval" / "niah.md").read_text()
     again = jobs.cluster.run(*command, **few)
+    del stages["data"]  # the run has recorded where its shards are
     assert [line.split(": ")[1] for line in again.splitlines()] == [f"done already, in {run}/{name}" for name in stages]
 
 
