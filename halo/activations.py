@@ -67,7 +67,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        to_x = torch.empty_like(x)
+        to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.parameters]
         tiles = (y.flatten(0, -2).split(TILE) for y in (x, grad, to_x))
         for tile, to_output, to_tile in zip(*tiles, strict=True):

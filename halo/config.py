@@ -155,7 +155,8 @@ class Pretrain(Training):
 class Finetune(Training):
     mask_documents: bool = False
     """Whether a token sees its own document alone, in attention and in RNN states. A document ends with the separator
-    that the shards have after each. False: all that stands before it in the sample, as published."""
+    that the shards have after each, which has no target then; the loss is divided as if it had. False: a token sees all
+    that stands before it in the sample, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +318,8 @@ def _read_preset(path: Path) -> dict[str, Any]:
     if base is None:
         return table
     if not (PRESETS / f"{base}.toml").is_file():
-        raise UserError(f"{path} names a base that is no shipped preset: '{base}'")
+        names = [shipped.stem for shipped in PRESETS.glob("*.toml")]
+        raise UserError(f"{path} names a base that is no shipped preset: '{base}'{suggest(str(base), names)}")
     merged = _read_preset(PRESETS / f"{base}.toml")
     for key, value in table.items():
         merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value

@@ -33,7 +33,7 @@ def _fuse_attention(attention: Any) -> None:
         setattr(attention, name, norm)
     attention.use_rope, attention.o_gate = True, None
     attention.scale_logits = lambda q, _: q
-    attention.implementation = attention.config._attn_implementation
+    attention.implementation = attention.config._attn_implementation or "sdpa"
     attention.attend = partial(HypeNetAttention.attend, attention)
     attention.attend_rows = partial(HypeNetAttention.attend_rows, attention, sliding_window=window_of(attention))
     attention.forward = partial(HypeNetAttention.forward, attention)

@@ -132,6 +132,7 @@ def frozen_states(model: PreTrainedModel, input_ids: Tensor, first: int = 0) -> 
     """
     tokens, body = input_ids.shape[1], model.model
     if not _sees_all(model, tokens):
+        assert first == 0, "no chunk of rows in which not every token sees all before it"
         return body(**unpadded(model, input_ids)).last_hidden_state
     states = body.embed_tokens(input_ids)
     positions = torch.arange(first, first + tokens, device=input_ids.device)[None]

@@ -32,6 +32,9 @@ BF16 = 2
 KL_BYTES = 30
 """Moved for a logit of stage 2's loss: two of 4 bytes, written once and read twice, and a gradient of 2, likewise."""
 
+REACH = 22_400
+"""Tokens from which anything of Lightning's state is left at a chunk's end, in fp32 (halo/sequence_parallel.py)."""
+
 _QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960}
 PUBLISHED = {
     "Qwen/Qwen3-1.7B": _QWEN3
@@ -118,28 +121,6 @@ class Load:
     teacher: Frozen | None = None
     flops_per_token: float
 
-    def shared(self, ranks: int) -> "Load":
-        """One rank's, of those that share its sequences (halo/sequence_parallel.py)."""
-
-        def layer(one: Layer) -> Layer:
-            cost = one.cost
-            part = Cost(
-                kept=cost.kept // ranks,
-                peak=cost.peak // ranks,
-                forward=cost.forward.shared(ranks),
-                backward=cost.backward.shared(ranks),
-            )
-            return replace(one, cost=part, input_bytes=one.input_bytes // ranks)
-
-        return replace(
-            self,
-            layers=[layer(one) for one in self.layers],
-            held=self.held // ranks,
-            loss_held=self.loss_held // ranks,
-            loss=self.loss.shared(ranks),
-            teacher=self.teacher and replace(self.teacher, work=self.teacher.work.shared(ranks)),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
@@ -214,11 +195,34 @@ def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
 
 
 def load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:
-    """What a micro-batch of `micro_batch` sequences of a stage asks of a GPU."""
+    """What a micro-batch of `micro_batch` sequences of a stage asks of a GPU, or of each that share them."""
     load = _load_of(models, stage, training, micro_batch)
+    if training.sequence_parallel > 1:
+        load = _shared(load, models, stage, training, micro_batch)
     if training.activation_offload:
         load = replace(load, layers=[replace(layer, input_bytes=0) for layer in load.layers])
-    return load.shared(training.sequence_parallel)
+    return load
+
+
+def _shared(whole: Load, models: Models, stage: str, training: Training, micro_batch: int) -> Load:
+    """One rank's load: the bytes of its part of the tokens and of what it exchanges, and its part of the work."""
+    ranks, tokens = training.sequence_parallel, training.seq_len // training.sequence_parallel
+    part = _load_of(models, stage, replace(training, seq_len=tokens, sequence_parallel=1), micro_batch)
+    width = models.hybrid.config.num_attention_heads * models.hybrid.config.head_dim
+    # Lightning makes its chunk's state in fp32, of keys, decayed keys and values.
+    exchange = 3 * 4 * micro_batch * min(tokens, REACH) * width
+    layers = []
+    for mine, all_of_it in zip(part.layers, whole.layers, strict=True):
+        cost = Cost(
+            kept=mine.cost.kept + exchange,
+            peak=mine.cost.peak + exchange,
+            forward=all_of_it.cost.forward.shared(ranks),
+            backward=all_of_it.cost.backward.shared(ranks),
+        )
+        layers.append(replace(mine, cost=cost))
+    teacher = whole.teacher and replace(whole.teacher, work=whole.teacher.work.shared(ranks))
+    loss = whole.loss.shared(ranks)
+    return replace(part, layers=layers, loss=loss, teacher=teacher, flops_per_token=whole.flops_per_token)
 
 
 def _load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:

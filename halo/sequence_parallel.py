@@ -14,11 +14,13 @@ Shapes: B rows, T tokens of a row, S ranks of a group, C = T / S tokens of a chu
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -56,6 +58,7 @@ class Rows:
         self.bounds = bounds
         self.chunk_bounds: Tensor | None = None
         self.row = self.continued = self.in_last = self.unbroken = torch.empty(0)
+        self._moved: tuple[Tensor, ...] = ()
         if bounds is None:
             return
         begins = torch.zeros(shape, dtype=torch.bool)
@@ -84,6 +87,12 @@ class Rows:
         starts.view(-1)[begins] = begins % self.shape[1]
         return self.of_chunk(tokens - starts.cummax(1).values)
 
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """`row`, `continued`, `in_last` and `unbroken` on a device: moved once, for all layers."""
+        if not self._moved:
+            self._moved = tuple(x.to(device) for x in (self.row, self.continued, self.in_last, self.unbroken))
+        return self._moved
+
     def by_row(self, x: Tensor) -> Tensor:
         """[B, C, ...], or [1, B x C, ...] of packed documents -> [B, C, ...]."""
         return x.reshape(self.shape[0], self.tokens, *x.shape[2:])
@@ -97,13 +106,12 @@ class SequenceGroup:
 
     Args:
         degree: S, which divides the number of ranks.
+        apart: whether it has a communicator of its own, for what runs in another stream beside the first.
     """
 
-    def __init__(self, degree: int = 1):
+    def __init__(self, degree: int = 1, *, apart: bool = False):
         self.degree, self.place = degree, rank() % degree
-        self.group: dist.ProcessGroup | None = None
-        if degree > 1:
-            self.group, _ = dist.new_subgroups(degree)
+        self.group = _ranks(degree, apart) if degree > 1 else None
         self._rows: Rows | None = None
 
     @property
@@ -142,6 +150,13 @@ class SequenceGroup:
     def exchange(self, x: Tensor, *, cut: int, join: int) -> Tensor:
         """Cut dimension `cut` into a share for each rank, and join theirs along dimension `join`. Differentiable."""
         return _Exchange.apply(x, self, cut, join)
+
+
+@cache
+def _ranks(degree: int, apart: bool) -> dist.ProcessGroup:
+    """Made once: each communicator takes memory of the GPU."""
+    group, _ = dist.new_subgroups(degree)
+    return group
 
 
 class _Exchange(torch.autograd.Function):
@@ -228,9 +243,7 @@ class ChunkStates:
         weights, kept = self._kept(q, log_decay, rows)
         near = slice(-weights.shape[1], None)
         if rows.bounds is not None:
-            row, continued, in_last, unbroken = (
-                x.to(q.device, non_blocking=True) for x in (rows.row, rows.continued, rows.in_last, rows.unbroken)
-            )
+            row, continued, in_last, unbroken = rows.on(q.device)
             weights, kept = weights * in_last[:, near, None, None], kept * unbroken[:, None, None]
         keys, values = (rows.by_row(x)[:, near].to(weights.dtype) for x in (k, v))
         left = torch.einsum("bthk,bthv->bhkv", keys * weights, values)
@@ -247,11 +260,14 @@ class ChunkStates:
         with one decay a head and nothing of the token.
         """
         dtype = torch.promote_types(q.dtype, torch.float32)
-        if log_decay is None or log_decay.ndim > 1:
+        if log_decay is None:
+            return q.new_ones(1, rows.tokens, q.shape[2], 1, dtype=dtype), q.new_ones(1, q.shape[2], 1, dtype=dtype)
+        if log_decay.ndim > 1:
             decay = by_token(log_decay, q).to(dtype)
             decay = rows.by_row(decay.expand(q.shape[0], *decay.shape[1:])).movedim(1, -1)  # a scan likes T last
-            total = decay.cumsum(-1)
-            return (total[..., -1:] - total).exp().movedim(-1, 1), total[..., -1].exp()
+            # From the end: the difference of two sums from the beginning would lose the last tokens' few digits.
+            after = decay.flip(-1).cumsum(-1).flip(-1)
+            return F.pad(after[..., 1:], (0, 1)).exp().movedim(-1, 1), after[..., 0].exp()
         if self._reach is None:
             slowest = min(-1e-9, float(log_decay.max()))  # once: the host waits for it
             self._reach = math.ceil(math.log(torch.finfo(dtype).tiny) / slowest)
@@ -275,7 +291,7 @@ class _BegunWith(torch.autograd.Function):
         begun = torch.zeros_like(left)
         for s in range(group.place):
             begun = kept[s] * begun + states[s]
-        ctx.save_for_backward(kept, begun)
+        ctx.save_for_backward(kept.clone(), begun)  # not all that was gathered
         return begun
 
     @staticmethod
@@ -347,7 +363,15 @@ def parallelize(mixers: Iterable[nn.Module], group: SequenceGroup) -> None:
     for mixer in mixers:
         if not can_be_split(mixer):
             raise ValueError(f"{type(mixer).__name__} cannot be split over the ranks of a sequence.")
+        if isinstance(
+            getattr(mixer, "recurrence", getattr(mixer, "attend", None)), (Ulysses, ChunkStates, HeadParallel)
+        ):
+            raise ValueError(f"{type(mixer).__name__} is split over ranks already.")
         if not isinstance(mixer, RNNMixer):
+            if mixer.implementation != "sdpa":
+                raise ValueError(
+                    f"Ranks share sequences with sdpa, not {mixer.implementation}: load the model with it."
+                )
             mixer.attend = Ulysses(mixer, group)  # type: ignore[assignment]
         elif mixer.recurrence is linear_attention:
             mixer.recurrence = ChunkStates(group)
@@ -376,8 +400,11 @@ def check_sequence_parallel(teacher: Path, config: Config, stage: str, ranks: in
         ]
         layers = AutoModelForCausalLM.from_config(shape).model.layers
     longest = max(settings.lengths) if stage == "eval" else settings.seq_len
-    # Evaluation fills up what its ranks do not divide.
-    check_degree(name, degree, seq_len=degree if stage == "eval" else longest, ranks=ranks, mixers=mixers)
+    length = 0 if stage == "eval" else longest  # evaluation fills up what its ranks do not divide
+    check_degree(name, degree, seq_len=length, ranks=ranks, mixers=mixers)
+    rope = (getattr(shape, "rope_parameters", None) or getattr(shape, "rope_scaling", None) or {}).get("rope_type")
+    if rope in ("dynamic", "longrope"):
+        raise UserError(f"{name} = {degree}: RoPE of type {rope} depends on how long a rank's part is: set it to 1")
     windows = [window_of(layer.self_attn) for layer in layers] if stage not in ("finetune", "scaling") else []
     if any(window is not None and window < longest for window in windows):
         raise UserError(

@@ -43,7 +43,7 @@ class Teacher:
         model: as `halo.build.build_teacher` gives it: whole, or cut over the ranks of `teacher_group`.
         form: in which it supplies its logits.
         sequence: the ranks that share each sequence with this one: it answers for this rank's chunk. None: there are
-            none. Not the student's own group: the teacher works in another stream.
+            none. A group `apart`, where it works beside a student.
     """
 
     ranks = 0

@@ -176,9 +176,11 @@ def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     fla knows what it has derived before, for which the host waits."""
     if cu_seqlens is None or cu_seqlens.device == x.device:
         return cu_seqlens
-    if cu_seqlens not in _MOVED or _MOVED[cu_seqlens].device != x.device:
-        _MOVED[cu_seqlens] = cu_seqlens.to(x.device)
-    return _MOVED[cu_seqlens]
+    version, moved = _MOVED.get(cu_seqlens, (-1, x))
+    if version != cu_seqlens._version or moved.device != x.device:  # written anew, or for another device
+        moved = cu_seqlens.to(x.device)
+        _MOVED[cu_seqlens] = cu_seqlens._version, moved
+    return moved
 
 
 def widen(x: Tensor) -> Tensor:

@@ -295,10 +295,10 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
-        masked = bounds is not None and self.config._attn_implementation != "sdpa"
-        masks = layer_masks(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids if masked else None
-        )
+        apart = None
+        if bounds is not None and self.config._attn_implementation != "sdpa":
+            apart = _positions_in_documents(bounds, batch).to(inputs_embeds.device)
+        masks = layer_masks(self.config, inputs_embeds, attention_mask, past_key_values, apart)
         if position_ids is None:
             position_ids = _positions(attention_mask, seen, tokens, inputs_embeds.device)
 

@@ -68,7 +68,7 @@ def teacher_of(training: Distill, source: Path, split: Split | None, form: Logit
     """
     if training.teacher_placement == "colocated":
         model = build_teacher(source, teacher_group(training.teacher_sharded))
-        return nullcontext(Teacher(model, form, SequenceGroup(training.sequence_parallel)))
+        return nullcontext(Teacher(model, form, SequenceGroup(training.sequence_parallel, apart=True)))
     assert split is not None and split.teachers
     micro_batch, _ = split_batch(training)
     order = Order(

@@ -62,7 +62,7 @@ def alignment(mixer: str, degree: int) -> Alignment:
 
 
 def distillation(mixer: str, degree: int) -> Distillation:
-    teacher = Teacher(jobs.make_teacher(num_hidden_layers=2), sequence=SequenceGroup(degree))
+    teacher = Teacher(jobs.make_teacher(num_hidden_layers=2), sequence=SequenceGroup(degree, apart=True))
     return Distillation(student(mixer), teacher, cross_entropy=0.5, sequence=SequenceGroup(degree))
 
 

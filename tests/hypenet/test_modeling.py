@@ -303,3 +303,14 @@ def test_the_sliding_mask_is_left_to_the_layer_where_it_can(make_hybrid, tokens)
     assert mask(None, "sdpa") is None
     assert mask(padding, "sdpa").shape == (2, 1, 50, 50)
     assert mask(None, "eager").shape[2:] == (50, 50)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_documents_stay_apart_whatever_positions_they_are_given(make_hybrid, tokens, implementation):
+    """As a part of a longer row has them."""
+    hybrid = make_hybrid(attn_implementation=implementation)
+    positions = torch.arange(7, 107)[None]
+    bounds = torch.tensor([0, 50, 100], dtype=torch.int32)
+    packed = hybrid(tokens.view(1, -1), position_ids=positions, cu_seq_lens_q=bounds).logits
+    close(packed[:, 50:], hybrid(tokens[1:], position_ids=positions[:, 50:]).logits)
