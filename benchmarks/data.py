@@ -5,8 +5,8 @@ python -m benchmarks.data --tokenizer FOLDER [--documents 20000] [--cores 2] [--
 Documents of FineWeb-Edu's lengths (log-normal, a thousand tokens on average) are drawn word by word from the embedded
 novels and written as parquet in its schema. Library and preparation take turns. The library encodes texts that are in
 memory, with its own threads and nothing in its cache; the preparation reads the files, assigns documents to parts,
-tokenizes, packs, hashes and writes shards for two stages and held-out text. CPU seconds are those of the process and its
-children: other work on the machine changes them less than it does wall-clock time.
+tokenizes, packs, hashes and writes shards for two stages and held-out text. CPU seconds are those of the process and
+its children: other work on the machine changes them less than it does wall-clock time.
 
 Reading is `TokenStream` over the shards of 512 tokens, shuffled and verified, as a rank reads them.
 """
