@@ -291,8 +291,8 @@ class _Work:
 def _begin(parent: int, folder: Path, tokenizer: Tokenizer, packing: Packing) -> None:
     """Make a worker that ends with its parent, however that ends.
 
-    It works in a second thread: in a process's first one, the tokenizer takes half as long again (glibc's malloc keeps
-    that thread's memory in one large, fragmented arena).
+    It works in a second thread: in a process's first one the tokenizer takes half as long again (docs/benchmarks.md),
+    perhaps since glibc's malloc has another arena there.
     """
     global _job
     signal.signal(signal.SIGINT, signal.SIG_DFL)

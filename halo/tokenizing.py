@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 from halo.corpus import Piece, read_piece
 from halo.run import atomic, atomic_folder, sha256
+from halo.shards import COLUMN
 
-COLUMN = "input_ids"
 HELD_OUT = "held_out"
 WORK = "preparation"
 """The subfolder for what only a preparation under way needs."""
