@@ -116,13 +116,10 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path, teacher):
 # The data
 
 
-def test_a_truncated_and_an_altered_shard(finished):
+def test_a_truncated_and_a_missing_shard(finished):
     shutil.rmtree(finished / "distill")
     shard = next((finished / "data" / "distill").glob("*.mds"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-10])
-    assert f"{shard} is truncated or altered" in refusal("distill", finished)
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    shard.write_bytes(shard.read_bytes()[:-10])
     assert f"{shard} is truncated or altered" in refusal("distill", finished)
     shard.unlink()
     assert f"{shard} is missing" in refusal("distill", finished)
@@ -277,9 +274,11 @@ def test_both_ranks_end_with_one_line_and_a_status(tmp_path):
 
 
 def test_an_altered_shard_ends_both_ranks(finished, launch):
+    """It is found as it is read for the first time, in the first step."""
     shutil.rmtree(finished / "distill")
     shard = next((finished / "data" / "distill").glob("*.mds"))
-    shard.write_bytes(shard.read_bytes()[:-10])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     done = launch("launcher/kd.py", "--preset", "tiny", "--run", str(finished), *SMALL, ranks=2)
     assert done.returncode == EXIT_USER_ERROR
     assert errors(done) == [f"error: {shard} is truncated or altered; remove {shard.parent} and prepare it anew"]
