@@ -22,6 +22,8 @@ PRESETS = Path(__file__).parent / "presets"
 Schedule = Literal["cosine", "constant", "wsd"]
 TOP_K = 64
 CACHE_GB = 64.0
+COMMON_SENSE = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "piqa", "lambada_openai", "mmlu")
+"""The paper's tasks, by LM-Evaluation-Harness's names."""
 T = TypeVar("T")
 
 
@@ -262,6 +264,25 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CommonSense:
+    """Common-sense reasoning, zero-shot, by LM-Evaluation-Harness (Appendix E.2)."""
+
+    tasks: tuple[str, ...] = COMMON_SENSE
+    """By the harness's names, or those of `task_folder`."""
+    task_folder: str = ""
+    """A folder of tasks of your own, in the harness's YAML."""
+    samples: int = 0
+    """Of each task the first so many; 0: all."""
+    batch_tokens: int = 16_384
+    """Tokens of one forward."""
+
+    def __post_init__(self) -> None:
+        _check(len(set(self.tasks)) == len(self.tasks) > 0, "tasks", self.tasks, "one name or more, without repeats")
+        _check(self.samples >= 0, "samples", self.samples, "at least 0")
+        _check(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     name: str
     """The preset's name; runs/<name> is the default run folder."""
@@ -278,6 +299,7 @@ class Config:
     finetune: Finetune
     scaling: Scaling = field(default_factory=Scaling)
     eval: Evaluation = field(default_factory=Evaluation)
+    csr: CommonSense = field(default_factory=CommonSense)
 
     def __post_init__(self) -> None:
         plain, mixer = Architecture(), self.rnn_mixer

@@ -6,7 +6,7 @@ from typing import Any
 
 from halo.config import Config, config_table
 from halo.errors import UserError
-from halo.graph import INPUTS, LAUNCHERS
+from halo.graph import INPUTS, LAUNCHERS, stages_to
 from halo.run import StageFolder
 from halo.split import Split
 
@@ -75,9 +75,7 @@ class Context:
         Raises:
             UserError: naming the first stage that is missing, and the command that makes it.
         """
-        for before in INPUTS:
-            if before == stage:
-                return
+        for before in stages_to(stage, prepare=True)[:-1]:
             if not self.is_complete(before):
                 state = "was interrupted" if (self.run / before).is_dir() else "is missing"
                 raise UserError(

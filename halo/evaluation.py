@@ -1,4 +1,4 @@
-"""What is measured of a model: needle recall, continuation accuracy, and loss at a length.
+"""What is measured of a model: needle recall, how likely continuations are, and loss at a length.
 
 Every function takes a plain transformers causal language model (a teacher, a teacher with replaced mixers, a hybrid; of
 any dtype), whole on each rank. The work is split over the ranks, or over groups of ranks that share each sequence
@@ -13,6 +13,7 @@ Rows of unequal length are padded on the right. No position of a causal model se
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from halo.activations import tile_mlps
 from halo.distributed import all_sum, rank, world_size
 from halo.errors import UserError
 from halo.fuse import fuse
+from halo.models import unpadded
 from halo.needle import NeedleSample
 from halo.objectives import next_tokens
 from halo.sequence_parallel import SequenceGroup, parallelize
@@ -31,6 +33,8 @@ from hypenet.losses import IGNORE
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 
 Progress = Callable[[int], object]
+Pair = tuple[list[int], list[int]]
+"""A context and what might continue it, as token ids."""
 ALONE = SequenceGroup()
 
 CHOICES = 4
@@ -85,31 +89,55 @@ def needle_recall(
     return _total(hits) / group.degree / len(samples)
 
 
+def log_likelihoods(
+    model: PreTrainedModel, pairs: Sequence[Pair], *, batch_tokens: int, progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """How likely each continuation is to the model, and whether greedy generation writes it.
+
+    The head is applied to the positions before a continuation's tokens alone, some at a time.
+
+    Args:
+        pairs: contexts and their continuations, none of them empty; the same on every rank.
+        batch_tokens: the most tokens of one forward, padding included; a single longer pair goes alone.
+
+    Returns:
+        [N] float64, on the CPU: the sum of the log-probabilities of a continuation's tokens (nats, from fp32 logits).
+        [N] bool: whether each of its tokens is the most likely one, given the true ones before it.
+    """
+    batches = _batches([len(context) + len(continuation) for context, continuation in pairs], batch_tokens)
+    head = model.get_output_embeddings()
+    found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.device)  # log-likelihood, tokens missed
+    with _evaluating(model):
+        for mine in _shares(len(batches), 1, None if progress is None else _counting(progress, batches)):
+            for batch in batches[mine]:
+                ids, targets = _rows([pairs[i][0] for i in batch], [pairs[i][1] for i in batch])
+                targets = targets.to(model.device)
+                asked = targets != NO_TARGET
+                hidden = model.base_model(**unpadded(model, ids.to(model.device))).last_hidden_state
+                rows = torch.tensor(batch, device=model.device)[asked.nonzero()[:, 0]]
+                for states, true, row in zip(
+                    *(x.split(TOKENS_PER_CHUNK) for x in (hidden[asked], targets[asked], rows)), strict=True
+                ):
+                    logits = head(states).float()
+                    likely = -F.cross_entropy(logits, true, reduction="none")
+                    found.index_add_(0, row, torch.stack([likely, logits.argmax(-1) != true], dim=1).double())
+    total = all_sum(found).cpu()
+    return total[:, 0], total[:, 1] == 0
+
+
 def continuation_accuracy(
-    model: PreTrainedModel, questions: Sequence[Question], *, batch: int = 8, progress: Progress | None = None
+    model: PreTrainedModel, questions: Sequence[Question], *, batch_tokens: int, progress: Progress | None = None
 ) -> float:
     """The share of questions whose true choice has the highest log-likelihood per token given the context.
 
-    This is HellaSwag's form without its data set. All choices of a question are scored in one forward, and `batch`
-    questions at a time.
+    This is HellaSwag's form without its data set. Each choice is a sample of its own.
     """
-    hits = 0
-    with _evaluating(model):
-        for rows in _shares(len(questions), batch, progress):
-            share = questions[rows]
-            logits, targets = _answer_logits(
-                model,
-                [question.context for question in share for _ in question.choices],
-                [choice for question in share for choice in question.choices],
-            )
-            # [B x choices, A]; 0 where there is no target.
-            losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
-            ).view_as(targets)
-            mean = losses.sum(dim=1) / (targets != NO_TARGET).sum(dim=1)
-            for question, scores in zip(share, mean.split([len(q.choices) for q in share]), strict=True):
-                hits += int(scores.argmin()) == question.answer
-    return _total(hits) / len(questions)
+    pairs = [(question.context, choice) for question in questions for choice in question.choices]
+    likely, _ = log_likelihoods(model, pairs, batch_tokens=batch_tokens, progress=progress)
+    per_token = likely / torch.tensor([len(choice) for _, choice in pairs])
+    scores = per_token.split([len(question.choices) for question in questions])
+    hits = sum(int(each.argmax()) == question.answer for question, each in zip(questions, scores, strict=True))
+    return hits / len(questions)
 
 
 def loss_at_length(
@@ -200,16 +228,47 @@ def _shares(count: int, batch: int, progress: Progress | None, group: SequenceGr
             progress(min(stride, count - first))
 
 
+def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """The samples, longest first, in batches that with padding have at most `batch_tokens`."""
+    order = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
+    batches, first = [], 0
+    while first < len(order):
+        rows = max(1, batch_tokens // lengths[order[first]])
+        batches.append(order[first : first + rows])
+        first += rows
+    return batches
+
+
+def _counting(progress: Progress, batches: Sequence[Sequence[object]]) -> Progress:
+    """Counts the samples of batches, as these are finished in their order."""
+    sizes = iter([len(batch) for batch in batches])
+    return lambda finished: progress(sum(islice(sizes, finished)))
+
+
 def _total(value: float) -> float:
     """The sum of `value` over all ranks."""
     return all_sum(torch.tensor(value, dtype=torch.float64)).item()
 
 
+def _rows(contexts: Sequence[list[int]], answers: Sequence[list[int]], multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+    """Contexts with their answers as one batch, without the last token of each row.
+
+    Returns:
+        Ids [B, T] and what they are to predict, [B, T]: an answer's tokens, elsewhere `NO_TARGET`. T is a multiple of
+        `multiple_of`.
+    """
+    longest = max(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True)) - 1
+    ids = torch.zeros(len(contexts), -(-longest // multiple_of) * multiple_of, dtype=torch.long)
+    targets = torch.full_like(ids, NO_TARGET)
+    for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
+        tokens, begin = context + answer, len(context) - 1
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        targets[row, begin : begin + len(answer)] = torch.tensor(answer)
+    return ids, targets
+
+
 def _answer_logits(
-    model: PreTrainedModel,
-    contexts: Sequence[list[int]],
-    answers: Sequence[list[int]],
-    group: SequenceGroup = ALONE,
+    model: PreTrainedModel, contexts: Sequence[list[int]], answers: Sequence[list[int]], group: SequenceGroup
 ) -> tuple[Tensor, Tensor]:
     """One forward over contexts with their answers, and what it predicts for the answers.
 
@@ -217,14 +276,7 @@ def _answer_logits(
         Logits [B, A, vocabulary] in the model's dtype, and the tokens that they are to predict, [B, A], `NO_TARGET`
         where a row has none: of the positions in this rank's chunk at which some row has an answer's token.
     """
-    longest = max(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True)) - 1
-    length = -(-longest // group.degree) * group.degree
-    ids = torch.zeros(len(contexts), length, dtype=torch.long)
-    targets = torch.full_like(ids, NO_TARGET)
-    for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
-        tokens, begin = context + answer, len(context) - 1
-        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-        targets[row, begin : begin + len(answer)] = torch.tensor(answer)
+    ids, targets = _rows(contexts, answers, group.degree)
     targets = group.begin(ids).of_chunk(targets)
     asked = (targets != NO_TARGET).any(0).nonzero().flatten()
     arguments = group.arguments(model, ids.to(model.device))

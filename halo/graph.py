@@ -8,14 +8,23 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "scaling": ("finetune",),
     "export": ("finetune", "scaling"),
     "eval": ("export",),
+    "csr": ("export",),
 }
 """Each stage, in order, and the stages whose results it reads."""
 
 
 def stages_to(stage: str, prepare: bool) -> list[str]:
-    """The stages that a command for `stage` runs: itself, and to `prepare` it all before it."""
-    names = list(INPUTS)
-    return names[: names.index(stage) + 1] if prepare else [stage]
+    """The stages that a command for `stage` runs: itself, and to `prepare` it all that it needs before it."""
+    return [*(_before(stage) if prepare else []), stage]
+
+
+def _before(stage: str) -> list[str]:
+    """All stages whose results `stage` needs, whether it reads them itself or not, in order."""
+    needed = set(INPUTS[stage])
+    for name in reversed(INPUTS):
+        if name in needed:
+            needed |= set(INPUTS[name])
+    return [name for name in INPUTS if name in needed]
 
 
 LAUNCHERS = {
@@ -26,4 +35,5 @@ LAUNCHERS = {
     "scaling": "choose_scaling.py",
     "export": "export_hybrid.py",
     "eval": "evaluate_needles.py",
+    "csr": "evaluate_csr.py",
 }

@@ -15,7 +15,7 @@ from halo.launch import Job, launch
 from halo.models import check_architecture, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.sequence_parallel import check_sequence_parallel
-from halo.stages import align, distill, evaluate, export, finetune, scale, select
+from halo.stages import align, commonsense, distill, evaluate, export, finetune, scale, select
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
 
@@ -27,6 +27,7 @@ STAGES: dict[str, Callable[[Context], None]] = {
     "scaling": scale.run,
     "export": export.run,
     "eval": evaluate.run,
+    "csr": commonsense.run,
 }
 
 
@@ -64,7 +65,7 @@ def say(line: str) -> None:
 
 
 def _open(job: Job, stage: str, names: list[str]) -> Context:
-    """Every check that needs no model. Writes nothing."""
+    """Every check that needs no model. Writes nothing but what is fetched from the hub."""
     ds_config = read_ds_config(job.ds_config)
     mixer, mixers = job.config.rnn_mixer, sorted(MIXERS.keys() - {ATTENTION})
     if mixer not in mixers:
@@ -89,6 +90,7 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
     )
     if not job.prepare:
         context.require_inputs(stage)
-    for name in names:
-        context.is_complete(name)  # refuses what was made from something else
+    done = {name: context.is_complete(name) for name in names}  # refuses what was made from something else
+    if not done.get("csr", True):
+        commonsense.load_tasks(job.config.csr)
     return context

@@ -1,4 +1,4 @@
-"""What a conversion shows: the long-context table (the paper's Table 2 in small), each stage's cost, layer selection.
+"""What a conversion shows: the long-context table (Table 2), common-sense reasoning, stages' costs, layer selection.
 
 Pure functions from results to Markdown, JSON and PNG; the caller writes them.
 """
@@ -6,7 +6,7 @@ Pure functions from results to Markdown, JSON and PNG; the caller writes them.
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,16 @@ class Results:
         return sorted((cell for cell in self.cells if cell.variant == variant), key=lambda cell: cell.length)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model reaches in one task of common-sense reasoning."""
+
+    metric: str
+    value: float
+    """In [0, 1]."""
+    samples: int
+
+
 def to_json(results: Results) -> str:
     """Everything in `results`, unrounded."""
     return json.dumps(asdict(results), indent=2) + "\n"
@@ -119,6 +129,31 @@ def to_png(results: Results) -> bytes:
         lines, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9, columnspacing=1.4
     )
     return _png(figure)
+
+
+def csr_average(scores: Mapping[str, Score]) -> float:
+    """The mean over tasks, each of the same weight, in [0, 1]: the paper's CSR."""
+    return sum(score.value for score in scores.values()) / len(scores)
+
+
+def csr_markdown(scores: Mapping[str, Mapping[str, Score]]) -> str:
+    """The table of common-sense reasoning: rows are models, columns tasks.
+
+    Args:
+        scores: of each model, by task; all models have the same tasks.
+    """
+    tasks = next(iter(scores.values()))
+    return _table(
+        [
+            ["CSR, %", *tasks, "**average**"],
+            *(
+                [model, *(_percent(score.value) for score in of.values()), _percent(csr_average(of))]
+                for model, of in scores.items()
+            ),
+            ["*metric*", *(score.metric for score in tasks.values()), ""],
+            ["*samples*", *(f"{score.samples:,}" for score in tasks.values()), ""],
+        ]
+    )
 
 
 def selection_png(recall: Sequence[float], csr: Sequence[float], kept: Sequence[int]) -> bytes:

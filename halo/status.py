@@ -31,6 +31,7 @@ SCRIPTS = {
     "scaling": "export.sh",
     "export": "export.sh",
     "eval": "eval_niah.sh",
+    "csr": "eval_csr.sh",
 }
 
 
@@ -129,7 +130,7 @@ def next_command(run: Path, stages: Sequence[Stage]) -> str:
             return f"sbatch slurm/{SCRIPTS[stage.name].format(size=SIZES[preset])} {options}"
         zero = f" --ds_config ds_configs/zero{stage.zero}.json" if stage.zero else ""
         return f"deepspeed launcher/{LAUNCHERS[stage.name]} {options}{zero}"
-    return f"nothing: the run is complete; {run / 'eval' / 'niah.md'} has its table"
+    return f"nothing: the run is complete; its tables are {run / 'eval' / 'niah.md'} and {run / 'csr' / 'csr.md'}"
 
 
 def status_text(run: Path) -> str:

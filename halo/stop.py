@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1 ask a training run to stop: it finishes the step, saves and ends.
+"""SIGTERM and SIGUSR1 ask a training run to stop: it finishes the step, saves and ends. So do stages that measure.
 
-One rank's signal is enough, since the ranks tell each other in a collective that each step has anyway. Outside of
-training there is nothing to save, and the signals end the process as ever.
+One rank's signal is enough, since the ranks tell each other in a collective that each step has anyway. Elsewhere there
+is nothing to save, and the signals end the process as ever.
 """
 
 import signal

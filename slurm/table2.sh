@@ -47,3 +47,4 @@ submit_stage distill "slurm/stage2_$size.sh"
 submit_stage finetune "slurm/stage3_$size.sh"
 submit_stage export slurm/export.sh
 submit_stage eval slurm/eval_niah.sh
+submit_stage csr slurm/eval_csr.sh

@@ -3,17 +3,18 @@
 Writes `niah.json`, `niah.md` and `niah.png`.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from halo.context import Context
 from halo.distributed import device, on_rank0
 from halo.evaluation import needle_recall, share_sequences
-from halo.metrics import progress_bar
+from halo.measuring import measuring
 from halo.models import apply_yarn, load_hybrid, load_teacher
-from halo.needle import VARIANTS
+from halo.needle import VARIANTS, NeedleSample
 from halo.report import Cell, Results, StageCost, to_json, to_markdown, to_png
 from halo.sequence_parallel import SequenceGroup
 from halo.stages.export import MODEL
@@ -24,34 +25,38 @@ COSTED = ("align", "selection", "distill", "finetune", "scaling")
 
 
 def run(context: Context) -> None:
-    began = time.perf_counter()
     settings = context.config.eval
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
     group = SequenceGroup(settings.sequence_parallel)
     rows = _rows(context, group)
     cells = []
-    with progress_bar(len(rows) * len(VARIANTS) * sum(settings.samples), "evaluate", unit="sample") as bar:
+    folder = context.folder("eval")
+    with measuring(folder, len(rows) * len(VARIANTS) * sum(settings.samples), "evaluate") as measure:
         for length, count in zip(settings.lengths, settings.samples, strict=True):
-            samples = {variant: held_out.needles(variant, length, count, settings.seed) for variant in VARIANTS}
+            needles = cache(partial(held_out.needles, length=length, count=count, seed=settings.seed))
+            recall_of = partial(_recall, needles=needles, batch=max(1, settings.batch_tokens // length), group=group)
             recall: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS}
             for name, model_at in rows.items():
                 model = model_at(length)
                 for variant in VARIANTS:
-                    batch = max(1, settings.batch_tokens // length)
-                    recall[variant][name] = needle_recall(
-                        model, samples[variant], batch=batch, group=group, progress=bar.update
-                    )
+                    figure = f"{variant} at {length}, {name}"
+                    recall[variant][name] = measure(figure, count, partial(recall_of, model, variant))
             cells += [Cell(variant=v, length=length, samples=count, recall=recall[v]) for v in VARIANTS]
 
     def finish() -> None:
-        folder = context.folder("eval")
         results = Results(training_length=settings.yarn_from, cells=cells, stages=_costs(context))
         folder.save_bytes("niah.json", to_json(results).encode())
         folder.save_bytes("niah.md", to_markdown(results).encode())
         folder.save_bytes("niah.png", to_png(results))
-        folder.complete(["niah.json", "niah.md", "niah.png"], {"seconds": round(time.perf_counter() - began, 1)})
+        folder.complete(["niah.json", "niah.md", "niah.png"], {"seconds": measure.seconds})
 
     on_rank0(finish)
+
+
+def _recall(
+    model: PreTrainedModel, variant: str, *, needles: Callable[[str], Sequence[NeedleSample]], **how: Any
+) -> float:
+    return needle_recall(model, needles(variant), **how)
 
 
 def _rows(context: Context, group: SequenceGroup) -> dict[str, Callable[[int], PreTrainedModel]]:

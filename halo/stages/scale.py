@@ -3,12 +3,12 @@
 Writes `scaling.json`: the chosen `attn_logits_scaling`, and every candidate's loss.
 """
 
-import time
+from functools import partial
 
 from halo.context import Context
 from halo.distributed import device, on_rank0
 from halo.evaluation import loss_at_length, share_sequences
-from halo.metrics import progress_bar
+from halo.measuring import measuring
 from halo.models import load_hybrid
 from halo.sequence_parallel import SequenceGroup
 from halo.stages.distill import HYBRID
@@ -20,7 +20,6 @@ SCALING = "scaling.json"
 
 
 def run(context: Context) -> None:
-    began = time.perf_counter()
     settings = context.config.scaling
     samples = HeldOut(context.config.heldout, load_tokenizer(context.teacher)).windows(
         settings.seq_len, settings.documents
@@ -31,16 +30,16 @@ def run(context: Context) -> None:
     scaled = {f"{a:g}": hype_scaling(a) if settings.form == "hype" else a for a in settings.candidates}
     specs: dict[str, str | float | None] = {"none": None} | scaled
     losses = {}
-    with progress_bar(len(specs) * len(samples), "scale", unit="sample") as bar:
+    folder = context.folder("scaling")
+    with measuring(folder, len(specs) * len(samples), "scale") as measure:
         for name, spec in specs.items():
             hybrid.config.attn_logits_scaling = spec
-            losses[name] = loss_at_length(hybrid, samples, group=group, progress=bar.update)
+            losses[name] = measure(name, len(samples), partial(loss_at_length, hybrid, samples, group=group))
     best = min(scaled, key=lambda name: losses[name])
 
     def finish() -> None:
-        folder = context.folder("scaling")
         folder.save_json(SCALING, {"attn_logits_scaling": scaled[best], "loss": losses})
-        seconds = round(time.perf_counter() - began, 1)
-        folder.complete([SCALING], {"tokens": samples.numel() * len(specs), "parameters": 0, "seconds": seconds})
+        tokens = samples.numel() * len(specs)
+        folder.complete([SCALING], {"tokens": tokens, "parameters": 0, "seconds": measure.seconds})
 
     on_rank0(finish)

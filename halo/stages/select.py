@@ -4,9 +4,9 @@ Writes `scores.json` (recall and CSR of every one-layer replacement, importance,
 `scores.png`.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from halo.context import Context
 from halo.distributed import device, on_rank0
 from halo.errors import UserError
-from halo.evaluation import build_questions, continuation_accuracy, needle_recall
+from halo.evaluation import CHOICES, build_questions, continuation_accuracy, needle_recall
 from halo.importance import default_k, importance, ranking
-from halo.metrics import progress_bar
+from halo.measuring import measuring
 from halo.models import load_teacher
 from halo.needle import VARIANTS
 from halo.report import selection_png
@@ -29,7 +29,6 @@ SCORES = "scores.json"
 
 
 def run(context: Context) -> None:
-    began = time.perf_counter()
     settings = context.config.selection
     teacher = load_teacher(context.teacher).eval().to(device())
     layers = len(teacher.model.layers)
@@ -38,9 +37,10 @@ def run(context: Context) -> None:
         raise UserError(f"selection.attention_layers = {keep}, but the teacher has {layers} layers")
     if not set(settings.layers) <= set(range(layers)):
         raise UserError(f"selection.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
-    report: dict[str, Any] = {"attention_layers": sorted(settings.layers), "tokens": 0}
+    report: dict[str, Any] = {"attention_layers": sorted(settings.layers)}
+    cost = {"tokens": 0, "seconds": 0.0}
     if not settings.layers:
-        report = _measure(context, teacher)
+        report, cost = _measure(context, teacher)
         report["importance"] = importance(report["recall"], report["csr"], settings.epsilon)
         report["ranking"] = ranking(report["importance"])
         report["attention_layers"] = sorted(report["ranking"][:keep])
@@ -51,14 +51,13 @@ def run(context: Context) -> None:
         if not settings.layers:
             kept = report["attention_layers"]
             folder.save_bytes("scores.png", selection_png(report["recall"], report["csr"], kept))
-        seconds = round(time.perf_counter() - began, 1)
-        folder.complete([SCORES], {"tokens": report["tokens"], "parameters": 0, "seconds": seconds})
+        folder.complete([SCORES], cost | {"parameters": 0})
 
     on_rank0(finish)
 
 
-def _measure(context: Context, teacher: PreTrainedModel) -> dict[str, Any]:
-    """Recall and CSR of the teacher with each layer replaced, in [0, 1], and the tokens that this took."""
+def _measure(context: Context, teacher: PreTrainedModel) -> tuple[dict[str, Any], dict[str, float]]:
+    """Recall and CSR of the teacher with each layer replaced, in [0, 1], and the tokens and seconds that this took."""
     settings = context.config.selection
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
     needles = [
@@ -73,15 +72,19 @@ def _measure(context: Context, teacher: PreTrainedModel) -> dict[str, Any]:
     mixers = new_mixers(teacher, context.config.rnn_mixer, **context.config.architecture.switches())
     weights = load_mixers(context.folder("align"))
     recall, csr = [], []
-    batch = max(1, context.config.eval.batch_tokens // settings.seq_len)
-    with progress_bar(len(mixers) * (len(needles) + len(questions)), "select", unit="sample") as bar:
+    batch_tokens = context.config.eval.batch_tokens
+    batch = max(1, batch_tokens // settings.seq_len)
+    choices = len(questions) * CHOICES
+    measure_recall = partial(needle_recall, teacher, needles, batch=batch)
+    measure_csr = partial(continuation_accuracy, teacher, questions, batch_tokens=batch_tokens)
+    with measuring(context.folder("selection"), len(mixers) * (len(needles) + choices), "select") as measure:
         for layer, mixer in mixers.items():
             mixer.load_state_dict(weights[layer])
             with replaced(teacher, layer, mixer):
-                recall.append(needle_recall(teacher, needles, batch=batch, progress=bar.update))
-                csr.append(continuation_accuracy(teacher, questions, batch=max(1, batch // 4), progress=bar.update))
-    tokens = len(mixers) * (len(needles) * settings.seq_len + len(questions) * 4 * (ask + answer))
-    return {"recall": recall, "csr": csr, "tokens": tokens}
+                recall.append(measure(f"recall without {layer}", len(needles), measure_recall))
+                csr.append(measure(f"csr without {layer}", choices, measure_csr))
+    tokens = len(mixers) * (len(needles) * settings.seq_len + choices * (ask + answer))
+    return {"recall": recall, "csr": csr}, {"tokens": tokens, "seconds": measure.seconds}
 
 
 @contextmanager

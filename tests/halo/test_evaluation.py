@@ -10,7 +10,14 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from halo import evaluation
 from halo.errors import UserError
-from halo.evaluation import Question, build_questions, continuation_accuracy, loss_at_length, needle_recall
+from halo.evaluation import (
+    Question,
+    build_questions,
+    continuation_accuracy,
+    log_likelihoods,
+    loss_at_length,
+    needle_recall,
+)
 from halo.needle import NeedleSample
 from hypenet.modeling_hypenet import HypeNetForCausalLM
 from hypenet.transfer import hybrid_config
@@ -108,18 +115,34 @@ def test_recall_asks_for_the_answers_logits_only(model: PreTrainedModel, needles
     assert rows == [5]
 
 
-def test_accuracy_equals_one_row_at_a_time(model: PreTrainedModel, questions: list[Question]) -> None:
-    def mean_log_likelihood(context: list[int], choice: list[int]) -> float:
-        logits = model(torch.tensor([context + choice])).logits[0, len(context) - 1 : -1]
-        return logits.double().log_softmax(-1)[range(len(choice)), choice].mean().item()
+def pairs_of(questions: list[Question]) -> list[tuple[list[int], list[int]]]:
+    return [(question.context, choice) for question in questions for choice in question.choices]
 
-    with torch.no_grad():
-        right = sum(
-            int(np.argmax([mean_log_likelihood(q.context, choice) for choice in q.choices])) == q.answer
-            for q in questions
-        )
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 1000])
+def test_likelihoods_equal_one_row_at_a_time(
+    model: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch, batch_tokens: int
+) -> None:
+    monkeypatch.setattr(evaluation, "TOKENS_PER_CHUNK", 7)
+    pairs = pairs_of(questions)
+    pairs += [(question.context, greedy(model, question.context, count=3)) for question in questions[:5]]
+    likely, written = log_likelihoods(model, pairs, batch_tokens=batch_tokens)
+    for (context, continuation), value, greedily in zip(pairs, likely.tolist(), written.tolist(), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].double()
+        each = logits.log_softmax(-1)[range(len(continuation)), continuation]
+        assert value == pytest.approx(each.sum().item(), rel=1e-5)
+        assert greedily == (logits.argmax(-1).tolist() == continuation)
+    assert written[-5:].all()
+    assert not written[:-5].all()
+
+
+def test_accuracy_is_by_likelihood_per_token(model: PreTrainedModel, questions: list[Question]) -> None:
+    likely, _ = log_likelihoods(model, pairs_of(questions), batch_tokens=100)
+    means = iter(value / len(choice) for (_, choice), value in zip(pairs_of(questions), likely.tolist(), strict=True))
+    right = sum(int(np.argmax([next(means) for _ in q.choices])) == q.answer for q in questions)
     assert 0 < right < len(questions)
-    assert continuation_accuracy(model, questions, batch=5) == right / len(questions)
+    assert continuation_accuracy(model, questions, batch_tokens=60) == right / len(questions)
 
 
 def test_accuracy_prefers_what_the_model_would_write(model: PreTrainedModel, questions: list[Question]) -> None:
@@ -128,7 +151,7 @@ def test_accuracy_prefers_what_the_model_would_write(model: PreTrainedModel, que
         choices = [*question.choices]
         choices[number % 4] = greedy(model, question.context, count=6)
         written.append(Question(context=question.context, choices=choices, answer=number % 4))
-    assert continuation_accuracy(model, written) > 0.8
+    assert continuation_accuracy(model, written, batch_tokens=100) > 0.8
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -151,26 +174,34 @@ def test_ranks_share_the_work(model: PreTrainedModel, needles, questions: list[Q
     parts = [
         (
             needle_recall(model, samples, batch=2),
-            continuation_accuracy(model, questions, batch=3),
+            log_likelihoods(model, pairs_of(questions), batch_tokens=60)[0],
             loss_at_length(model, documents),
         )
         for _ in three_ranks
     ]
-    recall, accuracy, loss = (sum(column) for column in zip(*parts, strict=True))
+    recall, likely, loss = (sum(column) for column in zip(*parts, strict=True))
     assert recall == pytest.approx(right / len(samples))
     with pytest.MonkeyPatch.context() as alone:
         alone.setattr(evaluation, "world_size", lambda: 1)
         alone.setattr(evaluation, "rank", lambda: 0)
-        assert accuracy == pytest.approx(continuation_accuracy(model, questions))
+        whole = log_likelihoods(model, pairs_of(questions), batch_tokens=60)[0]
+        torch.testing.assert_close(likely, whole)
+        assert not any(torch.equal(part, whole) for _, part, _ in parts)
         assert loss == pytest.approx(loss_at_length(model, documents), rel=1e-6)
 
 
-def test_progress_counts_the_samples_of_all_ranks(model: PreTrainedModel, needles, three_ranks) -> None:
+def test_progress_counts_the_samples_of_all_ranks(
+    model: PreTrainedModel, needles, questions: list[Question], three_ranks
+) -> None:
     samples, _ = needles
     for _ in three_ranks:
         done: list[int] = []
         needle_recall(model, samples, batch=4, progress=done.append)
         assert done == [12, 6]
+        done.clear()
+        log_likelihoods(model, pairs_of(questions), batch_tokens=40, progress=done.append)
+        assert sum(done) == len(pairs_of(questions))
+        assert len(done) > 2
 
 
 def test_half_precision_and_training_mode(needles, questions: list[Question]) -> None:
@@ -188,7 +219,7 @@ def test_half_precision_and_training_mode(needles, questions: list[Question]) ->
     samples = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     assert loss_at_length(model, samples) == loss_at_length(model, samples)
     assert 0 <= needle_recall(model, needles[0], batch=4) <= 1
-    assert 0 <= continuation_accuracy(model, questions) <= 1
+    assert 0 <= continuation_accuracy(model, questions, batch_tokens=100) <= 1
     assert model.training
 
 
@@ -196,7 +227,7 @@ def test_nothing_to_evaluate(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="no samples"):
         needle_recall(model, [], batch=1)
     with pytest.raises(ValueError, match="no samples"):
-        continuation_accuracy(model, [])
+        log_likelihoods(model, [], batch_tokens=1)
 
 
 def test_questions_continue_their_own_document() -> None:

@@ -105,6 +105,7 @@ def test_a_run_on_slurm(run, programs):
         ("stage2_2b.sh --preset hypenet-9b", True),
         ("stage2_8b.sh --run runs/other", False),
         ("eval_niah.sh --preset hypenet-9b", True),
+        ("eval_csr.sh --preset hypenet-9b", True),
         ("prepare_data.sh --out shards/align", False),
     ],
 )
@@ -124,7 +125,7 @@ def test_a_job_of_two_stages_is_at_the_one_whose_inputs_are_there(run, programs)
 
 
 def test_a_complete_run(run):
-    for stage in ("distill", "finetune", "scaling", "export", "eval"):
+    for stage in ("distill", "finetune", "scaling", "export", "eval", "csr"):
         (run / stage).mkdir(exist_ok=True)
         (run / stage / "stage.json").write_text('{"summary": {}}')
     assert "the run is complete" in next_command(run, stages_of(run, None))

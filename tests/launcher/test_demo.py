@@ -1,6 +1,10 @@
 """The whole of HALO in small: what it leaves behind, and what it says."""
 
 import json
+import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halo.config import load_config
+from halo.launch import EXIT_SAVED
 from halo.run import sha256
-from tests.launcher.conftest import SMALL
+from tests.distributed.test_stopping import start
+from tests.launcher.conftest import SMALL, free_port
 
 TEACHER = Path(load_config("tiny").teacher)
 
@@ -73,6 +79,46 @@ def test_the_table_has_all_rows_and_variants(demo):
     assert table in printed
     assert "tensorboard --logdir" in printed
     assert (run / "eval" / "niah.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_common_sense_is_measured_on_any_number_of_ranks(demo, launch, tmp_path):
+    """After the export, whether recall was measured or not."""
+    reports = []
+    for ranks in (1, 2):
+        run = shutil.copytree(demo[0], tmp_path / f"run-{ranks}")
+        shutil.rmtree(run / "eval")
+        done = launch("launcher/evaluate_csr.py", "--preset", "tiny", "--run", run, "--csr.samples", 30, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert not (run / "eval").exists()
+        reports.append(json.loads((run / "csr" / "csr.json").read_text()))
+    assert "| teacher |" in (run / "csr" / "csr.md").read_text()
+    assert reports[0] == reports[1]
+    assert {name: of["austen"]["samples"] for name, of in reports[0]["scores"].items()} == {"teacher": 30, "hybrid": 30}
+
+
+def test_an_evaluation_that_was_stopped_goes_on(demo, tmp_path):
+    """Status 75, as for training: the job queues again, and measures what is missing."""
+    run = shutil.copytree(demo[0], tmp_path / "run")
+    shutil.rmtree(run / "eval")
+    figures = run / "eval" / "checkpoints" / "figures.json"
+    command = [sys.executable, "launcher/evaluate_needles.py", "--run", run, *SMALL, "--eval.samples", "[40, 40]"]
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
+    while not figures.is_file():
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate()[0] for rank in ranks]
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, said
+    assert "figures measured and kept: the same command goes on from there" in said[0]
+    kept = json.loads(figures.read_text())["figures"]
+    done = start(*command)
+    assert done.wait() == 0, done.communicate()[0]
+    cells = json.loads((run / "eval" / "niah.json").read_text())["cells"]
+    found = {f"{of['variant']} at {of['length']}, {name}": r for of in cells for name, r in of["recall"].items()}
+    assert len(found) == 24 > len(kept) > 0
+    assert kept == {name: found[name] for name in kept}
+    assert not figures.exists()
 
 
 def test_a_second_start_finds_everything_done(demo, launch):
