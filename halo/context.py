@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halo.config import Config, config_table
+from halo.config import Config
 from halo.errors import UserError
 from halo.graph import INPUTS, LAUNCHERS, stages_to
 from halo.run import StageFolder
 from halo.split import Split
+from halo.tables import config_table
 
 MEASURING = ("selection", "scaling", "eval")
 """The stages that measure on held-out text."""

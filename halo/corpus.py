@@ -136,6 +136,10 @@ def _read_jsonl(span: Span) -> Iterator[str]:
                 raise UserError(f'{_line(span.path, begin)}: no JSON object with a key "text"') from error
             if not isinstance(text, str):
                 raise UserError(f'{_line(span.path, begin)}: "text" is not a string')
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f'{_line(span.path, begin)}: "text" is not Unicode: {error.reason}') from error
             yield text
 
 

@@ -86,6 +86,11 @@ def on_rank0(function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def from_rank0(value: T) -> T:
+    """The value that rank 0 has, on every rank; the others' counts for nothing."""
+    return on_rank0(lambda: value)
+
+
 def on_every_rank(function: Callable[[], T]) -> list[T]:
     """Run `function` on every rank and hand every rank's result to each, by rank.
 

@@ -10,6 +10,7 @@ Rows of unequal length are padded on the right. No position of a causal model se
 `tqdm.update` on rank 0, say. Nothing to evaluate is a ValueError.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,15 +98,20 @@ def log_likelihoods(
     The head is applied to the positions before a continuation's tokens alone, some at a time.
 
     Args:
-        pairs: contexts and their continuations, none of them empty; the same on every rank.
+        pairs: contexts and their continuations; the same on every rank.
         batch_tokens: the most tokens of one forward, padding included; a single longer pair goes alone.
 
     Returns:
         [N] float64, on the CPU: the sum of the log-probabilities of a continuation's tokens (nats, from fp32 logits).
         [N] bool: whether each of its tokens is the most likely one, given the true ones before it.
+
+    Raises:
+        ValueError: there are no pairs, or one is empty in part.
     """
+    if not all(context and continuation for context, continuation in pairs):
+        raise ValueError("an empty context or continuation has no likelihood")
     batches = _batches([len(context) + len(continuation) for context, continuation in pairs], batch_tokens)
-    head = model.get_output_embeddings()
+    head = copy.deepcopy(model.get_output_embeddings()).float()  # in half precision, choices would tie
     found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.device)  # log-likelihood, tokens missed
     with _evaluating(model):
         for mine in _shares(len(batches), 1, None if progress is None else _counting(progress, batches)):
@@ -118,7 +124,7 @@ def log_likelihoods(
                 for states, true, row in zip(
                     *(x.split(TOKENS_PER_CHUNK) for x in (hidden[asked], targets[asked], rows)), strict=True
                 ):
-                    logits = head(states).float()
+                    logits = head(states.float())
                     likely = -F.cross_entropy(logits, true, reduction="none")
                     found.index_add_(0, row, torch.stack([likely, logits.argmax(-1) != true], dim=1).double())
     total = all_sum(found).cpu()

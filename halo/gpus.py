@@ -6,8 +6,8 @@ Peaks, bandwidths and links are the data sheets' (bf16 with fp32 accumulation, w
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from halo.config import suggest
 from halo.errors import UserError
+from halo.tables import suggest
 
 
 @dataclass(frozen=True, kw_only=True)

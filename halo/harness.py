@@ -1,25 +1,34 @@
 """LM-Evaluation-Harness, with which the paper measures common-sense reasoning (Appendix E.2).
 
-The harness has the tasks, their data and metrics; how likely a continuation is, all ranks find out together.
+The harness has the tasks, their data and their metrics. How likely a continuation is, it asks a function.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
+import numpy as np
 from datasets.exceptions import DatasetsError
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from halo.config import suggest
 from halo.errors import UserError
-from halo.evaluation import Pair, log_likelihoods
-from halo.metrics import progress_bar
-from halo.report import Score
+from halo.evaluation import Pair
+from halo.tables import suggest
+
+Likelihoods = Callable[[list[Pair]], tuple[Tensor, Tensor]]
+"""As `halo.evaluation.log_likelihoods`, of some model."""
 
 METRICS = ("acc_norm", "acc")
 """A task's score: accuracy with each choice's log-likelihood divided by its characters, where a task has that
@@ -27,73 +36,61 @@ METRICS = ("acc_norm", "acc")
 LIKELIHOODS = ("multiple_choice", "loglikelihood")
 """The kinds of tasks that ask for nothing but how likely continuations are."""
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are for users of its command line
+# Its warnings are for users of its command line, and its bars are one a task.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+lm_eval.api.task.tqdm = partial(tqdm, disable=True)
 
 
 class Tasks:
-    """Tasks of the harness, with their data, without examples in their prompts unless a task itself has some.
+    """Tasks of the harness, with their data. There are examples in a prompt only where a task itself has some.
 
     Args:
         names: of tasks, and of groups that have an accuracy of their own (mmlu).
-        folder: of tasks in the harness's YAML, which are looked at first; empty: only the harness's own.
+        folder: of tasks in the harness's YAML, beside its own; empty: there is none.
+        samples: of each task, a group's too, the first so many; 0: all.
 
     Raises:
-        UserError: there is no such task, it has no accuracy by likelihoods, or its data cannot be had.
+        UserError: there is no such folder or task, a task has no accuracy by likelihoods, or its data cannot be had.
     """
 
-    def __init__(self, names: Sequence[str], folder: str = ""):
+    def __init__(self, names: Sequence[str], folder: str = "", samples: int = 0):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"the folder of tasks {folder} does not exist")
         manager = _manager(names, folder)
         known = [*manager.all_subtasks, *manager.all_groups]
         for name in names:
+            if name in manager.all_tags:
+                raise UserError(f"'{name}' is a tag of tasks in LM-Evaluation-Harness: name those that it stands for")
             if name not in known:
                 raise UserError(f"there is no task '{name}' in LM-Evaluation-Harness{suggest(name, known)}")
-        try:
-            self._loaded = manager.load(list(names))
-        except (OSError, DatasetsError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"the data of {', '.join(names)} cannot be had: {reason}; fetch it once where there is a network "
-                "(docs/guide.md#common-sense)"
-            ) from error
-        except ValueError as error:  # a task beside its group
-            raise UserError(f"the tasks {', '.join(names)} cannot be measured together: {error}") from error
-        self._metrics = {name: self._metric(name) for name in names}
-        for task in self._loaded["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config("num_fewshot", 0)
-
-    def score(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, label: str, samples: int, batch_tokens: int
-    ) -> dict[str, Score]:
-        """What the model reaches, by task. Called by all ranks, and the same on each.
-
-        Args:
-            label: the progress bar's.
-            samples: of each task, a group's too, the first so many; 0: all.
-            batch_tokens: the most tokens of one forward.
-        """
-        asked = _Asked(model, tokenizer, label, batch_tokens)
-        report = evaluate(asked, self._loaded, limit=samples or None, bootstrap_iters=0, log_samples=False)
-        return {
-            name: Score(
-                metric=metric,
-                value=_value(report["results"][name], metric),
-                samples=sum(report["n-samples"][task.task_name]["effective"] for task in self._leaves(name)),
-            )
-            for name, metric in self._metrics.items()
+        self._limit = samples or None
+        self._loaded = {name: _load(manager, name) for name in names}
+        self.metrics = {name: self._metric(name) for name in names}
+        """Of each task, the one that counts."""
+        self.samples = {
+            name: sum(min(len(task.eval_docs), samples or len(task.eval_docs)) for task in self._leaves(name))
+            for name in names
         }
 
+    def score(self, name: str, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods) -> float:
+        """What a model reaches in a task, in [0, 1], from its tokenizer and the likelihoods that it gives."""
+        for task in self._leaves(name):
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples for each model
+        asked = _Asked(tokenizer, likelihoods)
+        report = evaluate(asked, self._loaded[name], limit=self._limit, bootstrap_iters=0, log_samples=False)
+        # Behind a metric's name stands a filter's.
+        of = {key.split(",")[0]: value for key, value in report["results"][name].items()}
+        return float(of[self.metrics[name]])
+
     def _leaves(self, name: str) -> list[Task]:
-        group = self._loaded["groups"].get(name)
-        return group.get_all_tasks() if group else [self._loaded["tasks"][name]]
+        return list(self._loaded[name]["tasks"].values())
 
     def _metric(self, name: str) -> str:
-        group = self._loaded["groups"].get(name)
+        group, leaves = self._loaded[name]["groups"].get(name), self._leaves(name)
+        has = set.intersection(*(set(task.aggregation()) for task in leaves))
         if group:
-            has = {aggregated.metric for aggregated in group.aggregate_metric_list or ()}
-        else:
-            has = set(self._loaded["tasks"][name].aggregation())
-        kinds = {task.OUTPUT_TYPE for task in self._leaves(name)}
+            has &= {aggregated.metric for aggregated in group.aggregate_metric_list or ()}
+        kinds = {task.OUTPUT_TYPE for task in leaves}
         found = [metric for metric in METRICS if metric in has]
         if not found or not kinds <= set(LIKELIHOODS):
             raise UserError(
@@ -103,29 +100,38 @@ class Tasks:
         return found[0]
 
 
-def _manager(names: Iterable[str], folder: str) -> TaskManager:
-    """Of the folder alone, where that has them all: the harness's own are thousands of files."""
+def _manager(names: Sequence[str], folder: str) -> TaskManager:
+    """Of the folder alone, where it has all of them as tasks: the harness's own are thousands of files."""
     if folder:
         manager = TaskManager(include_path=folder, include_defaults=False)
-        if set(names) <= {*manager.all_subtasks, *manager.all_groups}:
+        if set(names) <= set(manager.all_subtasks):
             return manager
     return TaskManager(include_path=folder or None)
 
 
-def _value(results: dict[str, Any], metric: str) -> float:
-    """Of a metric, whatever filter stands behind its name."""
-    return next(float(value) for key, value in results.items() if key.split(",")[0] == metric)
+def _load(manager: TaskManager, name: str) -> dict[str, Any]:
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle their choices
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        loaded = manager.load([name])
+    except (OSError, DatasetsError, ValueError, RuntimeError) as error:  # what `datasets` raises where it finds none
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the data of the task '{name}' cannot be had: {reason}; fetch it once where there is a network "
+            "(docs/guide.md#common-sense)"
+        ) from error
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+    return loaded
 
 
 class _Asked(TemplateLM):
-    """A model as the harness asks it: as its own class for Hugging Face models does, on all ranks at once.
+    """A model as the harness asks it: with the tokens that its own class for Hugging Face models would give it."""
 
-    Every rank is the harness's only one, and has all of its requests.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, batch_tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods):
         super().__init__()
-        self._model, self.tokenizer, self._label, self._batch_tokens = model, tokenizer, label, batch_tokens
+        self.tokenizer, self._likelihoods = tokenizer, likelihoods
 
     @property
     def eot_token_id(self) -> int:
@@ -148,9 +154,7 @@ class _Asked(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
-        with progress_bar(len(pairs), self._label, unit="choice") as bar:
-            likely, written = log_likelihoods(self._model, pairs, batch_tokens=self._batch_tokens, progress=bar.update)
+        likely, written = self._likelihoods([(context, continuation) for _, context, continuation in requests])
         return list(zip(likely.tolist(), written.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:

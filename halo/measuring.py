@@ -4,7 +4,6 @@ with measuring(folder, samples=1000, label="evaluate") as measure:
     recall = measure("recall", 500, partial(needle_recall, model, needles, batch=1))
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,9 +27,8 @@ class Measure:
 
     def __init__(self, folder: StageFolder, bar: tqdm, asked_to_stop: Callable[[], bool]):
         self._folder, self._bar, self._asked_to_stop = folder, bar, asked_to_stop
-        kept = on_rank0(lambda: _read(folder))
-        self._figures: dict[str, float] = kept["figures"]
-        self._began = time.perf_counter() - kept["seconds"]
+        self._figures, seconds = on_rank0(lambda: _read(folder))
+        self._began = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
@@ -41,7 +39,7 @@ class Measure:
         """
         Args:
             name: the figure's; no other of the stage has it.
-            samples: how many of the bar's samples it takes.
+            samples: by how many of the bar's samples a figure that is kept advances it.
             measure: returns the figure, the same on every rank; its `progress` is as halo/evaluation.py says.
 
         Raises:
@@ -52,7 +50,7 @@ class Measure:
         else:
             self._figures[name] = measure(progress=self._advance)
             kept = {"made_from": self._folder.made_from, "seconds": self.seconds, "figures": self._figures}
-            on_rank0(lambda: self._folder.save_json(KEPT, kept))
+            on_rank0(lambda: _write(self._folder, kept))
         return self._figures[name]
 
     def _advance(self, samples: int) -> None:
@@ -62,8 +60,8 @@ class Measure:
 
 
 @contextmanager
-def measuring(folder: StageFolder, samples: int, label: str) -> Iterator[Measure]:
-    """Within, signals end what is being measured; one bar counts samples.
+def measuring(folder: StageFolder, samples: int | None, label: str) -> Iterator[Measure]:
+    """Within, signals end what is being measured; one bar counts samples, to `samples` where that is known.
 
     Raises:
         UserError: the stage's folder has figures of other settings, or they cannot be read.
@@ -72,17 +70,26 @@ def measuring(folder: StageFolder, samples: int, label: str) -> Iterator[Measure
         yield Measure(folder, bar, asked_to_stop)
 
 
-def _read(folder: StageFolder) -> dict[str, Any]:
+def _read(folder: StageFolder) -> tuple[dict[str, float], float]:
+    """The figures that are kept, and the seconds that they took."""
     path = folder.path / KEPT
     if not path.is_file():
-        return {"figures": {}, "seconds": 0.0}
+        return {}, 0.0
     try:
         kept = folder.load_json(KEPT)
-    except json.JSONDecodeError as error:
+        made_from, figures, seconds = kept["made_from"], dict(kept["figures"]), float(kept["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it to measure anew") from error
-    if kept["made_from"] != folder.made_from:
+    if made_from != folder.made_from:
         raise UserError(
-            f"{path} was measured with another {difference(kept['made_from'], folder.made_from)}: remove it to measure "
+            f"{path} was measured with another {difference(made_from, folder.made_from)}: remove it to measure "
             "anew, or choose another --run"
         )
-    return kept
+    return figures, seconds
+
+
+def _write(folder: StageFolder, kept: dict[str, Any]) -> None:
+    try:
+        folder.save_json(KEPT, kept)
+    except OSError as error:
+        raise UserError(f"{folder.path / KEPT} cannot be written: {error.strerror}") from error

@@ -11,10 +11,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from halo.config import Config, build
+from halo.config import Config
 from halo.errors import UserError
 from halo.fuse import window_of
 from halo.gguf_file import check_gguf, is_gguf, where
+from halo.tables import build
 from halo.tokenizer import load_tokenizer
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import MIXERS

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from halo.build import check_teacher
-from halo.config import Training, suggest
+from halo.config import Training
 from halo.context import Context
 from halo.distributed import on_rank0, rank, world_size
 from halo.engine import complete_ds_config, read_ds_config
@@ -16,6 +16,7 @@ from halo.models import check_architecture, find_teacher
 from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.sequence_parallel import check_sequence_parallel
 from halo.stages import align, commonsense, distill, evaluate, export, finetune, scale, select
+from halo.tables import suggest
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
 

@@ -20,9 +20,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halo.config import Config, config_table, read_toml, to_toml
+from halo.config import Config
 from halo.distributed import rank
 from halo.errors import UserError
+from halo.tables import config_table, read_toml, to_toml
 
 IDENTITY = ("name", "teacher", "rnn_mixer", "architecture")
 """The settings that make a run what it is: a folder with others belongs to another run."""

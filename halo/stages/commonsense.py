@@ -1,22 +1,23 @@
 """Common-sense reasoning (CSR) of teacher and hybrid, zero-shot, by LM-Evaluation-Harness (Figure 1, Appendix E.2).
 
-Writes `csr.json` and `csr.md`.
+Rank 0 has the tasks; the likelihoods that they ask for, all ranks find out together. Writes `csr.json` and `csr.md`.
 """
 
-import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halo.config import CommonSense
 from halo.context import Context
-from halo.distributed import device, on_every_rank, on_rank0
+from halo.distributed import device, from_rank0, on_rank0, rank
+from halo.evaluation import Pair, Progress, log_likelihoods
+from halo.measuring import measuring
 from halo.models import load_hybrid, load_teacher
-from halo.report import csr_average, csr_markdown
+from halo.report import Score, csr_average, csr_markdown
 from halo.stages.export import MODEL
 from halo.tokenizer import load_tokenizer
 
@@ -25,44 +26,63 @@ if TYPE_CHECKING:
 
 
 def run(context: Context) -> None:
-    began = time.perf_counter()
-    settings = context.config.csr
-    loaded: list[Tasks] = []
-    on_every_rank(lambda: loaded.append(load_tasks(settings)))
+    settings, folder = context.config.csr, context.folder("csr")
+    on_rank0(lambda: bool(load_tasks(settings)))  # a mistake ends all ranks
     tokenizer = load_tokenizer(context.teacher)
     models: dict[str, Callable[[], PreTrainedModel]] = {
         "teacher": lambda: load_teacher(context.teacher),
         "hybrid": lambda: load_hybrid(context.run / "export" / MODEL),
     }
-    scores = {
-        name: loaded[0].score(
-            load().to(device()),
-            tokenizer,
-            label=f"csr of {name}",
-            samples=settings.samples,
-            batch_tokens=settings.batch_tokens,
-        )
-        for name, load in models.items()
-    }
+    accuracy: dict[str, dict[str, float]] = {}
+    with measuring(folder, None, "csr") as measure:
+        for name, load in models.items():
+            model = load().to(device())
+            of_task = partial(_accuracy, settings, model, tokenizer)
+            accuracy[name] = {task: measure(f"{task}, {name}", 0, partial(of_task, task)) for task in settings.tasks}
 
     def finish() -> None:
-        folder = context.folder("csr")
+        tasks = load_tasks(settings)
+        scores = {
+            name: {
+                task: Score(metric=tasks.metrics[task], value=value, samples=tasks.samples[task])
+                for task, value in of.items()
+            }
+            for name, of in accuracy.items()
+        }
         report = {
             "lm_eval": version("lm_eval"),
             "average": {name: csr_average(of) for name, of in scores.items()},
             "scores": {name: {task: asdict(score) for task, score in of.items()} for name, of in scores.items()},
         }
-        folder.save_bytes("csr.json", json.dumps(report, indent=2).encode() + b"\n")
+        folder.save_json("csr.json", report)
         folder.save_bytes("csr.md", csr_markdown(scores).encode())
-        folder.complete(["csr.json", "csr.md"], {"seconds": round(time.perf_counter() - began, 1)})
+        folder.complete(["csr.json", "csr.md"], {"seconds": measure.seconds})
 
     on_rank0(finish)
 
 
+@cache
 def load_tasks(settings: CommonSense) -> "Tasks":
-    """Raises:
-    UserError: there is no such task, or its data cannot be had.
+    """The harness's tasks with their data: on rank 0, which alone asks the hub for it.
+
+    Raises:
+        UserError: there is no such task, or its data cannot be had.
     """
     from halo.harness import Tasks  # not at every start: the harness takes seconds to import
 
-    return Tasks(settings.tasks, settings.task_folder)
+    return Tasks(settings.tasks, settings.task_folder, settings.samples)
+
+
+def _accuracy(
+    settings: CommonSense, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, *, progress: Progress
+) -> float:
+    """What the model reaches in a task. Rank 0 sends what the harness asks to all, then nothing."""
+    likelihoods = partial(log_likelihoods, model, batch_tokens=settings.batch_tokens, progress=progress)
+    reached = 0.0
+    if rank() == 0:
+        reached = load_tasks(settings).score(task, tokenizer, lambda pairs: likelihoods(from_rank0(pairs)))
+        from_rank0(list[Pair]())
+    else:
+        while pairs := from_rank0(list[Pair]()):
+            likelihoods(pairs)
+    return from_rank0(reached)

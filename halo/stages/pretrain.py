@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from halo.config import Pretrain, config_table
+from halo.config import Pretrain
 from halo.context import FREE
 from halo.corpus import read_documents
 from halo.distributed import on_rank0
@@ -22,6 +22,7 @@ from halo.needle import template_texts
 from halo.objectives import NextToken
 from halo.run import StageFolder, atomic_folder, claim, recorded_config
 from halo.stages.data import ensure_shards
+from halo.tables import config_table
 from halo.tokenizer import load_tokenizer, train_tokenizer
 from halo.trainer import train
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.config import PRESETS, Architecture, Training, config_table, load_config, to_toml
+from halo.config import PRESETS, Architecture, Training, load_config
 from halo.errors import UserError
+from halo.tables import config_table, to_toml
 from halo.trainer import learning_rate
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 from hypenet.transfer import hybrid_config

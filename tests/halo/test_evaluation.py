@@ -228,6 +228,9 @@ def test_nothing_to_evaluate(model: PreTrainedModel) -> None:
         needle_recall(model, [], batch=1)
     with pytest.raises(ValueError, match="no samples"):
         log_likelihoods(model, [], batch_tokens=1)
+    for empty in (([1], []), ([], [1])):
+        with pytest.raises(ValueError, match="an empty context or continuation"):
+            log_likelihoods(model, [([1], [2]), empty], batch_tokens=1)
 
 
 def test_questions_continue_their_own_document() -> None:

@@ -2,12 +2,13 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lm_eval import evaluate
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -16,8 +17,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from halo.corpus import read_documents
 from halo.errors import UserError
-from halo.harness import Tasks, _Asked
-from halo.report import Score, csr_average, csr_markdown
+from halo.evaluation import log_likelihoods
+from halo.harness import Likelihoods, Tasks, _Asked
+from halo.report import Score, csr_markdown
 from halo.tokenizer import EOS
 
 CHOICES = """
@@ -31,9 +33,12 @@ FILES = {
     "short.yaml": f"task: short\ncustom_dataset: !function data.short\n{CHOICES}metric_list: [{{metric: acc}}]\n",
     "long.yaml": f"task: long\ncustom_dataset: !function data.long\n{CHOICES}"
     "metric_list: [{metric: acc}, {metric: acc_norm}]\n",
+    "shown.yaml": f"task: shown\ncustom_dataset: !function data.short\n{CHOICES}num_fewshot: 2\nfewshot_split: test\n",
     "lost.yaml": "task: lost\ndataset_path: json\ndataset_kwargs: {data_files: {test: /no/such/file.json}}\n" + CHOICES,
     "both.yaml": "group: both\ntask: [short, long]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
     "bare.yaml": "group: bare\ntask: [short, long]\n",
+    "uneven.yaml": "group: uneven\ntask: [short, long]\naggregate_metric_list: [{metric: acc_norm}]\n",
+    "mine.yaml": "group: mine\ntask: [hellaswag]\naggregate_metric_list: [{metric: acc}]\n",
     "word.yaml": """
 task: word
 custom_dataset: !function data.word
@@ -132,13 +137,27 @@ def reference(model: Qwen3ForCausalLM, reader: PreTrainedTokenizerFast) -> HFLM:
     return HFLM(pretrained=model, tokenizer=reader, batch_size=3, max_length=512)
 
 
+def likelihoods(model: Qwen3ForCausalLM, batch_tokens: int = 200) -> Likelihoods:
+    return partial(log_likelihoods, model, batch_tokens=batch_tokens)
+
+
+@pytest.fixture
+def folder_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, without the harness's own tasks: to look through these takes seconds."""
+
+    def manager(include_path: str | None, include_defaults: bool = True) -> TaskManager:
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("halo.harness.TaskManager", manager)
+    return folder
+
+
 def test_likelihoods_are_the_harness_own(model, reader, reference) -> None:
-    asked = [("It is a truth", " universally"), ("It is a truth ", "universally acknowledged"), ("", "Emma"), ("", EOS)]
-    asked += [("<s>It is", " a truth"), ("a\n\n", "b"), ("Emma Woodhouse, handsome, clever, and rich, " * 9, "with")]
-    asked[3:4] = [("", EOS + "Emma")]
+    asked = [("It is a truth", " universally"), ("It is a truth ", "universally acknowledged"), ("", "Emma")]
+    asked += [("", EOS + "Emma"), ("<s>It is", " a truth"), ("a\n\n", "b"), ("Emma Woodhouse, handsome, " * 9, "with")]
     requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(asked)]
     for batch_tokens in (1, 100):
-        found = _Asked(model, reader, "test", batch_tokens).loglikelihood(requests)
+        found = _Asked(reader, likelihoods(model, batch_tokens)).loglikelihood(requests)
         for (value, written), (expected, expected_written) in zip(
             found, reference.loglikelihood(requests, disable_tqdm=True), strict=True
         ):
@@ -146,22 +165,31 @@ def test_likelihoods_are_the_harness_own(model, reader, reference) -> None:
             assert written == expected_written
 
 
-def test_scores_are_the_harness_own(model, reader, reference, folder: Path) -> None:
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for wanted in ({"word": ("acc", 20), "both": ("acc", 50)}, {"long": ("acc_norm", 20)}):
-        names = list(wanted)
-        found = Tasks(names, str(folder)).score(model, reader, label="test", samples=0, batch_tokens=200)
-        report = evaluate(reference, manager.load(names), bootstrap_iters=0)
-        assert found == {
-            name: Score(metric=metric, value=report["results"][name][f"{metric},none"], samples=samples)
-            for name, (metric, samples) in wanted.items()
-        }
-        assert 0 < csr_average(found) < 1
+def test_scores_are_the_harness_own(model, reader, reference, folder_alone: Path) -> None:
+    """Of tasks of every kind, with and without examples in the prompt, and of a group."""
+    wanted = {"word": ("acc", 20), "both": ("acc", 50), "long": ("acc_norm", 20), "shown": ("acc_norm", 30)}
+    tasks = Tasks(list(wanted), str(folder_alone))
+    manager = TaskManager(include_path=str(folder_alone), include_defaults=False)
+    for name, (metric, samples) in wanted.items():
+        assert (tasks.metrics[name], tasks.samples[name]) == (metric, samples)
+        report = simple_evaluate(reference, tasks=[name], task_manager=manager, bootstrap_iters=0)
+        found = [tasks.score(name, reader, likelihoods(model)) for _ in range(2)]
+        assert found == [report["results"][name][f"{metric},none"]] * 2
+        assert name == "word" or 0 < found[0] < 1
 
 
-def test_the_first_samples_alone(model, reader, folder: Path) -> None:
-    found = Tasks(["both"], str(folder)).score(model, reader, label="test", samples=7, batch_tokens=200)
-    assert found["both"].samples == 14
+def test_the_first_samples_alone(model, tokenizer, folder_alone: Path) -> None:
+    asked = []
+
+    def count(pairs):
+        asked.append(len(pairs))
+        return torch.zeros(len(pairs)), torch.zeros(len(pairs))
+
+    tasks = Tasks(["both", "word"], str(folder_alone), samples=7)
+    assert tasks.samples == {"both": 14, "word": 7}
+    for name in tasks.samples:
+        tasks.score(name, tokenizer, count)
+    assert asked == [56, 7]
 
 
 @pytest.mark.parametrize(
@@ -170,21 +198,27 @@ def test_the_first_samples_alone(model, reader, folder: Path) -> None:
         (["longer"], "there is no task 'longer' in LM-Evaluation-Harness (did you mean 'long'?)"),
         (["written"], "the task 'written' has no accuracy by likelihoods (it is generate_until, with exact_match)"),
         (["bare"], "the task 'bare' has no accuracy by likelihoods (it is multiple_choice, with no score of its own)"),
-        (["long", "both"], "the tasks long, both cannot be measured together: Duplicate task 'long'"),
-        (["long", "lost"], "the data of long, lost cannot be had: "),
+        (["uneven"], "the task 'uneven' has no accuracy by likelihoods (it is multiple_choice, with no score of its"),
+        (["long", "lost"], "the data of the task 'lost' cannot be had: "),
     ],
 )
-def test_what_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], message: str) -> None:
-    without_defaults = TaskManager
-
-    def only_the_folder(include_path: str | None, include_defaults: bool = True) -> TaskManager:
-        return without_defaults(include_path=include_path, include_defaults=False)
-
-    monkeypatch.setattr("halo.harness.TaskManager", only_the_folder)  # its thousands of files take seconds
+def test_what_is_refused(folder_alone: Path, names: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
-        Tasks(names, str(folder))
+        Tasks(names, str(folder_alone))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_a_group_of_the_harness_own_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their data is another matter: here there is no network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"the data of the task 'mine' cannot be had: .*hellaswag"):
+        Tasks(["mine"], str(folder))
+    with pytest.raises(UserError, match="'ai2_arc' is a tag of tasks in LM-Evaluation-Harness: name those"):
+        Tasks(["ai2_arc"])
+    with pytest.raises(UserError, match="the folder of tasks /no/such does not exist"):
+        Tasks(["hellaswag"], "/no/such")
 
 
 def test_the_table() -> None:

@@ -64,9 +64,20 @@ def test_figures_of_other_settings_are_refused(folder: StageFolder) -> None:
     other = StageFolder(folder.path, {"samples": 4})
     with pytest.raises(UserError, match=r"figures.json was measured with another samples \(3, now 4\)"):
         measuring(other, 1, "test").__enter__()
-    (folder.path / KEPT).write_text("{")
-    with pytest.raises(UserError, match=r"figures.json cannot be read .*: remove it to measure anew"):
-        measuring(folder, 1, "test").__enter__()
+    for damaged in ("{", "[]", '{"figures": 3}'):
+        (folder.path / KEPT).write_text(damaged)
+        with pytest.raises(UserError, match=r"figures.json cannot be read .*: remove it to measure anew"):
+            measuring(folder, 1, "test").__enter__()
+
+
+def test_figures_that_cannot_be_written(folder: StageFolder) -> None:
+    folder.path.parent.mkdir()
+    folder.path.write_text("no folder")
+    with (
+        pytest.raises(UserError, match=r"figures.json cannot be written: Not a directory"),
+        measuring(folder, 1, "test") as measure,
+    ):
+        measure("one", 1, figure(1, []))
 
 
 def test_a_complete_stage_keeps_none(folder: StageFolder) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from halo.config import config_table, load_config, to_toml
+from halo.config import load_config
 from halo.errors import UserError
 from halo.status import duration, jobs_of, next_command, stages_of, status_text
+from halo.tables import config_table, to_toml
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from halo.config import config_table, load_config, to_toml
+from halo.config import load_config
 from halo.errors import UserError
 from halo.launch import EXIT_USER_ERROR, Job
 from halo.pipeline import run_stage
+from halo.tables import config_table, to_toml
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
 
 TEACHER = Path(load_config("tiny").teacher)

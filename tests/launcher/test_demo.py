@@ -87,7 +87,9 @@ def test_common_sense_is_measured_on_any_number_of_ranks(demo, launch, tmp_path)
     for ranks in (1, 2):
         run = shutil.copytree(demo[0], tmp_path / f"run-{ranks}")
         shutil.rmtree(run / "eval")
-        done = launch("launcher/evaluate_csr.py", "--preset", "tiny", "--run", run, "--csr.samples", 30, ranks=ranks)
+        done = launch(
+            "launcher/evaluate_csr.py", "--preset", "tiny", "--run", str(run), "--csr.samples", "30", ranks=ranks
+        )
         assert done.returncode == 0, done.stderr
         assert not (run / "eval").exists()
         reports.append(json.loads((run / "csr" / "csr.json").read_text()))
