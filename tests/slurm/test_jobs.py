@@ -180,6 +180,6 @@ def fail_node(cluster: Cluster, node: str) -> None:
 def test_every_script_is_accepted_as_typed(jobs):
     """By Slurm, with the nodes, GPUs and time that it asks for."""
     scripts = [path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text()]
-    assert len(scripts) == 15
+    assert len(scripts) == 16
     for script in scripts:
         assert "to start at" in jobs.cluster.run("sbatch", "--test-only", script.relative_to(ROOT))
