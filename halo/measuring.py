@@ -1,7 +1,9 @@
 """Measuring figure after figure: each is kept once it is there, so that a stage that was stopped or killed goes on.
 
-with measuring(folder, samples=1000, label="evaluate") as measure:
-    recall = measure("recall", 500, partial(needle_recall, model, needles, batch=1))
+    with measuring(folder, samples=1000, label="evaluate") as measure:
+        recall = measure("recall", 500, partial(needle_recall, model, needles, batch=1))
+
+For stages that train nothing: checkpoints of training are in halo/checkpoint.py.
 """
 
 import time
