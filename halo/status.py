@@ -23,6 +23,9 @@ QUIET = 120.0
 """Without Slurm, a training stage runs if its last step is not older than this, or than ten steps."""
 SIZES = {"hypenet-2b": "2b", "hypenet-5b": "4b", "hypenet-9b": "8b"}
 """A preset's scripts in slurm/ end with its teacher's size."""
+CONFIG = "config.toml"
+DATA_SCRIPT = "prepare_data.sh"
+"""It belongs to no stage, nor to a run unless it was told the run's preset or folder, as slurm/table2.sh does."""
 SCRIPTS = {
     "align": "stage1_{size}.sh",
     "selection": "select_{size}.sh",
@@ -135,13 +138,18 @@ def next_command(run: Path, stages: Sequence[Stage]) -> str:
 
 def status_text(run: Path) -> str:
     """All of it, to be read in a terminal."""
-    config = _config(run)
-    lines, jobs = [f"{run}: {config['name']}, from {config['teacher']}"], None
+    jobs, lines = None, []
     if shutil.which("squeue"):
         try:
             jobs = jobs_of(run)
         except UserError as error:
             lines.append(f"  its jobs are not known: {error}")
+    if jobs and not (run / CONFIG).is_file():
+        waiting = [f"  {job.script:<20} {job}" for job in jobs]
+        return "\n".join([f"{run}: not begun", *waiting, "next: nothing: its jobs are in the queue"]) + "\n"
+    config = _config(run)
+    lines.insert(0, f"{run}: {config['name']}, from {config['teacher']}")
+    lines += [f"  {'data':<23} {job}" for job in jobs or () if job.script == DATA_SCRIPT]
     by_slurm = jobs or (run / "slurm").is_dir()
     stages = stages_of(run, jobs if by_slurm else None)
     for stage in stages:
@@ -243,7 +251,7 @@ def _log(run: Path, stage: Stage) -> Path | None:
 
 
 def _config(run: Path) -> dict[str, Any]:
-    path = run / "config.toml"
+    path = run / CONFIG
     if not path.is_file():
         raise UserError(f"no run in {run} (no config.toml): give the folder that a launcher's --run names")
     try:

@@ -125,6 +125,22 @@ def test_a_job_of_two_stages_is_at_the_one_whose_inputs_are_there(run, programs)
     assert (states(run)["scaling"], states(run)["export"]) == ("running", "queued")
 
 
+def test_a_run_whose_data_is_being_prepared(run, programs, tmp_path):
+    """As slurm/table2.sh submits it, before the run's folder is there and after."""
+    new = tmp_path / "new"
+    data = f"prepare_data.sh --out shards --preset hypenet-9b --run {new}"
+    stage = f"stage1_8b.sh --preset hypenet-9b --run {new}"
+    install(programs, "squeue", job("RUNNING", data), job("PENDING", stage, "(Dependency)"))
+    assert status_text(new) == (
+        f"{new}: not begun\n"
+        "  prepare_data.sh      job 71 runs on node[1-2], 1:02:03 of 1-00:00:00\n"
+        "  stage1_8b.sh         job 71 pending (Dependency)\n"
+        "next: nothing: its jobs are in the queue\n"
+    )
+    install(programs, "squeue", job("RUNNING", data.replace(str(new), str(run))))
+    assert f"\n  {'data':<23} job 71 runs on node[1-2]" in status_text(run)
+
+
 def test_a_complete_run(run):
     for stage in ("distill", "finetune", "scaling", "export", "eval", "csr"):
         (run / stage).mkdir(exist_ok=True)
