@@ -2,7 +2,7 @@
 
 import copy
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -211,12 +211,13 @@ def test_what_is_refused(folder_alone: Path, names: list[str], message: str) -> 
 
 def test_a_group_of_the_harness_own_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their data is another matter: here there is no network."""
+    monkeypatch.setattr("halo.harness.TaskManager", cache(TaskManager))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"the data of the task 'mine' cannot be had: .*hellaswag"):
         Tasks(["mine"], str(folder))
     with pytest.raises(UserError, match="'ai2_arc' is a tag of tasks in LM-Evaluation-Harness: name those"):
-        Tasks(["ai2_arc"])
+        Tasks(["ai2_arc"], str(folder))
     with pytest.raises(UserError, match="the folder of tasks /no/such does not exist"):
         Tasks(["hellaswag"], "/no/such")
 

@@ -98,12 +98,12 @@ def test_common_sense_is_measured_on_any_number_of_ranks(demo, launch, tmp_path)
     assert {name: of["austen"]["samples"] for name, of in reports[0]["scores"].items()} == {"teacher": 30, "hybrid": 30}
 
 
-def test_an_evaluation_that_was_stopped_goes_on(demo, tmp_path):
+def test_an_evaluation_that_was_stopped_goes_on(demo, launch, tmp_path):
     """Status 75, as for training: the job queues again, and measures what is missing."""
     run = shutil.copytree(demo[0], tmp_path / "run")
     shutil.rmtree(run / "eval")
     figures = run / "eval" / "checkpoints" / "figures.json"
-    command = [sys.executable, "launcher/evaluate_needles.py", "--run", run, *SMALL, "--eval.samples", "[40, 40]"]
+    command = [sys.executable, "launcher/evaluate_needles.py", "--run", str(run), *SMALL, "--eval.samples", "[20, 20]"]
     world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
     while not figures.is_file():
@@ -114,8 +114,8 @@ def test_an_evaluation_that_was_stopped_goes_on(demo, tmp_path):
     assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, said
     assert "figures measured and kept: the same command goes on from there" in said[0]
     kept = json.loads(figures.read_text())["figures"]
-    done = start(*command)
-    assert done.wait() == 0, done.communicate()[0]
+    done = launch(*command[1:])
+    assert done.returncode == 0, done.stderr
     cells = json.loads((run / "eval" / "niah.json").read_text())["cells"]
     found = {f"{of['variant']} at {of['length']}, {name}": r for of in cells for name, r in of["recall"].items()}
     assert len(found) == 24 > len(kept) > 0
