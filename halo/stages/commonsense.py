@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 def run(context: Context) -> None:
     settings, folder = context.config.csr, context.folder("csr")
-    on_rank0(lambda: bool(load_tasks(settings)))  # a mistake ends all ranks
     tokenizer = load_tokenizer(context.teacher)
     models: dict[str, Callable[[], PreTrainedModel]] = {
         "teacher": lambda: load_teacher(context.teacher),
@@ -63,7 +62,7 @@ def run(context: Context) -> None:
 
 @cache
 def load_tasks(settings: CommonSense) -> "Tasks":
-    """The harness's tasks with their data: on rank 0, which alone asks the hub for it.
+    """The harness's tasks with their data: on rank 0, which alone asks the hub for it, before the first stage.
 
     Raises:
         UserError: there is no such task, or its data cannot be had.
