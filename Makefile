@@ -42,7 +42,7 @@ compat: install ## run the model's tests on transformers 5
 	$(WITH_PATH) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRANSFORMERS5) python -m pytest -q -n 2 tests/hypenet
 
 soak: install ## kill a preparation of data and a training run 20 times each, and compare them with ones that were not
-	$(WITH_PATH) OMP_NUM_THREADS=1 python -m tests.halo.soak_preparation --kills 20
+	$(WITH_PATH) OMP_NUM_THREADS=1 python -m tests.halo.data.soak_preparation --kills 20
 	$(WITH_PATH) OMP_NUM_THREADS=1 python -m tests.distributed.soak --steps 60 --kills 20
 
 check: install ## lint, format check, types and shell scripts

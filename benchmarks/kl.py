@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import header, milliseconds_in_turn, peak_gib, table
-from halo.linear_kl import linear_kl
-from halo.teacher_logits import FactoredLogits
+from halo.losses.linear_kl import linear_kl
+from halo.teacher.logits import FactoredLogits
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def losses() -> dict[str, Callable[..., Tensor]]:
         return torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
     return {
-        "halo.linear_kl": ours,
+        "halo.losses.linear_kl": ours,
         "fla FusedKLDivLoss": fla,
         "Liger FusedLinearJSD, beta 0": liger,
         "full logits": full,

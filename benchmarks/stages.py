@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 -m benchmarks.stages --stage distill --teacher 8b --ds_config ds_configs/zero3.json \
         --placement dedicated --teacher_ranks 1
 
-Models are built as stages build them (halo/build.py), from weights that are drawn in the place of a checkpoint's files.
-No checkpoint is written. What is printed is the median of the steps between those that warm up and the last, as
+Models are built as stages build them (halo/models/build.py), from weights that are drawn in the place of a checkpoint's
+files. No checkpoint is written. What is printed is the median of the steps between those that warm up and the last, as
 metrics.jsonl has them.
 """
 
@@ -29,19 +29,20 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from benchmarks.measure import header
-from halo import build, trainer
 from halo.config import Distill, load_config
-from halo.dedicated import serve
+from halo.data.shards import write_shards
 from halo.distributed import device, on_rank0, rank, world_size
-from halo.engine import Engine, placement, read_ds_config, split_batch, whole_size
-from halo.objectives import Alignment, Distillation, NextToken
-from halo.plan_load import PUBLISHED
+from halo.models import build
+from halo.plan.load import PUBLISHED
+from halo.ranks import Split, split_ranks
 from halo.run import StageFolder
-from halo.shards import write_shards
-from halo.split import Split, split_ranks
 from halo.stages.distill import logits_form, options_of, teacher_of
-from halo.teacher import Asked, Teacher
-from halo.trainer import Objective, train
+from halo.teacher.colocated import Asked, Teacher
+from halo.teacher.dedicated import serve
+from halo.training import trainer
+from halo.training.engine import Engine, placement, read_ds_config, split_batch, whole_size
+from halo.training.objectives import Alignment, Distillation, NextToken
+from halo.training.trainer import Objective, train
 from hypenet.transfer import empty_hybrid, hybrid_config
 
 TEACHERS = {"1.7b": "Qwen/Qwen3-1.7B", "4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}

@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 from halo.config import load_config
+from halo.data.packing import Part
+from halo.data.preparation import HELD_OUT_SHARE, prepare
+from halo.data.sources import FINEWEB_EDU, SAMPLE, fetch_source
 from halo.errors import UserError
-from halo.preparation import HELD_OUT_SHARE, prepare
-from halo.sources import FINEWEB_EDU, SAMPLE, fetch_source
-from halo.tokenizer import load_tokenizer
-from halo.tokenizing import Part
+from halo.models.tokenizer import load_tokenizer
 
 STAGES = ("align", "distill", "finetune")
 

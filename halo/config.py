@@ -168,7 +168,7 @@ class Distill(Training):
     teacher_ranks: int = 0
     """How many ranks of each node hold the teacher, where it is dedicated: the node's last ones."""
     teacher_logits: Literal["factored", "full", "top_k"] = "factored"
-    """In which form the teacher supplies its logits (halo/teacher_logits.py). Factored ones are exact."""
+    """In which form the teacher supplies its logits (halo/teacher/logits.py). Factored ones are exact."""
     teacher_top_k: int = TOP_K
     """How many logits of each token, with `top_k`."""
     temperature: float = 1.0
@@ -297,7 +297,7 @@ class Config:
     distill: Distill
     finetune: Finetune
     scaling: Scaling = field(default_factory=Scaling)
-    eval: Evaluation = field(default_factory=Evaluation)
+    niah: Evaluation = field(default_factory=Evaluation)
     csr: CommonSense = field(default_factory=CommonSense)
 
     def __post_init__(self) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from halo.config import Config
 from halo.errors import UserError
 from halo.graph import INPUTS, LAUNCHERS, stages_to
+from halo.ranks import Split
 from halo.run import StageFolder
-from halo.split import Split
 from halo.tables import config_table
 
-MEASURING = ("selection", "scaling", "eval")
+MEASURING = ("selection", "scaling", "niah")
 """The stages that measure on held-out text."""
 
 FREE = (

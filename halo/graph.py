@@ -7,7 +7,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "finetune": ("distill",),
     "scaling": ("finetune",),
     "export": ("finetune", "scaling"),
-    "eval": ("export",),
+    "niah": ("export",),
     "csr": ("export",),
 }
 """Each stage, in order, and the stages whose results it reads."""
@@ -29,11 +29,11 @@ def _before(stage: str) -> list[str]:
 
 LAUNCHERS = {
     "align": "align.py",
-    "selection": "select_layers.py",
+    "selection": "selection.py",
     "distill": "kd.py",
     "finetune": "finetune.py",
-    "scaling": "choose_scaling.py",
-    "export": "export_hybrid.py",
-    "eval": "evaluate_needles.py",
-    "csr": "evaluate_csr.py",
+    "scaling": "scaling.py",
+    "export": "export.py",
+    "niah": "niah.py",
+    "csr": "csr.py",
 }

@@ -20,10 +20,10 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from halo.config import Config, load_config
-from halo.dedicated import serve
 from halo.errors import Stopped, UserError
 from halo.graph import stages_to
-from halo.split import ERRORS, LEFT, Split, split_ranks
+from halo.ranks import ERRORS, LEFT, Split, split_ranks
+from halo.teacher.dedicated import serve
 
 EXIT_USER_ERROR = 2
 EXIT_SAVED = 75

@@ -4,31 +4,31 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from halo.build import check_teacher
 from halo.config import Training
 from halo.context import Context
 from halo.distributed import on_rank0, rank, world_size
-from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
 from halo.graph import stages_to
 from halo.launch import Job, launch
-from halo.models import check_architecture, find_teacher
+from halo.models.build import check_teacher
+from halo.models.loading import check_architecture, find_teacher
+from halo.parallel.sequence import check_sequence_parallel
 from halo.run import claim, recorded_config, teacher_fingerprint
-from halo.sequence_parallel import check_sequence_parallel
-from halo.stages import align, commonsense, distill, evaluate, export, finetune, scale, select
+from halo.stages import align, csr, distill, export, finetune, niah, scaling, selection
 from halo.tables import suggest
+from halo.training.engine import complete_ds_config, read_ds_config
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
 
 STAGES: dict[str, Callable[[Context], None]] = {
     "align": align.run,
-    "selection": select.run,
+    "selection": selection.run,
     "distill": distill.run,
     "finetune": finetune.run,
-    "scaling": scale.run,
+    "scaling": scaling.run,
     "export": export.run,
-    "eval": evaluate.run,
-    "csr": commonsense.run,
+    "niah": niah.run,
+    "csr": csr.run,
 }
 
 
@@ -93,5 +93,5 @@ def _open(job: Job, stage: str, names: list[str]) -> Context:
         context.require_inputs(stage)
     done = {name: context.is_complete(name) for name in names}  # refuses what was made from something else
     if not done.get("csr", True):
-        commonsense.load_tasks(job.config.csr)
+        csr.load_tasks(job.config.csr)
     return context

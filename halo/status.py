@@ -28,13 +28,13 @@ DATA_SCRIPT = "prepare_data.sh"
 """It belongs to no stage, nor to a run unless it was told the run's preset or folder, as slurm/table2.sh does."""
 SCRIPTS = {
     "align": "stage1_{size}.sh",
-    "selection": "select_{size}.sh",
+    "selection": "selection_{size}.sh",
     "distill": "stage2_{size}.sh",
     "finetune": "stage3_{size}.sh",
     "scaling": "export.sh",
     "export": "export.sh",
-    "eval": "eval_niah.sh",
-    "csr": "eval_csr.sh",
+    "niah": "niah.sh",
+    "csr": "csr.sh",
 }
 
 
@@ -133,7 +133,7 @@ def next_command(run: Path, stages: Sequence[Stage]) -> str:
             return f"sbatch slurm/{SCRIPTS[stage.name].format(size=SIZES[preset])} {options}"
         zero = f" --ds_config ds_configs/zero{stage.zero}.json" if stage.zero else ""
         return f"deepspeed launcher/{LAUNCHERS[stage.name]} {options}{zero}"
-    return f"nothing: the run is complete; its tables are {run / 'eval' / 'niah.md'} and {run / 'csr' / 'csr.md'}"
+    return f"nothing: the run is complete; its tables are {run / 'niah' / 'niah.md'} and {run / 'csr' / 'csr.md'}"
 
 
 def status_text(run: Path) -> str:

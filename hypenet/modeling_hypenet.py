@@ -149,7 +149,7 @@ class HypeNetMLP(Qwen3MLP):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
         if self.config.hidden_act != "silu":
-            return Qwen3MLP.forward(self, x)  # by name: halo/fuse.py gives this forward to a teacher's own MLPs
+            return Qwen3MLP.forward(self, x)  # by name: halo/models/fuse.py gives this forward to a teacher's own MLPs
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 

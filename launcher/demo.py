@@ -8,8 +8,8 @@ from halo.pipeline import run_stage, say
 
 
 def demo(job: Job) -> None:
-    context = run_stage(job, "eval")
-    evaluation = context.run / "eval"
+    context = run_stage(job, "niah")
+    evaluation = context.run / "niah"
     say("\n" + (evaluation / "niah.md").read_text())
     say(f"table  {evaluation / 'niah.md'}   plot  {evaluation / 'niah.png'}   numbers  {evaluation / 'niah.json'}")
     say(f"model  {context.run / 'export' / 'model'}   (AutoModelForCausalLM.from_pretrained, trust_remote_code=True)")
@@ -17,4 +17,4 @@ def demo(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    launch(demo, description=__doc__, stage="eval", prepare=True)
+    launch(demo, description=__doc__, stage="niah", prepare=True)

@@ -13,14 +13,14 @@ from dataclasses import replace
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, when it is imported, would say that it finds no GPU
 
 from halo.config import load_config
-from halo.engine import read_ds_config
 from halo.errors import UserError
-from halo.gpus import GPUS, find_gpu
-from halo.plan import Cluster, Setup, Zero, plan_stage, stages_of
-from halo.plan_advice import advice
-from halo.plan_load import build_models
-from halo.plan_text import assumptions, heading, table, verdict
+from halo.plan.advice import advice
+from halo.plan.load import build_models
+from halo.plan.stage import Cluster, Setup, Zero, plan_stage, stages_of
+from halo.plan.text import assumptions, heading, table, verdict
 from halo.tables import suggest
+from halo.training.engine import read_ds_config
+from halo.training.gpus import GPUS, find_gpu
 
 
 def main() -> int:

@@ -3,5 +3,5 @@
 #SBATCH --job-name=hypenet-export --nodes=1 --gpus-per-node=8 --time=12:00:00
 #SBATCH --exclusive --mem=0 --requeue --open-mode=append --signal=TERM@900
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}" && source slurm/common.sh || exit 2
-launch launcher/choose_scaling.py "$@"
-launch launcher/export_hybrid.py "$@"
+launch launcher/scaling.py "$@"
+launch launcher/export.py "$@"

@@ -42,9 +42,9 @@ if ! has_data; then
 fi
 
 submit_stage align "slurm/stage1_$size.sh"
-submit_stage selection "slurm/select_$size.sh"
+submit_stage selection "slurm/selection_$size.sh"
 submit_stage distill "slurm/stage2_$size.sh"
 submit_stage finetune "slurm/stage3_$size.sh"
 submit_stage export slurm/export.sh
-submit_stage eval slurm/eval_niah.sh
-submit_stage csr slurm/eval_csr.sh
+submit_stage niah slurm/niah.sh
+submit_stage csr slurm/csr.sh

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halo.build import build_mixers, build_teacher
 from halo.context import Context
+from halo.data.stage_shards import shards_for
 from halo.distributed import on_rank0
-from halo.engine import placement
-from halo.objectives import Alignment
+from halo.models.build import build_mixers, build_teacher
+from halo.parallel.sequence import SequenceGroup
 from halo.run import StageFolder
-from halo.sequence_parallel import SequenceGroup
-from halo.stages.data import shards_for
-from halo.teacher import Teacher
-from halo.trainer import train
+from halo.teacher.colocated import Teacher
+from halo.training.engine import placement
+from halo.training.objectives import Alignment
+from halo.training.trainer import train
 from hypenet.transfer import hybrid_config, mixer_from_attention
 
 MIXERS = "mixers.safetensors"

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halo.build import build_student, build_teacher
 from halo.config import Distill, Training
 from halo.context import Context
-from halo.dedicated import DedicatedTeacher, Order
+from halo.data.stage_shards import shards_for
 from halo.distributed import on_rank0
-from halo.engine import placement, split_batch
 from halo.errors import UserError
-from halo.models import load_config
-from halo.objectives import Distillation
+from halo.models.build import build_student, build_teacher
+from halo.models.loading import load_model_config
+from halo.parallel.sequence import SequenceGroup
+from halo.ranks import Split
 from halo.run import StageFolder, atomic_folder
-from halo.sequence_parallel import SequenceGroup
-from halo.split import Split
 from halo.stages.align import MIXERS
-from halo.stages.data import shards_for
-from halo.teacher import Asked, Teacher, teacher_group
-from halo.teacher_logits import LogitsForm
-from halo.trainer import Result, train
+from halo.teacher.colocated import Asked, Teacher, teacher_group
+from halo.teacher.dedicated import DedicatedTeacher, Order
+from halo.teacher.logits import LogitsForm
+from halo.training.engine import placement, split_batch
+from halo.training.objectives import Distillation
+from halo.training.trainer import Result, train
 from hypenet.transfer import hybrid_config
 
 HYBRID = "hybrid"
@@ -36,7 +36,7 @@ HYBRID = "hybrid"
 def run(context: Context) -> None:
     folder, training = context.folder("distill"), context.config.distill
     shards = shards_for(context, "distill")
-    shapes = load_config(context.teacher)
+    shapes = load_model_config(context.teacher)
     kept = context.folder("selection").load_json("scores.json")["attention_layers"]
     config = hybrid_config(
         shapes,

@@ -4,11 +4,11 @@ import time
 
 from halo.context import Context
 from halo.distributed import on_rank0
-from halo.models import load_hybrid
+from halo.models.loading import load_hybrid
+from halo.models.tokenizer import load_tokenizer
 from halo.run import atomic_folder
 from halo.stages.distill import HYBRID
-from halo.stages.scale import SCALING
-from halo.tokenizer import load_tokenizer
+from halo.stages.scaling import SCALING
 from hypenet.export import export_pretrained
 
 MODEL = "model"

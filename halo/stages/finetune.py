@@ -1,14 +1,14 @@
 """Stage 3: next-token training at long context and a small learning rate (Sec. 4.5). Writes `hybrid/`."""
 
-from halo.build import build_hybrid
 from halo.context import Context
+from halo.data.stage_shards import shards_for
 from halo.distributed import on_rank0
-from halo.engine import placement
-from halo.objectives import NextToken
-from halo.stages.data import shards_for
+from halo.models.build import build_hybrid
+from halo.models.tokenizer import load_tokenizer, separator_id
 from halo.stages.distill import HYBRID, options_of, save_hybrid
-from halo.tokenizer import load_tokenizer, separator_id
-from halo.trainer import train
+from halo.training.engine import placement
+from halo.training.objectives import NextToken
+from halo.training.trainer import train
 
 
 def run(context: Context) -> None:

@@ -13,18 +13,18 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from halo.config import Pretrain
 from halo.context import FREE
-from halo.corpus import read_documents
+from halo.data.corpus import read_documents
+from halo.data.needle import template_texts
+from halo.data.stage_shards import ensure_shards
 from halo.distributed import on_rank0
-from halo.engine import complete_ds_config, read_ds_config
 from halo.errors import UserError
 from halo.launch import Job
-from halo.needle import template_texts
-from halo.objectives import NextToken
+from halo.models.tokenizer import load_tokenizer, train_tokenizer
 from halo.run import StageFolder, atomic_folder, claim, recorded_config
-from halo.stages.data import ensure_shards
 from halo.tables import config_table
-from halo.tokenizer import load_tokenizer, train_tokenizer
-from halo.trainer import train
+from halo.training.engine import complete_ds_config, read_ds_config
+from halo.training.objectives import NextToken
+from halo.training.trainer import train
 
 TEACHER = "teacher"
 TEMPLATE_COPIES = 200

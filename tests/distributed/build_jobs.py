@@ -12,14 +12,14 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from halo import build, models, weights
-from halo.build import build_hybrid, build_mixers, build_student, build_teacher
-from halo.engine import Engine, placement, read_ds_config
 from halo.errors import UserError
-from halo.models import load_teacher
-from halo.objectives import NextToken
+from halo.models import build, weights
+from halo.models.build import build_hybrid, build_mixers, build_student, build_teacher
+from halo.models.loading import load_model_config, load_teacher
 from halo.stages.align import new_mixers
-from halo.teacher import teacher_group
+from halo.teacher.colocated import teacher_group
+from halo.training.engine import Engine, placement, read_ds_config
+from halo.training.objectives import NextToken
 from hypenet import HypeNetForCausalLM
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 from tests.distributed import jobs
@@ -35,7 +35,7 @@ def place_by(zero: str) -> build.Place:
 def student(made: Path, place: build.Place) -> HypeNetForCausalLM:
     """From files, with one seed."""
     torch.manual_seed(1)
-    config = hybrid_config(models.load_config(made / "teacher"), KEPT)
+    config = hybrid_config(load_model_config(made / "teacher"), KEPT)
     return build_student(made / "teacher", config, made / "mixers.safetensors", place)
 
 
@@ -51,7 +51,7 @@ def whole(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def every_model(made: Path, zero: str) -> dict[str, dict[str, torch.Tensor]]:
     """What each stage builds, whole."""
-    config = hybrid_config(models.load_config(made / "teacher"), [])
+    config = hybrid_config(load_model_config(made / "teacher"), [])
     place = place_by(zero)
     torch.manual_seed(1)
     mixers = build_mixers(made / "teacher", config, place)

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halo.shards import write_shards
+from halo.data.shards import write_shards
 
 
 @pytest.fixture(scope="session")

@@ -15,23 +15,23 @@ import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from halo import engine, trainer
-from halo.background import Files, Writing
-from halo.build import build_hybrid, build_mixers, build_student, build_teacher
-from halo.checkpoint import Checkpoints
 from halo.config import Distill, Training
-from halo.dedicated import DedicatedTeacher, Order
 from halo.distributed import on_rank0, rank
-from halo.engine import Engine, placement, read_ds_config, split_batch
 from halo.errors import Stopped, UserError
-from halo.models import load_config
-from halo.objectives import Alignment, Distillation, NextToken
+from halo.models.build import build_hybrid, build_mixers, build_student, build_teacher
+from halo.models.loading import load_model_config
+from halo.ranks import Split
 from halo.run import StageFolder
-from halo.split import Split
 from halo.stages.align import new_mixers
 from halo.stages.distill import logits_form
-from halo.teacher import Teacher, teacher_group
-from halo.trainer import Objective, Result, train
+from halo.teacher.colocated import Teacher, teacher_group
+from halo.teacher.dedicated import DedicatedTeacher, Order
+from halo.training import engine, trainer
+from halo.training.background import Files, Writing
+from halo.training.checkpoint import Checkpoints
+from halo.training.engine import Engine, placement, read_ds_config, split_batch
+from halo.training.objectives import Alignment, Distillation, NextToken
+from halo.training.trainer import Objective, Result, train
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -104,7 +104,7 @@ def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool
 
 def student_of(made: Path, zero: str, settings: Distill) -> PreTrainedModel:
     torch.manual_seed(1)
-    config = hybrid_config(load_config(made / "teacher"), attention_layers=[1])
+    config = hybrid_config(load_model_config(made / "teacher"), attention_layers=[1])
     place = placement(read_ds_config(DS_CONFIGS / zero), settings)
     return build_student(made / "teacher", config, made / "mixers.safetensors", place)
 

@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from halo.config import Distill
-from halo.dedicated import serve
-from halo.split import Split, split_ranks
+from halo.ranks import Split, split_ranks
+from halo.teacher.dedicated import serve
 
 # A server that has imported everything once forks the ranks: importing it takes longer than most jobs.
 CONTEXT = mp.get_context("forkserver")

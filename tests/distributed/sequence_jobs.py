@@ -10,15 +10,15 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
+from halo.data.needle import NeedleSample
 from halo.distributed import all_sum, world_size
-from halo.engine import Engine, read_ds_config
-from halo.evaluation import loss_at_length, needle_recall, share_sequences
-from halo.needle import NeedleSample
-from halo.objectives import Alignment, Distillation, NextToken
-from halo.sequence_parallel import SequenceGroup
+from halo.measuring.evaluation import loss_at_length, needle_recall, share_sequences
+from halo.parallel.sequence import SequenceGroup
 from halo.stages.align import new_mixers
-from halo.teacher import Teacher
-from halo.trainer import Objective
+from halo.teacher.colocated import Teacher
+from halo.training.engine import Engine, read_ds_config
+from halo.training.objectives import Alignment, Distillation, NextToken
+from halo.training.trainer import Objective
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 from tests.distributed import jobs
 
@@ -119,7 +119,7 @@ def in_tiles(zero: str | None) -> tuple[Tensor, Gradients]:
     objective = next_token(
         "lightning-attn", world_size(), packed=True, activation_checkpointing=True, activation_offload=True
     )
-    with patch("halo.activations.TILE", 7), under(zero, objective) as engine:
+    with patch("halo.parallel.activations.TILE", 7), under(zero, objective) as engine:
         return loss_and_gradients(objective, tokens(packed=True), engine)
 
 

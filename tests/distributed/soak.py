@@ -28,11 +28,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from halo import background
-from halo.checkpoint import Checkpoints
+from halo.data.shards import write_shards
 from halo.distributed import PATIENCE, rank
-from halo.engine import Engine
-from halo.shards import write_shards
+from halo.training import background
+from halo.training.checkpoint import Checkpoints
+from halo.training.engine import Engine
 from tests.distributed import jobs
 from tests.distributed.ranks import CONTEXT, join
 

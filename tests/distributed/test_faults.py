@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from halo.data.shards import write_shards
 from halo.distributed import all_sum, on_rank0, rank, waits_of_at_most
-from halo.engine import read_ds_config
 from halo.errors import UserError
-from halo.shards import write_shards
+from halo.training.engine import read_ds_config
 from tests.distributed import jobs
 from tests.distributed.ranks import run_ranks
 

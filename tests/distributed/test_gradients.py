@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.gradients import by_layer
-from halo.objectives import Alignment, Distillation
+from halo.data.stream import TokenStream
 from halo.stages.align import new_mixers
-from halo.stream import TokenStream
-from halo.teacher import Teacher
-from halo.trainer import Objective, learning_rate
+from halo.teacher.colocated import Teacher
+from halo.training.gradients import by_layer
+from halo.training.objectives import Alignment, Distillation
+from halo.training.trainer import Objective, learning_rate
 from tests.distributed import jobs
 from tests.distributed.ranks import run_ranks
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.checkpoint import ENGINE
 from halo.errors import UserError
 from halo.run import sha256
+from halo.training.checkpoint import ENGINE
 from tests.distributed import jobs
 from tests.distributed.ranks import run_ranks
 

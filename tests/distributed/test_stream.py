@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from halo.data.shards import write_shards
+from halo.data.stream import TokenStream
 from halo.distributed import rank, world_size
-from halo.shards import write_shards
-from halo.stream import TokenStream
 from tests.distributed.ranks import run_ranks
 
 SAMPLES, BATCH, STEPS = 53, 8, 14  # two epochs and a bit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halo.squared_error import squared_error
+from halo.losses.squared_error import squared_error
 from hypenet import fused
 from tests.hypenet.test_fused import outcome
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from halo.teacher_logits import LogitsForm
-from tests.halo.test_linear_kl import fused, naive_top_k, plain
+from halo.teacher.logits import LogitsForm
+from tests.halo.losses.test_linear_kl import fused, naive_top_k, plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

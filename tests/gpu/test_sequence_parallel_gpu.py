@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from triton.runtime.autotuner import Autotuner
 
-from halo.objectives import NextToken
-from halo.sequence_parallel import SequenceGroup
+from halo.parallel.sequence import SequenceGroup
+from halo.training.objectives import NextToken
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,9 +7,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import halo
-from halo.corpus import read_documents
-from halo.needle import template_texts
-from halo.tokenizer import train_tokenizer
+from halo.data.corpus import read_documents
+from halo.data.needle import template_texts
+from halo.models.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

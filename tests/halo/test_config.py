@@ -10,7 +10,7 @@ import torch
 from halo.config import PRESETS, Architecture, Training, load_config
 from halo.errors import UserError
 from halo.tables import config_table, to_toml
-from halo.trainer import learning_rate
+from halo.training.trainer import learning_rate
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 from hypenet.transfer import hybrid_config
 from tests.halo.teachers import teacher_config
@@ -92,7 +92,7 @@ def test_a_base_that_does_not_ship(tmp_path):
         (["--distill.schedule", "cosin"], "must be one of cosine, constant, wsd, not 'cosin' (did you mean 'cosine'?)"),
         (["--distill", "3"], "distill must be a table, not 3"),
         (["--teacher.path", "x"], "'teacher' is a value, not a table"),
-        (["--eval.lengths", "7"], "lengths must be a list, not 7"),
+        (["--niah.lengths", "7"], "lengths must be a list, not 7"),
         (["--distill.lr"], "--distill.lr has no value"),
         (["--distill.micro_batch", "0"], "micro_batch must be at least 1, not 0"),
         (["--distill.corpus.needles", "1.5"], "needles must be from 0 to 1, not 1.5"),
@@ -109,7 +109,7 @@ def test_a_base_that_does_not_ship(tmp_path):
             ["--rnn_mixer", "gla", "--architecture.lightning_use_rope", "false"],
             "architecture.lightning_use_rope is Lightning's: set architecture.mixer_options.gla instead",
         ),
-        (["--eval.samples", "[3]"], "samples must be one number for each of lengths, not [3]"),
+        (["--niah.samples", "[3]"], "samples must be one number for each of lengths, not [3]"),
         (["distill.lr", "1"], "overrides are written --table.key value"),
     ],
 )

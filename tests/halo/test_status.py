@@ -105,8 +105,8 @@ def test_a_run_on_slurm(run, programs):
         ("stage2_2b.sh", False),
         ("stage2_2b.sh --preset hypenet-9b", True),
         ("stage2_8b.sh --run runs/other", False),
-        ("eval_niah.sh --preset hypenet-9b", True),
-        ("eval_csr.sh --preset hypenet-9b", True),
+        ("niah.sh --preset hypenet-9b", True),
+        ("csr.sh --preset hypenet-9b", True),
         ("prepare_data.sh --out shards/align", False),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_run_whose_data_is_being_prepared(run, programs, tmp_path):
 
 
 def test_a_complete_run(run):
-    for stage in ("distill", "finetune", "scaling", "export", "eval", "csr"):
+    for stage in ("distill", "finetune", "scaling", "export", "niah", "csr"):
         (run / stage).mkdir(exist_ok=True)
         (run / stage / "stage.json").write_text('{"summary": {}}')
     assert "the run is complete" in next_command(run, stages_of(run, None))

@@ -25,7 +25,7 @@ SMALL = [
     "--distill.steps", "2", "--distill.batch", "4", "--distill.warmup", "1", "--distill.corpus.samples", "16",
     "--finetune.steps", "2", "--finetune.batch", "2", "--finetune.seq_len", "256", "--finetune.corpus.samples", "16",
     "--scaling.candidates", "[128, 512]", "--scaling.seq_len", "512", "--scaling.documents", "2",
-    "--eval.lengths", "[256, 512]", "--eval.samples", "[2, 2]",
+    "--niah.lengths", "[256, 512]", "--niah.samples", "[2, 2]",
 ]
 # fmt: on
 

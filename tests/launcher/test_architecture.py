@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from halo.config import load_config
-from halo.tokenizer import load_tokenizer
+from halo.models.tokenizer import load_tokenizer
 from tests.halo.gguf_teacher import make_llama, write_gguf
 from tests.launcher.conftest import SMALL, Launch
 
@@ -26,7 +26,7 @@ def test_a_llama_from_gguf_with_everything_switched(tmp_path: Path, launch: Laun
     ]
     # fmt: on
     run = tmp_path / "run"
-    done = launch("launcher/export_hybrid.py", "--run", str(run), "--teacher", str(teacher), *SMALL, *switches)
+    done = launch("launcher/export.py", "--run", str(run), "--teacher", str(teacher), *SMALL, *switches)
     assert done.returncode == 0, done.stdout + done.stderr
     model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", dtype=torch.float32)
     config = model.config

@@ -23,7 +23,7 @@ TEACHER = Path(load_config("tiny").teacher)
 
 def test_every_stage_leaves_its_record(demo):
     run, _ = demo
-    for stage in ("align", "selection", "distill", "finetune", "scaling", "export", "eval"):
+    for stage in ("align", "selection", "distill", "finetune", "scaling", "export", "niah"):
         record = json.loads((run / stage / "stage.json").read_text())
         for name, expected in record["files"].items():
             assert sha256(run / stage / name) == expected["sha256"]
@@ -73,12 +73,12 @@ def test_training_is_watched(demo):
 
 def test_the_table_has_all_rows_and_variants(demo):
     run, printed = demo
-    table = (run / "eval" / "niah.md").read_text()
+    table = (run / "niah" / "niah.md").read_text()
     for row in ("| teacher |", "| teacher + YaRN |", "| hybrid, no scaling |", "| hybrid |", "| *samples* |"):
         assert row in table
     assert table in printed
     assert "tensorboard --logdir" in printed
-    assert (run / "eval" / "niah.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "niah" / "niah.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_common_sense_is_measured_on_any_number_of_ranks(demo, launch, tmp_path):
@@ -86,12 +86,10 @@ def test_common_sense_is_measured_on_any_number_of_ranks(demo, launch, tmp_path)
     reports = []
     for ranks in (1, 2):
         run = shutil.copytree(demo[0], tmp_path / f"run-{ranks}")
-        shutil.rmtree(run / "eval")
-        done = launch(
-            "launcher/evaluate_csr.py", "--preset", "tiny", "--run", str(run), "--csr.samples", "30", ranks=ranks
-        )
+        shutil.rmtree(run / "niah")
+        done = launch("launcher/csr.py", "--preset", "tiny", "--run", str(run), "--csr.samples", "30", ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert not (run / "eval").exists()
+        assert not (run / "niah").exists()
         reports.append(json.loads((run / "csr" / "csr.json").read_text()))
     assert "| teacher |" in (run / "csr" / "csr.md").read_text()
     assert reports[0] == reports[1]
@@ -101,9 +99,9 @@ def test_common_sense_is_measured_on_any_number_of_ranks(demo, launch, tmp_path)
 def test_an_evaluation_that_was_stopped_goes_on(demo, launch, tmp_path):
     """Status 75, as for training: the job queues again, and measures what is missing."""
     run = shutil.copytree(demo[0], tmp_path / "run")
-    shutil.rmtree(run / "eval")
-    figures = run / "eval" / "checkpoints" / "figures.json"
-    command = [sys.executable, "launcher/evaluate_needles.py", "--run", str(run), *SMALL, "--eval.samples", "[20, 20]"]
+    shutil.rmtree(run / "niah")
+    figures = run / "niah" / "checkpoints" / "figures.json"
+    command = [sys.executable, "launcher/niah.py", "--run", str(run), *SMALL, "--niah.samples", "[20, 20]"]
     world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
     while not figures.is_file():
@@ -116,7 +114,7 @@ def test_an_evaluation_that_was_stopped_goes_on(demo, launch, tmp_path):
     kept = json.loads(figures.read_text())["figures"]
     done = launch(*command[1:])
     assert done.returncode == 0, done.stderr
-    cells = json.loads((run / "eval" / "niah.json").read_text())["cells"]
+    cells = json.loads((run / "niah" / "niah.json").read_text())["cells"]
     found = {f"{of['variant']} at {of['length']}, {name}": r for of in cells for name, r in of["recall"].items()}
     assert len(found) == 24 > len(kept) > 0
     assert kept == {name: found[name] for name in kept}
@@ -135,10 +133,10 @@ def test_a_second_start_finds_everything_done(demo, launch):
 def test_a_run_remembers_what_was_set(demo, launch):
     """A later command on the run need not repeat it."""
     run, _ = demo
-    again = launch("launcher/evaluate_needles.py", "--preset", "tiny", "--run", str(run))
+    again = launch("launcher/niah.py", "--preset", "tiny", "--run", str(run))
     assert again.returncode == 0, again.stderr
-    assert f"eval: done already, in {run / 'eval'}" in again.stdout
-    assert load_config("tiny", recorded=run / "config.toml").eval.lengths == (256, 512)
+    assert f"niah: done already, in {run / 'niah'}" in again.stdout
+    assert load_config("tiny", recorded=run / "config.toml").niah.lengths == (256, 512)
 
 
 def test_kd_as_typed_prepares_what_is_missing(tmp_path, launch):
@@ -165,10 +163,10 @@ def test_pretraining_leaves_a_teacher(tmp_path, launch):
 @pytest.mark.parametrize("variant", ["niah_single_1", "niah_single_2"])
 def test_the_embedded_teacher_recalls_at_its_training_length_and_not_beyond(variant):
     """On keys, values and haystacks that it was not trained on."""
-    from halo.evaluation import needle_recall
-    from halo.models import load_teacher
-    from halo.stages.held_out import HeldOut
-    from halo.tokenizer import load_tokenizer
+    from halo.data.held_out import HeldOut
+    from halo.measuring.evaluation import needle_recall
+    from halo.models.loading import load_teacher
+    from halo.models.tokenizer import load_tokenizer
 
     teacher = load_teacher(TEACHER)
     held_out = HeldOut(load_config("tiny").heldout, load_tokenizer(TEACHER))

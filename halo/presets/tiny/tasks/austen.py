@@ -5,9 +5,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from halo.evaluation import build_questions
-from halo.stages.held_out import HeldOut
-from halo.tokenizer import load_tokenizer
+from halo.data.held_out import HeldOut
+from halo.measuring.evaluation import build_questions
+from halo.models.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[1]
 

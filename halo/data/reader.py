@@ -1,0 +1,135 @@
+"""Reading token shards: samples by their number, from shards that a thread opens ahead of need.
+
+A shard is verified by its SHA-256 when it is first read: where it lies, on the way into the cache, or, compressed,
+before it is unpacked there. So a start does not read tens of gigabytes first.
+"""
+
+import json
+import threading
+import weakref
+from bisect import bisect
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+from streaming.base.compression import decompress
+
+from halo.data.shards import INDEX, open_manifest
+from halo.data.storage import Cache, fetch, is_remote, read_bytes
+from halo.errors import UserError
+from halo.run import sha256
+
+Opener = Callable[[int], np.ndarray]
+
+
+class ShardReader:
+    """The samples of a folder or URL of shards.
+
+    Args:
+        cache: where copies are kept. Needed for a URL, and for compressed shards; for others it may be given, where
+            their folder is slow.
+
+    Raises:
+        UserError: there are no shards, or they need a cache.
+    """
+
+    def __init__(self, source: str | Path, cache: Cache | None = None):
+        files = _Files(source, cache)
+        self.samples = files.samples
+        """Of each shard, int64 [shards]."""
+        self.bytes = files.bytes
+        """Of each shard, uncompressed, int64 [shards]."""
+        self._ends = np.cumsum(self.samples).tolist()
+        self._open: dict[int, Future[np.ndarray]] = {}
+        self._queue: SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | None] = SimpleQueue()
+        threading.Thread(target=_open_all, args=(self._queue, files.open), daemon=True).start()
+        weakref.finalize(self, self._queue.put, None)
+
+    def __len__(self) -> int:
+        return int(self.samples.sum())
+
+    def prepare(self, shards: Iterable[int]) -> None:
+        """Begin to open these shards, in this order, and let go of all others."""
+        before, self._open = self._open, {}
+        for shard in shards:
+            if shard in before:
+                self._open[shard] = before[shard]
+            else:
+                future: Future[np.ndarray] = Future()
+                self._open[shard] = future
+                self._queue.put((shard, weakref.ref(future)))
+
+    def read(self, number: int) -> np.ndarray:
+        """A sample by its number, which counts through the shards: [T], in the shards' dtype, in the file itself.
+
+        Raises:
+            UserError: its shard is missing, truncated or altered, or cannot be fetched.
+        """
+        shard = bisect(self._ends, number)
+        if shard not in self._open:
+            self.prepare([*self._open, shard])
+        return self._open[shard].result()[number - self._ends[shard]]  # counted from its end
+
+
+def _open_all(queue: "SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | None]", opener: Opener) -> None:
+    while (item := queue.get()) is not None:
+        shard, reference = item
+        future = reference()
+        if future is None:  # nobody wants it any more
+            continue
+        try:
+            future.set_result(opener(shard))
+        except BaseException as error:
+            future.set_exception(error)
+
+
+class _Files:
+    """Where the shards are, and what opens one."""
+
+    def __init__(self, source: str | Path, cache: Cache | None):
+        self._source, self._cache = source, cache
+        manifest = open_manifest(source)
+        self._dtype, self.seq_len, self._digests = np.dtype(manifest["dtype"]), manifest["seq_len"], manifest["sha256"]
+        self._shards = json.loads(read_bytes(source, INDEX))["shards"]
+        self.samples = np.array([shard["samples"] for shard in self._shards])
+        self.bytes = np.array([shard["raw_data"]["bytes"] for shard in self._shards])
+        compressed = any(shard["zip_data"] for shard in self._shards)
+        if cache is None and (compressed or is_remote(source)):
+            what = "are compressed" if compressed else "are in object storage"
+            raise UserError(
+                f"the shards in {source} {what}: name a folder on the nodes' own disks for them (shards_cache)"
+            )
+
+    def open(self, shard: int) -> np.ndarray:
+        """The samples of a shard, [N, T] in the file itself."""
+        info = self._shards[shard]
+        if self._cache is None:
+            path = Path(self._source, info["raw_data"]["basename"])
+            self._verify(path, info["raw_data"]["basename"])
+        else:
+            stored = info["zip_data"] or info["raw_data"]
+            size = info["raw_data"]["bytes"] + (stored["bytes"] if info["zip_data"] else 0)
+            name = f"{self._digests[stored['basename']]}.mds"
+            path = self._cache.get(name, size, lambda partial: self._copy(info, partial))
+        begin = int(np.fromfile(path, np.uint32, count=2)[1])  # of the first sample; all have one size
+        return np.memmap(path, self._dtype, "r", begin, (info["samples"], self.seq_len))
+
+    def _copy(self, info: dict, partial: Path) -> None:
+        stored = info["zip_data"] or info["raw_data"]
+        fetched = partial.with_suffix(".partial-fetched") if info["zip_data"] else partial
+        fetch(self._source, stored["basename"], fetched)
+        self._verify(fetched, stored["basename"])
+        if info["zip_data"]:
+            partial.write_bytes(decompress(info["compression"], fetched.read_bytes()))
+            fetched.unlink()
+
+    def _verify(self, path: Path, name: str) -> None:
+        try:
+            digest = sha256(path)
+        except FileNotFoundError:
+            digest = None
+        if digest != self._digests[name]:
+            state = "missing" if digest is None else "truncated or altered"
+            raise UserError(f"{self._source}/{name} is {state}; remove {self._source} and prepare it anew")

@@ -1,0 +1,63 @@
+"""The token shards of a training stage: given by the preset, or prepared from its corpus into the run's folder."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from halo.config import Training
+from halo.context import Context
+from halo.data.shards import prepare_shards, verify_shards
+from halo.distributed import on_rank0
+from halo.errors import UserError
+from halo.models.tokenizer import load_tokenizer, tokenizer_hash
+
+
+def shards_for(context: Context, stage: str) -> str | Path:
+    """The verified shards that `stage` trains on, prepared first if they are the run's own and missing."""
+    training: Training = context.settings(stage)
+    return on_rank0(
+        lambda: ensure_shards(training, stage, context.run / "data" / stage, load_tokenizer(context.teacher))
+    )
+
+
+def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrainedTokenizerBase) -> str | Path:
+    """See `shards_for`; on one rank.
+
+    Args:
+        own: where to prepare shards from the stage's corpus, if the preset names no prepared ones.
+
+    Raises:
+        UserError: neither shards nor a corpus are set, or the shards are not what the stage needs.
+    """
+    corpus = training.corpus
+    folder = training.shards or own
+    if not training.shards and not corpus.source:
+        raise UserError(
+            f"{stage} has no data: prepare shards with data/prepare_fineweb_edu.py and pass --{stage}.shards FOLDER, "
+            f"or set {stage}.corpus.source"
+        )
+    if not training.shards and not own.exists():
+        prepare_shards(
+            corpus.source,
+            tokenizer,
+            own,
+            seq_len=training.seq_len,
+            seed=training.seed,
+            samples=corpus.samples or None,
+            needle_fraction=corpus.needles,
+        )
+    manifest = verify_shards(folder, tokenizer_hash(tokenizer), training.seq_len)
+    if not training.shards:
+        wanted = {"source": corpus.source, "seed": training.seed, "needle_fraction": corpus.needles}
+        if corpus.samples:
+            wanted["samples"] = corpus.samples
+        for key, value in wanted.items():
+            if manifest[key] != value:
+                raise UserError(
+                    f"{folder} was prepared with {key} = {manifest[key]!r}, now {value!r}: remove it to prepare it anew"
+                )
+    if manifest["samples"] < training.batch:
+        raise UserError(
+            f"{folder} holds {manifest['samples']} samples, fewer than one batch of {training.batch}: prepare more text"
+        )
+    return folder

@@ -1,0 +1,150 @@
+"""The training data stream: token shards in a random order, the same for any number of ranks, resumable anywhere.
+
+Sample n of a run depends on the seed, the shards' sizes and n alone. An epoch is a random order of all shards, cut into
+blocks of some `BLOCK` bytes, and in each block a random order of its samples: so no more than two blocks need to be at
+hand at a time, the one that is read and the next, which a thread fetches meanwhile (halo/data/reader.py). Shards that
+fill one block are shuffled as a whole.
+
+The files are of streaming's format, fetched by its downloaders. Its `StreamingDataset` is not used: it ends each epoch
+on a short batch, hangs where the ranks in use are not those of the environment (as a student's beside a teacher's own),
+and leaves shared memory behind when it is killed. Here the kernel lets go of all that a killed process held.
+"""
+
+from bisect import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from halo.data.reader import ShardReader
+from halo.data.storage import Cache
+from halo.errors import UserError
+
+BLOCK = 1 << 28
+"""Bytes of shards that are shuffled together: 131,000 samples of 512 tokens in uint32."""
+
+
+class TokenStream(Iterator[torch.Tensor]):
+    """An endless iterator over int64 [micro_batch, T]: each epoch is a new permutation of all samples.
+
+    The ranks' batches of one step, in the order of their ranks, are the next samples of one global sequence, and epochs
+    follow on each other without a gap. So one rank with twice the micro-batch sees the same samples at each step. Ranks
+    that are to read the same samples (sequence parallelism) are given one `rank`, and their groups' number as
+    `world_size`.
+
+    Args:
+        folder: a folder of shards, or its URL in object storage.
+        cache: for copies of shards on the node's own disk (see ShardReader).
+
+    Raises:
+        UserError: a step takes more samples than there are, or the cache cannot hold what is needed at a time. While it
+            is read: a shard is missing, truncated or altered.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        micro_batch: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        cache: Cache | None = None,
+    ):
+        self._reader = ShardReader(folder, cache)
+        self._samples = len(self._reader)
+        self._micro_batch = micro_batch
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._consumed = 0  # samples, by all ranks together
+        self._epoch = self._shuffled(0)
+        self._at = (-1, -1)  # epoch and block
+        if micro_batch * world_size > self._samples:
+            raise UserError(
+                f"{world_size} ranks x {micro_batch} samples at a time are more than the {self._samples} samples "
+                f"in {folder}: use fewer ranks, a smaller micro-batch or more data"
+            )
+        largest, total = int(self._reader.bytes.max()), int(self._reader.bytes.sum())
+        needed = min(2 * (BLOCK + 2 * largest), total + largest)
+        if cache is not None and cache.limit < needed:
+            raise UserError(f"shards_cache_gb is too small for {folder}: {needed / 1e9:.3g} GB are needed at a time")
+
+    def __next__(self) -> torch.Tensor:
+        begin = self._consumed + self._rank * self._micro_batch
+        samples = np.stack([self._sample(begin + i) for i in range(self._micro_batch)])
+        self._consumed += self._world_size * self._micro_batch
+        return torch.from_numpy(samples.astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: the same on all ranks, and loadable with another number of them."""
+        return {"consumed": self._consumed, "seed": self._seed, "samples": self._samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises:
+        UserError: the state belongs to another seed or another amount of data.
+        """
+        for name, here in (("seed", self._seed), ("samples", self._samples)):
+            if state[name] != here:
+                raise UserError(
+                    f"the data stream's saved state is of another run: its {name} is {state[name]}, not {here}"
+                )
+        self._consumed = state["consumed"]
+
+    def _sample(self, position: int) -> np.ndarray:
+        epoch, place = divmod(position, self._samples)
+        if epoch != self._epoch.number:
+            self._epoch = self._shuffled(epoch)
+        block = bisect(self._epoch.ends, place)
+        if (epoch, block) != self._at:
+            self._at = epoch, block
+            blocks = self._epoch.blocks
+            following = blocks[block + 1] if block + 1 < len(blocks) else self._shuffled(epoch + 1).blocks[0]
+            self._reader.prepare([*blocks[block], *following])
+        return self._reader.read(int(self._epoch.order[place]))
+
+    def _shuffled(self, epoch: int) -> "Epoch":
+        return shuffle(self._reader.samples, self._reader.bytes, self._seed, epoch)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An order of all samples."""
+
+    number: int
+    blocks: list[list[int]]
+    """The shards of each block."""
+    ends: list[int]
+    """How many samples are in each block and those before it."""
+    order: np.ndarray
+    """The samples' numbers, int64 [samples]."""
+
+
+def shuffle(samples: np.ndarray, sizes: np.ndarray, seed: int, epoch: int) -> Epoch:
+    """An epoch's order: shards at random into blocks, and samples at random within a block.
+
+    Args:
+        samples: how many samples each shard has, int64 [shards].
+        sizes: how many bytes each has, int64 [shards].
+    """
+    shards = np.random.default_rng([seed, epoch, 1]).permutation(len(samples))
+    before = np.cumsum(sizes[shards]) - sizes[shards]
+    total = int(sizes.sum())
+    block_of = before * -(-total // BLOCK) // total
+    blocks = [sorted(shards[block_of == block].tolist()) for block in np.unique(block_of)]
+    begins = np.cumsum(samples) - samples
+    rng = np.random.default_rng([seed, epoch])
+    orders = []
+    for block in blocks:
+        numbers = np.concatenate([np.arange(begins[shard], begins[shard] + samples[shard]) for shard in block])
+        orders.append(numbers[rng.permutation(len(numbers))])
+    return Epoch(epoch, blocks, np.cumsum([len(order) for order in orders]).tolist(), np.concatenate(orders))
+
+
+def read_samples(folder: str | Path) -> torch.Tensor:
+    """All samples of a small folder in the order they were written, int64 [N, T]."""
+    reader = ShardReader(folder)
+    return torch.from_numpy(np.stack([reader.read(i) for i in range(len(reader))]).astype(np.int64))

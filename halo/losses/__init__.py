@@ -1,0 +1,1 @@
+"""The fused losses, and the kernel of each."""

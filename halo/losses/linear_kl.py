@@ -1,0 +1,320 @@
+"""Stage 2's loss (Eq. 10): KL(teacher || student) from final hidden states and heads, never from [tokens, vocabulary].
+
+The heads are applied to a chunk of tokens at a time. While the chunk's fp32 logits exist, its loss, its metrics and the
+gradient of its logits are made, and from that the gradients of the student's hidden states and head; backward only
+scales them. So the four matrix products are done once each, and nothing is recomputed.
+
+    logits s = h W^T, t = h' W'^T;  q = softmax(s / T), p = softmax(t / T)
+    loss = sum_i w_i T^2 sum_v p (log p - log q) + c u_i (-log softmax(s)_label)
+    d loss / d s_i = w_i T (q - p) + c u_i (softmax(s) - onehot(label))
+
+The weights w and u make means over the tokens that count, and over those of them that have a label.
+
+A teacher may supply its logits in other forms than h' and W' (halo/teacher/logits.py). Where it supplies the K largest,
+all other words count as one, of probability p_r and q_r: the KL of these K + 1 is a lower bound of that of all words,
+and equal to it where K is V. The gradient moves the others together, in the proportions in which the student has them:
+
+    sum_K p (log p - log q) + p_r (log p_r - log q_r);   in place of q - p, outside of K:  q - p_r q / q_r
+
+Shapes: N tokens, V words, D student width, E teacher width, K words whose logits are the largest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halo.teacher.logits import TeacherLogits, TopKLogits
+from hypenet.losses import exact_logits, handed_out
+
+CHUNK_BYTES = 900 * 2**20
+"""What the logits of a chunk, and their gradient, may take on a GPU."""
+
+GRADIENT = 2
+"""How many tokens' gradients live at a time, in those whose logits do."""
+
+FEW_CHUNKS = 8
+"""Over so many, the head's gradient is summed in the head's own precision, which spares a float32 copy of the head. In
+bf16 that costs as much again as the rounding of its operands; the error would grow with more chunks."""
+
+ROWS = 32_768
+"""Of the head's gradient that are added to at a time, where they are summed in float32."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is computed of a row of logits.
+
+    Attributes:
+        temperature: T; the loss is scaled by T^2, so that its gradient keeps its size.
+        cross_entropy: c, the weight of the cross entropy with the labels.
+    """
+
+    temperature: float
+    cross_entropy: float
+
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+"""KL, the teacher's entropy, top-1 agreement and the student's cross entropy of each row, [C] float32 each."""
+
+
+def linear_kl(
+    hidden: Tensor,
+    head: Tensor,
+    teacher: TeacherLogits,
+    *,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    label_count: float | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """KL(teacher || student), mean over tokens, and what one watches beside it.
+
+    Logits are accumulated and kept in float32 whatever the precision of the operands. Where the heads are padded to
+    different sizes, only the words that both have take part.
+
+    Args:
+        hidden: [N, D] the student's final hidden states.
+        head: [V, D] the student's output head.
+        teacher: its logits of these N tokens, in one of their forms.
+        mask: [N] bool, true at tokens that count. None: all.
+        labels: [N] int64 next tokens, negative where there is none. Needed where `cross_entropy` is not zero.
+        temperature: T, for both distributions.
+        cross_entropy: the weight of the cross entropy in the loss.
+        label_count: what the sum over the labels is divided by. None: how many labels count.
+        chunk: tokens whose logits live at a time. None: as many as fit `CHUNK_BYTES`.
+
+    Returns:
+        (loss, metrics): a scalar, and detached means over the tokens that count: `kl` (nats, at temperature T; of K + 1
+        words where the teacher supplies the K largest logits), `teacher_entropy` (nats, at T), `agreement` (share of
+        equal argmax) and, with labels, the student's `cross_entropy` (nats).
+
+    Raises:
+        ValueError: a cross entropy without labels, a temperature that is not positive, or the k largest logits of
+            another temperature or of words that the student lacks.
+    """
+    if cross_entropy and labels is None:
+        raise ValueError("linear_kl needs labels for a cross entropy: give them, or leave cross_entropy at 0.")
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be positive, not {temperature}.")
+    if isinstance(teacher, TopKLogits) and (teacher.temperature != temperature or teacher.words > len(head)):
+        raise ValueError(
+            f"the teacher's largest logits are those of {teacher.words} words at temperature {teacher.temperature}, "
+            f"but the student has {len(head)} words, and the temperature is {temperature}."
+        )
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    counted = hidden.new_ones(len(hidden), dtype=dtype) if mask is None else mask.to(dtype)
+    weights = _mean_weights(counted)
+    label_weights = None
+    if labels is not None:
+        labelled = counted * (labels >= 0)
+        label_weights = _mean_weights(labelled) if label_count is None else labelled / label_count
+    terms = Terms(temperature, cross_entropy)
+    loss, kl, entropy, agreement, nll = _LinearKL.apply(
+        hidden, head, teacher, weights, labels, label_weights, terms, chunk
+    )
+    metrics = {"kl": kl, "teacher_entropy": entropy, "agreement": agreement}
+    return loss, metrics if labels is None else metrics | {"cross_entropy": nll}
+
+
+def _mean_weights(counted: Tensor) -> Tensor:
+    return counted / counted.sum().clamp(min=1)
+
+
+def kl_rows(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    terms: Terms,
+    gradient: Tensor | None,
+) -> Rows:
+    """One chunk in plain torch: the terms of each row, and into `gradient` that of the student's logits.
+
+    Args:
+        student, teacher: [C, V] float32 logits; not kept intact.
+        weights: [C] float32, each row's weight in the mean.
+        labels, label_weights: [C] int64 and float32, or None. A row without a label has a negative one and weight 0.
+        gradient: [C, V] in the precision that the matrix products take, or None: not wanted.
+    """
+    temperature = terms.temperature
+    agreement = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
+    log_q, log_p = F.log_softmax(student / temperature, dim=-1), F.log_softmax(teacher / temperature, dim=-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+    kl = (p * (log_p - log_q)).sum(-1)
+    to_logits = weights[:, None] * temperature * (log_q.exp() - p)
+    nll = _cross_entropy(student, labels, label_weights, terms, to_logits)
+    if gradient is not None:
+        gradient.copy_(to_logits)
+    return kl, entropy, agreement, nll
+
+
+def kl_rows_top_k(
+    student: Tensor,
+    teacher: TopKLogits,
+    weights: Tensor,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    terms: Terms,
+    gradient: Tensor | None,
+) -> Rows:
+    """`kl_rows` where the teacher supplies the k largest logits of each row.
+
+    Of the words that are not among them, student and teacher may have nearly all, nearly the same, or next to nothing:
+    each of the two is what is left of 1 where that is much, else a log-sum-exp of its own words (`_log_rest`).
+    """
+    temperature, indices = terms.temperature, teacher.indices.long()
+    values = teacher.values.to(student.dtype) / temperature
+    agreement = (student.argmax(-1) == indices[:, 0]).to(student.dtype)
+    scaled = student / temperature
+    log_z, log_z_p = scaled.logsumexp(-1, keepdim=True), values.logsumexp(-1, keepdim=True)
+    log_rest_p = teacher.log_rest.to(student.dtype)[:, None]
+    log_z_p = torch.logaddexp(log_z_p, log_rest_p)
+    log_p, log_q = values - log_z_p, scaled.gather(-1, indices) - log_z
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    to_logits = (scaled - log_z).exp_()
+    if teacher.values.shape[1] < teacher.words:
+        others = scaled.scatter_(-1, indices, -torch.inf)
+        log_rest = others.logsumexp(-1, keepdim=True)
+        log_p_rest, log_q_rest = _log_rest(log_p, log_rest_p - log_z_p), _log_rest(log_q, log_rest - log_z)
+        p_rest, more = log_p_rest.exp(), log_p_rest - log_q_rest
+        kl += (p_rest * more)[:, 0]
+        # q_j - p_rest q_j / q_rest, as q_j (1 - p_rest / q_rest) where the two are close.
+        close = more < 1
+        to_logits *= torch.where(close, -torch.expm1(more), 1.0)
+        to_logits -= others.sub_(log_rest).exp_().mul_(torch.where(close, 0.0, p_rest))
+    to_logits.scatter_(-1, indices, log_q.exp() - log_p.exp())
+    to_logits *= weights[:, None] * temperature
+    nll = _cross_entropy(student, labels, label_weights, terms, to_logits)
+    if gradient is not None:
+        gradient.copy_(to_logits)
+    return kl, teacher.entropy.to(student.dtype), agreement, nll
+
+
+def _log_rest(log_share: Tensor, log_rest: Tensor) -> Tensor:
+    """log(1 - the sum of shares), [C, 1], from their logarithms [C, k], or where they are most of 1 from `log_rest`."""
+    share = log_share.exp().sum(-1, keepdim=True)
+    return torch.where(share < 0.5, torch.log1p(-share.clamp(max=0.5)), log_rest)
+
+
+def _cross_entropy(
+    student: Tensor, labels: Tensor | None, label_weights: Tensor | None, terms: Terms, to_logits: Tensor
+) -> Tensor:
+    """The cross entropy of each row, [C]; its gradient is added to `to_logits`, [C, V]."""
+    if labels is None or label_weights is None:
+        return student.new_zeros(len(student))
+    label = labels.clamp(min=0)[:, None]
+    log_q = F.log_softmax(student, dim=-1)
+    if terms.cross_entropy:
+        scale = terms.cross_entropy * label_weights[:, None]
+        to_logits += (log_q.exp() * scale).scatter_add_(-1, label, -scale)
+    return -log_q.gather(-1, label)[:, 0]
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        teacher: TeacherLogits,
+        weights: Tensor,
+        labels: Tensor | None,
+        label_weights: Tensor | None,
+        terms: Terms,
+        chunk: int | None,
+    ) -> tuple[Tensor, ...]:
+        tokens, words = len(hidden), min(len(head), teacher.words)
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        part, whole = _chunks(tokens, words, hidden, chunk, 5 if isinstance(teacher, TopKLogits) else 2)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        to_head = None
+        if ctx.needs_input_grad[1]:
+            to_head = torch.empty_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
+            to_head[words:] = 0
+        student = hidden.new_empty(part, words, dtype=wide)
+        rows_of = _rows_of(teacher, student)
+        gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
+
+        rows: list[Rows] = []
+        for begin in range(0, tokens, whole):
+            end = min(begin + whole, tokens)
+            for a in range(begin, end, part):
+                b = min(a + part, end)
+                s = exact_logits(hidden[a:b], head[:words], student[: b - a])
+                d = None if gradient is None else gradient[a - begin : b - begin]
+                w, label, u = (None if x is None else x[a:b] for x in (weights, labels, label_weights))
+                rows.append(rows_of(a, b, s, w, label, u, terms, d))
+            if gradient is not None:
+                d = gradient[: end - begin]
+                if to_hidden is not None:
+                    torch.mm(d, head[:words], out=to_hidden[begin:end])
+                if to_head is not None:
+                    _add_product(to_head[:words], d.T, hidden[begin:end], first=begin == 0)
+
+        kl, entropy, agreement, nll = (torch.cat(column) for column in zip(*rows, strict=True))
+        kl, entropy, agreement = weights @ kl, weights @ entropy, weights @ agreement
+        nll = nll.new_zeros(()) if label_weights is None else label_weights @ nll
+        ctx.gradients = to_hidden, None if to_head is None else to_head.to(head.dtype)
+        loss = terms.temperature**2 * kl
+        if terms.cross_entropy:
+            loss = loss + terms.cross_entropy * nll
+        metrics = (kl, entropy, agreement, nll)
+        ctx.mark_non_differentiable(*metrics)
+        return loss, *metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *handed_out(ctx, grad), *(None,) * 6
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or where it is the `first` total = a @ b; a slice of rows at a time where `total` is wider."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+        return
+    for rows, factor in zip(total.split(ROWS), a.split(ROWS), strict=True):
+        product = exact_logits(factor, b.T)
+        rows.copy_(product) if first else rows.add_(product)
+
+
+def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
+    """What makes the terms of a chunk: a function of where it begins and ends, and of what `kl_rows` takes beside the
+    teacher's logits. It is the kernel on a GPU, plain torch elsewhere, and everywhere for the k largest logits.
+
+    Args:
+        student: [C, V], like which the teacher's logits are to be.
+    """
+    if isinstance(teacher, TopKLogits):
+        return lambda a, b, s, *rest: kl_rows_top_k(s, teacher.part(a, b), *rest)
+    kernel: Callable[..., Rows] = kl_rows
+    if student.is_cuda:
+        from halo.losses.linear_kl_kernel import kl_rows_triton  # Triton does not exist on every machine
+
+        kernel = kl_rows_triton
+    buffer = torch.empty_like(student)
+    return lambda a, b, s, *rest: kernel(s, teacher.rows(a, b, buffer[: b - a]), *rest)
+
+
+def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None, live: int) -> tuple[int, int]:
+    """(tokens whose logits, tokens whose gradient live at a time).
+
+    `GRADIENT` times as many for the gradient: each of its products goes through all of the head's.
+
+    Args:
+        live: how many float32 numbers live for each logit.
+    """
+    if chunk is not None:
+        return min(chunk, tokens), min(chunk, tokens)
+    if not hidden.is_cuda:
+        return min(1024, tokens), min(1024, tokens)
+    part = CHUNK_BYTES // (words * (live * 4 + GRADIENT * hidden.element_size()))
+    part = max(128, part // 128 * 128)
+    return min(part, tokens), min(GRADIENT * part, tokens)

@@ -1,0 +1,290 @@
+"""What is measured of a model: needle recall, how likely continuations are, and loss at a length.
+
+Every function takes a plain transformers causal language model (a teacher, a teacher with replaced mixers, a hybrid; of
+any dtype), whole on each rank. The work is split over the ranks, or over groups of ranks that share each sequence
+(`share_sequences`), and every rank returns the figure of all.
+
+Rows of unequal length are padded on the right. No position of a causal model sees what follows it: no mask is needed.
+
+`progress`, where given, is called as the work advances with the number of samples that all ranks have just finished:
+`tqdm.update` on rank 0, say. Nothing to evaluate is a ValueError.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halo.data.needle import NeedleSample
+from halo.distributed import all_sum, rank, world_size
+from halo.errors import UserError
+from halo.models.fuse import fuse
+from halo.models.loading import unpadded
+from halo.parallel.activations import tile_mlps
+from halo.parallel.sequence import SequenceGroup, parallelize
+from halo.training.objectives import next_tokens
+from hypenet.losses import IGNORE
+from hypenet.modeling_hypenet import HypeNetPreTrainedModel
+
+Progress = Callable[[int], object]
+Pair = tuple[list[int], list[int]]
+"""A context and what might continue it, as token ids."""
+ALONE = SequenceGroup()
+
+CHOICES = 4
+NO_TARGET = -100
+TOKENS_PER_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A context and the spans that might continue it, as token ids."""
+
+    context: list[int]
+    choices: list[list[int]]
+    answer: int
+    """Which of `choices` is the true continuation."""
+
+
+def share_sequences(model: PreTrainedModel, group: SequenceGroup) -> None:
+    """Have a hybrid, or a teacher, compute a chunk of each sequence on each of the group's ranks, without a cache."""
+    if group.degree > 1 and not isinstance(model, HypeNetPreTrainedModel):
+        fuse(model)
+    parallelize([layer.get_submodule("self_attn") for layer in model.model.layers], group)
+    tile_mlps(model)
+
+
+def needle_recall(
+    model: PreTrainedModel,
+    samples: Sequence[NeedleSample],
+    *,
+    batch: int,
+    group: SequenceGroup = ALONE,
+    progress: Progress | None = None,
+) -> float:
+    """The share of samples whose whole answer is the model's greedy continuation of the prompt (exact match).
+
+    One forward over prompt and answer decides: where every answer token is the argmax given the true tokens before it,
+    greedy generation writes the same. Samples of about one length belong in one call.
+
+    Args:
+        group: what `share_sequences` was given for the model.
+    """
+    by_length = sorted(samples, key=lambda sample: len(sample.prompt_ids) + len(sample.answer_ids))
+    hits = 0
+    with _evaluating(model):
+        for rows in _shares(len(by_length), batch, progress, group):
+            share = by_length[rows]
+            logits, targets = _answer_logits(
+                model, [sample.prompt_ids for sample in share], [sample.answer_ids for sample in share], group
+            )
+            right = (logits.argmax(-1) == targets) | (targets == NO_TARGET)
+            hits += int(group.all_of(right.all(dim=1)).sum())
+    return _total(hits) / group.degree / len(samples)
+
+
+def log_likelihoods(
+    model: PreTrainedModel, pairs: Sequence[Pair], *, batch_tokens: int, progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """How likely each continuation is to the model, and whether greedy generation writes it.
+
+    The head is applied to the positions before a continuation's tokens alone, some at a time.
+
+    Args:
+        pairs: contexts and their continuations; the same on every rank.
+        batch_tokens: the most tokens of one forward, padding included; a single longer pair goes alone.
+
+    Returns:
+        [N] float64, on the CPU: the sum of the log-probabilities of a continuation's tokens (nats, from fp32 logits).
+        [N] bool: whether each of its tokens is the most likely one, given the true ones before it.
+
+    Raises:
+        ValueError: there are no pairs, or one is empty in part.
+    """
+    if not all(context and continuation for context, continuation in pairs):
+        raise ValueError("an empty context or continuation has no likelihood")
+    batches = _batches([len(context) + len(continuation) for context, continuation in pairs], batch_tokens)
+    head = copy.deepcopy(model.get_output_embeddings()).float()  # in half precision, choices would tie
+    found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.device)  # log-likelihood, tokens missed
+    with _evaluating(model):
+        for mine in _shares(len(batches), 1, None if progress is None else _counting(progress, batches)):
+            for batch in batches[mine]:
+                ids, targets = _rows([pairs[i][0] for i in batch], [pairs[i][1] for i in batch])
+                targets = targets.to(model.device)
+                asked = targets != NO_TARGET
+                hidden = model.base_model(**unpadded(model, ids.to(model.device))).last_hidden_state
+                rows = torch.tensor(batch, device=model.device)[asked.nonzero()[:, 0]]
+                for states, true, row in zip(
+                    *(x.split(TOKENS_PER_CHUNK) for x in (hidden[asked], targets[asked], rows)), strict=True
+                ):
+                    logits = head(states.float())
+                    likely = -F.cross_entropy(logits, true, reduction="none")
+                    found.index_add_(0, row, torch.stack([likely, logits.argmax(-1) != true], dim=1).double())
+    total = all_sum(found).cpu()
+    return total[:, 0], total[:, 1] == 0
+
+
+def continuation_accuracy(
+    model: PreTrainedModel, questions: Sequence[Question], *, batch_tokens: int, progress: Progress | None = None
+) -> float:
+    """The share of questions whose true choice has the highest log-likelihood per token given the context.
+
+    This is HellaSwag's form without its data set. Each choice is a sample of its own.
+    """
+    pairs = [(question.context, choice) for question in questions for choice in question.choices]
+    likely, _ = log_likelihoods(model, pairs, batch_tokens=batch_tokens, progress=progress)
+    per_token = likely / torch.tensor([len(choice) for _, choice in pairs])
+    scores = per_token.split([len(question.choices) for question in questions])
+    hits = sum(int(each.argmax()) == question.answer for question, each in zip(questions, scores, strict=True))
+    return hits / len(questions)
+
+
+def loss_at_length(
+    model: PreTrainedModel,
+    samples: Tensor,
+    *,
+    batch: int = 1,
+    group: SequenceGroup = ALONE,
+    progress: Progress | None = None,
+) -> float:
+    """The mean next-token loss (nats, fp32) over `samples` [N, T] (int64), every token but the first of each.
+
+    The head is applied to chunks of hidden states, so that logits of [T, vocabulary] never exist at once.
+
+    Args:
+        group: what `share_sequences` was given for the model; its ranks divide T.
+    """
+    head = model.get_output_embeddings()
+    total = 0.0
+    with _evaluating(model):
+        for rows in _shares(len(samples), batch, progress, group):
+            ids = samples[rows].to(model.device)
+            labels = group.begin(ids).of_chunk(next_tokens(ids)).flatten()
+            hidden = model.base_model(**group.arguments(model, ids)).last_hidden_state.flatten(0, 1)
+            for states, targets in zip(hidden.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True):
+                total += F.cross_entropy(head(states).float(), targets, ignore_index=IGNORE, reduction="sum").item()
+    return _total(total) / samples[:, 1:].numel()
+
+
+def build_questions(
+    documents: Sequence[np.ndarray], *, count: int, context: int, continuation: int, seed: int
+) -> list[Question]:
+    """`count` questions from the token ids of held-out documents.
+
+    Context and true continuation are neighbours in one document; the other three choices are spans of the same length
+    out of other documents. All starts are drawn uniformly over tokens.
+
+    Raises:
+        UserError: fewer than two documents are as long as context and continuation together.
+    """
+    span = context + continuation
+    documents = [document for document in documents if len(document) >= span]
+    if len(documents) < 2:
+        raise UserError(
+            f"continuation questions need two held-out documents of at least {span} tokens, and there are "
+            f"{len(documents)}: give a larger corpus, or a shorter context or continuation"
+        )
+    rng = np.random.default_rng(seed)
+    weights = np.array([len(document) for document in documents], dtype=float)
+    questions = []
+    for _ in range(count):
+        own = rng.choice(len(documents), p=weights / weights.sum())
+        start = rng.integers(len(documents[own]) - span + 1)
+        known, true = np.split(documents[own][start : start + span], [context])
+        elsewhere = np.where(np.arange(len(documents)) == own, 0, weights)
+        choices = []
+        for other in rng.choice(len(documents), size=CHOICES - 1, p=elsewhere / elsewhere.sum()):
+            first = rng.integers(len(documents[other]) - continuation + 1)
+            choices.append(documents[other][first : first + continuation].tolist())
+        answer = int(rng.integers(CHOICES))
+        choices.insert(answer, true.tolist())
+        questions.append(Question(context=known.tolist(), choices=choices, answer=answer))
+    return questions
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without autograd; the mode that the model was in comes back at the end."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _shares(count: int, batch: int, progress: Progress | None, group: SequenceGroup = ALONE) -> Iterator[slice]:
+    """The batches of `count` samples that are this rank's, or its group's: each takes one in turn."""
+    if count == 0:
+        raise ValueError("there is nothing to evaluate: no samples were given")
+    stride = batch * (world_size() // group.degree)
+    for first in range(0, count, stride):
+        mine = first + batch * (rank() // group.degree)
+        if mine < count:
+            yield slice(mine, mine + batch)
+        if progress is not None:
+            progress(min(stride, count - first))
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """The samples, longest first, in batches that with padding have at most `batch_tokens`."""
+    order = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
+    batches, first = [], 0
+    while first < len(order):
+        rows = max(1, batch_tokens // lengths[order[first]])
+        batches.append(order[first : first + rows])
+        first += rows
+    return batches
+
+
+def _counting(progress: Progress, batches: Sequence[Sequence[object]]) -> Progress:
+    """Counts the samples of batches, as these are finished in their order."""
+    sizes = iter([len(batch) for batch in batches])
+    return lambda finished: progress(sum(islice(sizes, finished)))
+
+
+def _total(value: float) -> float:
+    """The sum of `value` over all ranks."""
+    return all_sum(torch.tensor(value, dtype=torch.float64)).item()
+
+
+def _rows(contexts: Sequence[list[int]], answers: Sequence[list[int]], multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+    """Contexts with their answers as one batch, without the last token of each row.
+
+    Returns:
+        Ids [B, T] and what they are to predict, [B, T]: an answer's tokens, elsewhere `NO_TARGET`. T is a multiple of
+        `multiple_of`.
+    """
+    longest = max(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True)) - 1
+    ids = torch.zeros(len(contexts), -(-longest // multiple_of) * multiple_of, dtype=torch.long)
+    targets = torch.full_like(ids, NO_TARGET)
+    for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
+        tokens, begin = context + answer, len(context) - 1
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        targets[row, begin : begin + len(answer)] = torch.tensor(answer)
+    return ids, targets
+
+
+def _answer_logits(
+    model: PreTrainedModel, contexts: Sequence[list[int]], answers: Sequence[list[int]], group: SequenceGroup
+) -> tuple[Tensor, Tensor]:
+    """One forward over contexts with their answers, and what it predicts for the answers.
+
+    Returns:
+        Logits [B, A, vocabulary] in the model's dtype, and the tokens that they are to predict, [B, A], `NO_TARGET`
+        where a row has none: of the positions in this rank's chunk at which some row has an answer's token.
+    """
+    ids, targets = _rows(contexts, answers, group.degree)
+    targets = group.begin(ids).of_chunk(targets)
+    asked = (targets != NO_TARGET).any(0).nonzero().flatten()
+    arguments = group.arguments(model, ids.to(model.device))
+    logits = model(**arguments, logits_to_keep=asked.to(model.device)).logits
+    return logits, targets[:, asked].to(model.device)

@@ -1,0 +1,164 @@
+"""LM-Evaluation-Harness, with which the paper measures common-sense reasoning (Appendix E.2).
+
+The harness has the tasks, their data and their metrics. How likely a continuation is, it asks a function.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+import numpy as np
+from datasets.exceptions import DatasetsError
+from lm_eval import evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from halo.errors import UserError
+from halo.measuring.evaluation import Pair
+from halo.tables import suggest
+
+Likelihoods = Callable[[list[Pair]], tuple[Tensor, Tensor]]
+"""As `halo.measuring.evaluation.log_likelihoods`, of some model."""
+
+METRICS = ("acc_norm", "acc")
+"""A task's score: accuracy with each choice's log-likelihood divided by its characters, where a task has that
+("normalized", the paper's default), else the plain one."""
+LIKELIHOODS = ("multiple_choice", "loglikelihood")
+"""The kinds of tasks that ask for nothing but how likely continuations are."""
+
+# Its warnings are for users of its command line, and its bars are one a task.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+
+
+class Tasks:
+    """Tasks of the harness, with their data. There are examples in a prompt only where a task itself has some.
+
+    Args:
+        names: of tasks, and of groups that have an accuracy of their own (mmlu).
+        folder: of tasks in the harness's YAML, beside its own; empty: there is none.
+        samples: of each task, a group's too, the first so many; 0: all.
+
+    Raises:
+        UserError: there is no such folder or task, a task has no accuracy by likelihoods, or its data cannot be had.
+    """
+
+    def __init__(self, names: Sequence[str], folder: str = "", samples: int = 0):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"the folder of tasks {folder} does not exist")
+        manager = _manager(names, folder)
+        known = [*manager.all_subtasks, *manager.all_groups]
+        for name in names:
+            if name in manager.all_tags:
+                raise UserError(f"'{name}' is a tag of tasks in LM-Evaluation-Harness: name those that it stands for")
+            if name not in known:
+                raise UserError(f"there is no task '{name}' in LM-Evaluation-Harness{suggest(name, known)}")
+        self._limit = samples or None
+        self._loaded = {name: _load(manager, name) for name in names}
+        self.metrics = {name: self._metric(name) for name in names}
+        """Of each task, the one that counts."""
+        self.samples = {
+            name: sum(min(len(task.eval_docs), samples or len(task.eval_docs)) for task in self._leaves(name))
+            for name in names
+        }
+
+    def score(self, name: str, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods) -> float:
+        """What a model reaches in a task, in [0, 1], from its tokenizer and the likelihoods that it gives."""
+        for task in self._leaves(name):
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples for each model
+        asked = _Asked(tokenizer, likelihoods)
+        report = evaluate(asked, self._loaded[name], limit=self._limit, bootstrap_iters=0, log_samples=False)
+        # Behind a metric's name stands a filter's.
+        of = {key.split(",")[0]: value for key, value in report["results"][name].items()}
+        return float(of[self.metrics[name]])
+
+    def _leaves(self, name: str) -> list[Task]:
+        return list(self._loaded[name]["tasks"].values())
+
+    def _metric(self, name: str) -> str:
+        group, leaves = self._loaded[name]["groups"].get(name), self._leaves(name)
+        has = set.intersection(*(set(task.aggregation()) for task in leaves))
+        if group:
+            has &= {aggregated.metric for aggregated in group.aggregate_metric_list or ()}
+        kinds = {task.OUTPUT_TYPE for task in leaves}
+        found = [metric for metric in METRICS if metric in has]
+        if not found or not kinds <= set(LIKELIHOODS):
+            raise UserError(
+                f"the task '{name}' has no accuracy by likelihoods (it is {' and '.join(sorted(kinds))}, with "
+                f"{', '.join(sorted(has)) or 'no score of its own'}): leave it out"
+            )
+        return found[0]
+
+
+def _manager(names: Sequence[str], folder: str) -> TaskManager:
+    """Of the folder alone, where it has all of them as tasks: the harness's own are thousands of files."""
+    if folder:
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):
+            return manager
+    return TaskManager(include_path=folder or None)
+
+
+def _load(manager: TaskManager, name: str) -> dict[str, Any]:
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle their choices
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        loaded = manager.load([name])
+    except (OSError, DatasetsError, ValueError, RuntimeError) as error:  # what `datasets` raises where it finds none
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the data of the task '{name}' cannot be had: {reason}; fetch it once where there is a network "
+            "(docs/guide.md#common-sense)"
+        ) from error
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+    return loaded
+
+
+class _Asked(TemplateLM):
+    """A model as the harness asks it: with the tokens that its own class for Hugging Face models would give it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods):
+        super().__init__()
+        self.tokenizer, self._likelihoods = tokenizer, likelihoods
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a continuation that has no context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        likely, written = self._likelihoods([(context, continuation) for _, context, continuation in requests])
+        return list(zip(likely.tolist(), written.tolist(), strict=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        raise NotImplementedError("tasks of this kind are refused (LIKELIHOODS)")
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        raise NotImplementedError("tasks of this kind are refused (LIKELIHOODS)")

@@ -1,0 +1,216 @@
+"""Models built piece by piece: the embedding, each decoder layer, the last norm, the head.
+
+A model begins on the meta device, without memory. A piece gets memory on this rank's device, and its values on rank 0
+(halo/models/weights.py), and is *placed* before the next is begun: sent to all ranks, and sharded where the model is.
+So under ZeRO-3 (`halo.training.engine.placement`) and in a sharded teacher a rank holds its share and one whole piece,
+never more, and no rank's host memory ever holds a model.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from halo.distributed import broadcast, device
+from halo.models.gguf import is_gguf, where
+from halo.models.loading import load_model_config, load_teacher, training_dtype
+from halo.models.weights import EMBEDDING, HEAD, SafeTensors, Weights, check_shapes, files_of
+from halo.progress import progress_bar
+from hypenet import HypeNetConfig, HypeNetForCausalLM
+from hypenet.configuration_hypenet import ATTENTION
+from hypenet.transfer import empty_hybrid, layer_from_teacher, mixer_from_attention
+
+Place = Callable[[nn.Module], object]
+"""Hands a new module, whose values are on rank 0, to all ranks, and leaves each what it is to hold of it."""
+
+
+def build_teacher(teacher: Path, group: dist.ProcessGroup | None = None) -> PreTrainedModel:
+    """The teacher, frozen, on this rank's device in training precision.
+
+    Args:
+        group: ranks that share it: every decoder layer is cut over them (FSDP2) as it is made. None: each rank holds
+            all of it.
+
+    Raises:
+        UserError: as `check_teacher`.
+    """
+    model, weights = _teacher(teacher)
+    mesh = None if group is None else DeviceMesh.from_group(group, device().type)
+    layers = set(model.model.layers)
+
+    def place(piece: nn.Module) -> None:
+        broadcast(piece.parameters())
+        if mesh is not None and piece in layers:
+            fully_shard(piece, mesh=mesh, reshard_after_forward=True)
+
+    for name, piece in _pieces(model):
+        _read(piece, name, weights)
+        place(piece)
+    return _finished(model, teacher)
+
+
+def build_head(teacher: Path) -> Tensor:
+    """The teacher's output head alone, [V, E], on this rank's device in training precision.
+
+    Raises:
+        UserError: as `check_teacher`.
+    """
+    model, weights = _teacher(teacher)
+    head = weights.take(EMBEDDING if model.config.tie_word_embeddings else HEAD)
+    broadcast([head])
+    return head
+
+
+def build_mixers(teacher: Path, config: HypeNetConfig, place: Place) -> dict[int, nn.Module]:
+    """Stage 1's mixers: layer index -> the RNN mixer of `config` made from the teacher's attention (Sec. 4.1).
+
+    New weights are drawn from torch's generator of this rank's device, in the order of the layers.
+
+    Args:
+        config: of a hybrid without attention layers.
+
+    Raises:
+        UserError: as `check_teacher`.
+    """
+    model, weights = _teacher(teacher)
+    mixers = {}
+    for i, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        _read(attention, f"model.layers.{i}.self_attn", weights)
+        mixers[i] = mixer_from_attention(attention, config, i)
+        attention.to("meta")
+        place(mixers[i])
+    return mixers
+
+
+def build_student(teacher: Path, config: HypeNetConfig, mixers: Path, place: Place) -> HypeNetForCausalLM:
+    """Stage 2's hybrid: what `hybrid_from_teacher` gives, without the teacher in memory.
+
+    New weights are drawn from torch's generator of this rank's device, in the order of the layers.
+
+    Args:
+        config: of the hybrid.
+        mixers: stage 1's mixers, a safetensors file with keys `<layer>.<parameter>`, one for each RNN layer.
+
+    Raises:
+        UserError: as `check_teacher`, or the mixers' file is damaged.
+        ValueError: the mixers are not those of `config`.
+    """
+    source, weights = _teacher(teacher)
+    trained = Weights(lambda: SafeTensors([mixers]))
+    hybrid = empty_hybrid(config, dtype=training_dtype(), device=device())
+    for name, piece in _pieces(hybrid):
+        if name.startswith("model.layers."):
+            i = int(name.rpartition(".")[2])
+            piece = _student_layer(source.model.layers[i], config, i, weights, trained)
+            hybrid.model.layers[i] = piece
+        else:
+            _read(piece, name, weights)
+        place(piece)
+    return _finished(hybrid, teacher)
+
+
+def _student_layer(layer: nn.Module, config: HypeNetConfig, i: int, weights: Weights, trained: Weights) -> nn.Module:
+    name, mixer = f"model.layers.{i}", None
+    if config.mixer_types[i] == ATTENTION:
+        _read(layer, name, weights)
+    else:
+        for part, module in layer.named_children():
+            if part != "self_attn":
+                _read(module, f"{name}.{part}", weights)
+        mixer = {key.removeprefix(f"{i}."): trained.take(key) for key in trained.shapes if key.startswith(f"{i}.")}
+    made = layer_from_teacher(layer, config, i, mixer)
+    layer.to("meta")
+    return made
+
+
+def build_hybrid(folder: Path, place: Place) -> HypeNetForCausalLM:
+    """A hybrid from its Hugging Face folder, on this rank's device in training precision.
+
+    Raises:
+        UserError: its files are damaged, a weight is missing, unknown or of another shape.
+    """
+    config = HypeNetConfig.from_pretrained(folder)
+    config.dtype = training_dtype()
+    hybrid = empty_hybrid(config, dtype=training_dtype(), device=device())
+
+    def tensors() -> SafeTensors:
+        opened = SafeTensors(files_of(folder))
+        check_shapes(opened, hybrid, f"the hybrid at {folder}")
+        return opened
+
+    weights = Weights(tensors)
+    for name, piece in _pieces(hybrid):
+        _read(piece, name, weights)
+        place(piece)
+    return _finished(hybrid, folder)
+
+
+def check_teacher(teacher: Path) -> None:
+    """Check by the headers of a teacher's files that its weights are all there. On one rank, without a model.
+
+    A GGUF file is checked as it is read.
+
+    Raises:
+        UserError: a file is damaged, a weight is missing, unknown or of another shape.
+    """
+    if not is_gguf(teacher):
+        check_shapes(SafeTensors(files_of(teacher)), empty_teacher(teacher), f"the teacher at {teacher}")
+
+
+def _teacher(teacher: Path) -> tuple[PreTrainedModel, Weights]:
+    """A teacher without weights, frozen, and its weights."""
+    model = empty_teacher(teacher)
+
+    def tensors() -> Any:
+        opened = load_teacher(teacher).state_dict() if is_gguf(teacher) else SafeTensors(files_of(teacher))
+        check_shapes(opened, model, f"the teacher at {teacher}")
+        return opened
+
+    return model, Weights(tensors)
+
+
+def empty_teacher(teacher: Path) -> PreTrainedModel:
+    """The teacher's shapes, frozen, in training precision: its parameters are on the meta device."""
+    config = load_model_config(teacher)
+    config.dtype = training_dtype()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=training_dtype()).requires_grad_(False)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config, device=device())
+    return model
+
+
+def _pieces(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """What a model is made of, one after the other, and its name. A head that is the embedding is no piece."""
+    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(len(model.model.layers))), "model.norm"]
+    if not model.config.tie_word_embeddings:
+        names.append("lm_head")
+    with progress_bar(len(names), "load", unit="piece", delay=5) as bar:
+        for name in names:
+            yield name, model.get_submodule(name)
+            bar.update()
+
+
+def _read(module: nn.Module, name: str, weights: Weights) -> None:
+    """Give a module on the meta device memory and values; `name` is its own."""
+    state = {key: weights.take(f"{name}.{key}") for key in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+
+
+def _finished(model: PreTrainedModel, source: Path) -> Any:
+    """As transformers' `from_pretrained` leaves a model."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if without := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
+        raise RuntimeError(f"no piece of the model has {', '.join(without)}")
+    folder = Path(where(source)["pretrained_model_name_or_path"])
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()

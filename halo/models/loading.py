@@ -1,0 +1,197 @@
+"""Loading the models that stages pass on: the teacher, and the hybrid."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from halo.config import Config
+from halo.errors import UserError
+from halo.models.fuse import window_of
+from halo.models.gguf import check_gguf, is_gguf, where
+from halo.models.tokenizer import load_tokenizer
+from halo.tables import build
+from hypenet import HypeNetForCausalLM
+from hypenet.mixers import MIXERS
+from hypenet.modeling_hypenet import HypeNetPreTrainedModel
+from hypenet.transfer import TEACHERS, hybrid_config, mixer_from_attention
+
+TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def training_dtype() -> torch.dtype:
+    """bfloat16 on a GPU (Appendix B), float32 on the CPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def find_teacher(name: str) -> Path:
+    """A teacher's local folder, downloaded first if `name` is a hub id, or GGUF file. Checks it without loading it.
+
+    Raises:
+        UserError: no such model; no causal language model of a family that can be converted; a tokenizer larger than
+            the embedding.
+    """
+    teacher = Path(name)
+    if is_gguf(name):
+        if not teacher.is_file():
+            raise UserError(f"no teacher at '{name}': there is no such file")
+        check_gguf(teacher, TEACHERS)
+    else:
+        if not teacher.is_dir():
+            try:
+                teacher = Path(snapshot_download(name, allow_patterns=TEACHER_FILES))
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                raise UserError(
+                    f"no teacher at '{name}': neither a folder nor a model on the hub that can be reached"
+                ) from error
+        _check_folder(teacher)
+    tokenizer, words = load_tokenizer(teacher), load_model_config(teacher).vocab_size
+    if len(tokenizer) > words:
+        raise UserError(
+            f"the tokenizer at {teacher} has {len(tokenizer)} tokens, more than the teacher's embedding ({words}): "
+            "use the teacher's own tokenizer"
+        )
+    return teacher
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the teacher's folder {folder} has no config.json: name a Hugging Face model folder")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    architectures = config.get("architectures") or ["none named"]
+    if not architectures[0].endswith("ForCausalLM"):
+        raise UserError(f"the teacher at {folder} is no causal language model (its architecture is {architectures[0]})")
+    if config.get("model_type") not in TEACHERS:
+        raise UserError(f"the teacher at {folder} is a '{config.get('model_type')}'; supported: {', '.join(TEACHERS)}")
+    if config.get("quantization_config"):
+        raise UserError(f"the teacher at {folder} is quantized: take the model that it was made from")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"the teacher's folder {folder} has no .safetensors weights")
+
+
+def load_model_config(teacher: Path) -> PretrainedConfig:
+    """The configuration of a teacher's folder or GGUF file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(**where(teacher))
+    except Exception as error:
+        raise UserError(
+            f"the configuration of the teacher at {teacher} cannot be read: {_first_line(error)}"
+        ) from error
+
+
+def check_architecture(teacher: Path, config: Config) -> None:
+    """Whether the teacher, the RNN mixer and the architecture's switches go together: one layer without weights.
+
+    Raises:
+        UserError: saying what does not fit.
+    """
+    shape, switches = load_model_config(teacher), config.architecture.switches()
+    try:
+        hybrid = hybrid_config(shape, [], rnn_mixer=config.rnn_mixer, **switches)
+        for mixer, given in switches["mixer_options"].items():
+            kind: Any = MIXERS[mixer]
+            build(kind.Options, given, where=f"architecture.mixer_options.{mixer}")
+        with torch.device("meta"):
+            layer = AutoModelForCausalLM.from_config(shape).model.layers[0]
+        mixer_from_attention(layer.self_attn, hybrid, 0)
+    except ValueError as error:
+        raise UserError(f"no hybrid of this architecture from {teacher}: {_first_line(error)}") from error
+
+
+def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
+    """The arguments of one forward of full rows [B, T], without a cache.
+
+    HypeNet takes no mask for "no padding", and need not look for it, for which the host would wait. Without a mask of
+    ones, transformers 4 builds one of [T, T] for its own Qwen3.
+    """
+    mask = None if isinstance(model, HypeNetPreTrainedModel) else torch.ones_like(input_ids)
+    return {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+
+
+@torch.no_grad()
+def frozen_states(model: PreTrainedModel, input_ids: Tensor, first: int = 0) -> Tensor:
+    """Final hidden states of full rows, [B, T] -> [B, T, D]: layer by layer, without what makes the host wait.
+
+    A forward of transformers' models looks at its mask, on the host. Here there is none; only a window that is
+    shorter than the rows needs one.
+
+    Args:
+        first: the position of the first token, where these are chunks of longer rows (halo/parallel/sequence.py).
+    """
+    tokens, body = input_ids.shape[1], model.model
+    if not _sees_all(model, tokens):
+        assert first == 0, "no chunk of rows in which not every token sees all before it"
+        return body(**unpadded(model, input_ids)).last_hidden_state
+    states = body.embed_tokens(input_ids)
+    positions = torch.arange(first, first + tokens, device=input_ids.device)[None]
+    rope = body.rotary_emb(states, positions)
+    for layer in body.layers:
+        states = layer(states, attention_mask=None, position_ids=positions, position_embeddings=rope, use_cache=False)
+    return body.norm(states)
+
+
+def never_looks(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether `frozen_states` of rows of so many tokens takes no decision from what is on the GPU."""
+    rope = model.model.rotary_emb.rope_type
+    return _sees_all(model, tokens) and "dynamic" not in rope and rope != "longrope"
+
+
+def _sees_all(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether, without a mask, each of so many tokens sees all before it and none after: no shorter window, nor the
+    plain implementation, which without a mask sees everything."""
+    if model.config._attn_implementation == "eager":
+        return False
+    windows = [window_of(layer.self_attn) for layer in model.model.layers]
+    return all(window is None or window >= tokens for window in windows)
+
+
+def load_teacher(teacher: Path) -> PreTrainedModel:
+    """The teacher in training precision, on the CPU.
+
+    Raises:
+        UserError: its weights are damaged, or not all there.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **where(teacher), dtype=training_dtype(), output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(f"the teacher at {teacher} cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        raise UserError(f"the teacher at {teacher} lacks weights, {min(report['missing_keys'])} among them")
+    return model
+
+
+def load_hybrid(folder: Path) -> HypeNetForCausalLM:
+    return HypeNetForCausalLM.from_pretrained(folder, dtype=training_dtype())
+
+
+def apply_yarn(teacher: PreTrainedModel, length: int, original: int) -> None:
+    """Stretch a teacher's RoPE from `original` to `length` with YaRN; a length of at most `original` takes it off."""
+    config: PretrainedConfig = copy.deepcopy(teacher.config)
+    if length > original:
+        yarn = {"rope_type": "yarn", "factor": length / original, "original_max_position_embeddings": original}
+        if hasattr(config, "rope_parameters"):  # transformers 5
+            config.rope_parameters = config.rope_parameters | yarn
+        else:
+            config.rope_scaling = yarn
+    config.max_position_embeddings = max(length, original)
+    rotary = teacher.model.rotary_emb
+    teacher.model.rotary_emb = type(rotary)(config=config, device=rotary.inv_freq.device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,86 @@
+"""Tokenizers: train a small one of Qwen's kind, load one, tell two apart."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from halo.errors import UserError
+from halo.models.gguf import is_gguf, mend_tokenizer, where
+
+EOS = "<|endoftext|>"
+
+# Where Qwen's tokenizers cut before BPE: contractions, words with the one character before them, single digits,
+# punctuation, line ends, spaces.
+_CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of exactly `vocab_size` tokens. The end-of-text token is the last, and pads as well.
+
+    Raises:
+        UserError: `texts` are too few for so many tokens, or `vocab_size` cannot hold all bytes.
+    """
+    bytes_alone = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(bytes_alone):
+        raise UserError(f"a vocabulary of {vocab_size} cannot hold {len(bytes_alone)} bytes and {EOS}")
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CUTS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=bytes_alone, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=EOS,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    if len(tokenizer) != vocab_size:
+        raise UserError(f"the text gives a vocabulary of {len(tokenizer)} tokens, {vocab_size} were asked for")
+    return tokenizer
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder, in a GGUF file, or under a name on the Hugging Face hub.
+
+    Raises:
+        UserError: there is none, it is not a fast one, or it has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where(source))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer at {source}: neither a folder that holds one nor a name on the hub") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer at {source} has no tokenizer.json; save it as a fast tokenizer first")
+    if is_gguf(source):
+        mend_tokenizer(tokenizer, source)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer at {source} has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between documents: <|endoftext|> where there is one (Qwen's chat models end a turn with another)."""
+    return tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that decides which ids a text becomes; the same before and after saving."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        del content[setting]
+    content["eos"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""The weights in a model's files, one tensor at a time: rank 0 reads, and no rank's memory ever holds them all.
+
+    weights = Weights(lambda: SafeTensors(files_of(folder)))
+    weights.take("model.norm.weight")   # on this rank's device, in training precision
+
+On rank 0 that is the tensor; on the other ranks, which read nothing, it is memory of its shape. What is made of it is
+then handed to all ranks at once, by `distributed.broadcast` or by ZeRO-3's partitioning, a piece of the model at a time
+(halo/models/build.py).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halo.distributed import device, on_rank0
+from halo.errors import UserError
+from halo.models.loading import training_dtype
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class SafeTensors(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name, on the CPU, mapped into memory as they are asked for.
+
+    Raises:
+        UserError: a file is missing, or is not whole.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self._file_of: dict[str, Any] = {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")  # reads the header, which says how long the file is
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read: {error}: copy it again, whole") from error
+            self._file_of |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder: those that its index names, or model.safetensors.
+
+    Raises:
+        UserError: the index is no JSON, or names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is not the index of a model's weights: {error!r}") from error
+
+
+class Weights:
+    """Named tensors that rank 0 alone reads. Every rank makes this object, and takes the same tensors in one order.
+
+    Args:
+        source: makes the tensors by name; called on rank 0.
+
+    Raises:
+        UserError: `source` raised it; on every rank.
+    """
+
+    def __init__(self, source: Callable[[], Mapping[str, Tensor]]):
+        self._source: Mapping[str, Tensor] = {}
+
+        def open_() -> dict[str, torch.Size]:
+            self._source = source()
+            return {name: tensor.shape for name, tensor in self._source.items()}
+
+        self.shapes = on_rank0(open_)
+
+    def take(self, name: str) -> Tensor:
+        """A new tensor on this rank's device, in training precision. Only on rank 0 has it the values."""
+        if name in self._source:
+            # A copy in any case: what is mapped from a file goes with the file.
+            return self._source[name].to(device(), training_dtype(), copy=True)
+        return torch.empty(self.shapes[name], dtype=training_dtype(), device=device())
+
+
+def check_shapes(tensors: Mapping[str, Tensor], model: PreTrainedModel, whose: str) -> None:
+    """Check that `tensors` are the weights of a causal language model, of which only the shapes are looked at.
+
+    Args:
+        whose: names the model in the error, e.g. "the teacher at /models/qwen3".
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape; the model ties its head to its embedding, but
+            they are two.
+    """
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    unknown = {name for name in tensors.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings:
+        del expected[HEAD]
+        if HEAD in tensors and EMBEDDING in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+            raise UserError(
+                f"{whose} has a head of its own ({HEAD}), but its configuration ties it to the embedding: "
+                "set tie_word_embeddings to false in its config.json"
+            )
+    if missing := expected.keys() - tensors.keys():
+        raise UserError(f"{whose} lacks weights, {min(missing)} among them")
+    if unknown:
+        raise UserError(f"{whose} has weights that its architecture does not have, {min(unknown)} among them")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{whose} has a {name} of {list(tensors[name].shape)}, but its configuration says {list(shape)}"
+            )

@@ -1,0 +1,1 @@
+"""What a training stage will take on a cluster, before it is queued."""

@@ -1,0 +1,371 @@
+"""What a stage asks of one GPU, from its models' shapes: the part of `plan` that knows the stages.
+
+B sequences of T tokens at a time, N = B T tokens, V words, D width. Bytes and bf16, as on a GPU.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
+
+from halo.config import Config, Distill, Training
+from halo.errors import UserError
+from halo.losses.linear_kl import CHUNK_BYTES
+from halo.losses.squared_error import squared_error
+from halo.measuring.importance import default_k
+from halo.models.fuse import fuse
+from halo.models.gguf import is_gguf, where
+from halo.parallel.activations import tile_mlps
+from halo.plan.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
+from halo.stages.pretrain import model_config
+from halo.training.flops import align_flops, distill_flops, next_token_flops
+from hypenet import HypeNetForCausalLM
+from hypenet.losses import IGNORE, linear_cross_entropy
+from hypenet.transfer import TEACHERS, hybrid_config
+
+BF16 = 2
+KL_BYTES = 30
+"""Moved for a logit of stage 2's loss: two of 4 bytes, written once and read twice, and a gradient of 2, likewise."""
+
+REACH = 22_400
+"""Tokens from which anything of Lightning's state is left at a chunk's end, in fp32 (halo/parallel/sequence.py)."""
+
+_QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960}
+PUBLISHED = {
+    "Qwen/Qwen3-1.7B": _QWEN3
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-4B": _QWEN3
+    | {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 9728,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B": _QWEN3
+    | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 12_288,
+        "tie_word_embeddings": False,
+    },
+}
+"""The shapes in the teachers' published config.json, so that nothing has to be downloaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One kind of layer that is trained."""
+
+    count: int
+    parameters: int
+    cost: Cost
+    input_bytes: int
+    """What activation checkpointing keeps of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """The teacher, which runs forward only."""
+
+    parameters: int
+    in_layers: int
+    """Of them, those in decoder layers, which a sharded teacher cuts over its node."""
+    sharded: bool
+    ranks: int = 0
+    """How many ranks of each node hold it, and nothing else; 0: all do, beside the student."""
+    head: int = 0
+    """Elements of its head that a student holds where the teacher is on other ranks."""
+    work: Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one micro-batch asks of a GPU."""
+
+    parameters: int
+    """Trained ones."""
+    layers: Sequence[Layer]
+    one_at_a_time: bool
+    """Whether only one layer's activations live at a time, and of the others their inputs."""
+    recomputes: bool = False
+    """Whether backward runs forward again."""
+    held: int = 0
+    """Bytes that live through forward and backward, beside what layers keep."""
+    made: int = 0
+    """Bytes of whole gradients that forward has made already."""
+    external: int = 0
+    """Elements of parameters that ZeRO-3, once it has gathered them, keeps until the step: a module reads another's."""
+    group: int = 0
+    """Elements of a parameter group of the optimizer; 0: there is one."""
+    head: int = 0
+    """Elements of the head, where there is one."""
+    tied: bool = False
+    loss_held: int = 0
+    """Bytes that the loss holds: its input, and the gradients that it makes in forward."""
+    loss_chunk: int = 0
+    """Bytes of its logits."""
+    loss: Work = field(default_factory=Work)
+    teacher: Frozen | None = None
+    flops_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What the stages train and run, on the meta device."""
+
+    source: str
+    """Where the teacher's shapes are from."""
+    teacher: PreTrainedModel
+    hybrid: PreTrainedModel
+    mixers: Sequence[nn.Module]
+    """Stage 1's: one for every layer."""
+    scratch: PreTrainedModel | None
+    """What the preset pretrains."""
+
+
+def build_models(config: Config) -> Models:
+    """Every model of a conversion, without weights.
+
+    Raises:
+        UserError: the teacher's shapes are not known, or there is no hybrid of this architecture from it.
+    """
+    shapes, source = teacher_shapes(config.teacher)
+    count = config.selection.attention_layers or default_k(shapes.num_hidden_layers)
+    kept = config.selection.layers or range(count)  # which layers they are changes nothing here
+    switches = config.architecture.switches()
+    try:
+        with torch.device("meta"):
+            every = hybrid_config(shapes, [], rnn_mixer=config.rnn_mixer, **switches)
+            converted = HypeNetForCausalLM(every)
+            hybrid = HypeNetForCausalLM(hybrid_config(shapes, kept, rnn_mixer=config.rnn_mixer, **switches))
+            teacher = AutoModelForCausalLM.from_config(shapes)
+            scratch = AutoModelForCausalLM.from_config(model_config(config.pretrain)) if config.pretrain else None
+    except ValueError as error:
+        raise UserError(f"no hybrid of this architecture from {config.teacher}: {error}") from error
+    for model in (converted, hybrid, teacher, scratch):
+        if model is not None:
+            model.to(torch.bfloat16)
+            model.config._attn_implementation = "sdpa"
+    fuse(teacher)
+    tile_mlps(hybrid)
+    return Models(
+        source=source,
+        teacher=teacher.requires_grad_(False),
+        hybrid=hybrid,
+        mixers=[layer.get_submodule("self_attn") for layer in converted.model.layers],
+        scratch=scratch,
+    )
+
+
+def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
+    """A teacher's configuration, and where it is from. Nothing is downloaded.
+
+    Raises:
+        UserError: neither a local model nor one whose shapes are known, or a configuration that cannot be read.
+    """
+    path = Path(name)
+    if is_gguf(name) or (path / "config.json").is_file():
+        try:
+            shapes = AutoConfig.from_pretrained(**where(path))
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"the configuration of the teacher at {name} cannot be read: {reason}") from error
+        if shapes.model_type not in TEACHERS:
+            raise UserError(f"the teacher at {name} is a '{shapes.model_type}'; supported: {', '.join(TEACHERS)}")
+        return shapes, f"the shapes of {path}"
+    if name not in PUBLISHED:
+        raise UserError(
+            f"the shapes of the teacher '{name}' are not known here, and nothing is downloaded: give a local folder "
+            f"with its config.json, or one of {', '.join(PUBLISHED)}"
+        )
+    return Qwen3Config(**PUBLISHED[name]), f"the published shapes of {name}"
+
+
+def load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:
+    """What a micro-batch of `micro_batch` sequences of a stage asks of a GPU, or of each that share them."""
+    load = _load_of(models, stage, training, micro_batch)
+    if training.sequence_parallel > 1:
+        load = _shared(load, models, stage, training, micro_batch)
+    if training.activation_offload:
+        load = replace(load, layers=[replace(layer, input_bytes=0) for layer in load.layers])
+    return load
+
+
+def _shared(whole: Load, models: Models, stage: str, training: Training, micro_batch: int) -> Load:
+    """One rank's load: the bytes of its part of the tokens and of what it exchanges, and its part of the work."""
+    ranks, tokens = training.sequence_parallel, training.seq_len // training.sequence_parallel
+    part = _load_of(models, stage, replace(training, seq_len=tokens, sequence_parallel=1), micro_batch)
+    width = models.hybrid.config.num_attention_heads * models.hybrid.config.head_dim
+    # Lightning makes its chunk's state in fp32, of keys, decayed keys and values.
+    exchange = 3 * 4 * micro_batch * min(tokens, REACH) * width
+    layers = []
+    for mine, all_of_it in zip(part.layers, whole.layers, strict=True):
+        cost = Cost(
+            kept=mine.cost.kept + exchange,
+            peak=mine.cost.peak + exchange,
+            forward=all_of_it.cost.forward.shared(ranks),
+            backward=all_of_it.cost.backward.shared(ranks),
+        )
+        layers.append(replace(mine, cost=cost))
+    teacher = whole.teacher and replace(whole.teacher, work=whole.teacher.work.shared(ranks))
+    loss = whole.loss.shared(ranks)
+    return replace(part, layers=layers, loss=loss, teacher=teacher, flops_per_token=whole.flops_per_token)
+
+
+def _load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:
+    tokens = (micro_batch, training.seq_len)
+    if stage == "align":
+        return _align(models, *tokens)
+    if stage == "distill":
+        assert isinstance(training, Distill)
+        return _distill(models, training, *tokens)
+    model = models.hybrid if stage == "finetune" else models.scratch
+    assert model is not None
+    # Pretraining has no activation checkpointing.
+    return _next_token(model, training.activation_checkpointing and stage == "finetune", *tokens)
+
+
+def _align(models: Models, batch: int, length: int) -> Load:
+    body, mixer = models.teacher.model, models.mixers[0]
+    hidden, rope = _inputs(models.teacher, batch, length)
+    target = torch.empty_like(hidden)
+
+    def regress() -> Tensor:
+        return squared_error(mixer(hidden, position_embeddings=rope)[0], target)[0]
+
+    cost = cost_of(mixer, regress)
+    count, parameters = len(models.mixers), _count(mixer)
+    return Load(
+        parameters=count * parameters,
+        layers=[Layer(count=count, parameters=parameters, cost=cost, input_bytes=0)],
+        one_at_a_time=True,
+        held=3 * hidden.nbytes,  # the teacher's residual, and the layer's input and target
+        made=count * parameters * BF16,
+        group=parameters,
+        external=count * parameters,
+        teacher=_teacher(models.teacher, None, batch, length),
+        flops_per_token=align_flops(models.mixers, body, length),
+    )
+
+
+def _distill(models: Models, training: Distill, batch: int, length: int) -> Load:
+    student, teacher = models.hybrid, models.teacher
+    tokens, head, teacher_head = batch * length, student.lm_head.weight, teacher.lm_head.weight
+    logits, width = tokens * len(head), head.shape[1] + teacher_head.shape[1]
+    hidden = tokens * head.shape[1] * BF16
+    loss = Work([Operation("product", 2 * logits * (width + 2 * head.shape[1]), 0)])
+    loss.operations.append(Operation("kernel", 0, logits * KL_BYTES))
+    return Load(
+        parameters=_count(student),
+        layers=_layers(student, batch, length),
+        one_at_a_time=training.activation_checkpointing,
+        recomputes=training.activation_checkpointing,
+        held=_supplied(training, tokens, teacher_head) + hidden,  # what the teacher says, the last norm's input
+        external=head.numel(),
+        head=head.numel(),
+        tied=student.config.tie_word_embeddings,
+        loss_held=2 * hidden + head.nbytes,
+        loss_chunk=min(CHUNK_BYTES, logits * 10),
+        loss=loss,
+        teacher=_teacher(teacher, training, batch, length),
+        flops_per_token=distill_flops(student, teacher, length),
+    )
+
+
+def _next_token(model: PreTrainedModel, checkpointing: bool, batch: int, length: int) -> Load:
+    head = model.lm_head
+    hidden = torch.empty(batch * length, head.in_features, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.full((batch * length,), IGNORE, device="meta")
+    cost = cost_of(head, lambda: linear_cross_entropy(hidden, head.weight, labels))
+    return Load(
+        parameters=_count(model),
+        layers=_layers(model, batch, length),
+        one_at_a_time=checkpointing,
+        recomputes=checkpointing,
+        held=hidden.nbytes,
+        external=head.weight.numel(),
+        head=head.weight.numel(),
+        tied=model.config.tie_word_embeddings,
+        loss_held=hidden.nbytes + cost.kept,
+        loss_chunk=cost.peak - cost.kept,
+        loss=cost.forward,
+        flops_per_token=next_token_flops(model, length),
+    )
+
+
+def _layers(model: PreTrainedModel, batch: int, length: int) -> list[Layer]:
+    """The decoder layers by kind: one of each is run, those of a kind cost the same."""
+    kinds = getattr(model.config, "mixer_types", ["attention"] * len(model.model.layers))
+    hidden, rope = _inputs(model, batch, length)
+    hidden.requires_grad_()
+    found = []
+    for kind, count in Counter(kinds).items():
+        layer = model.model.layers[kinds.index(kind)]
+        cost = cost_of(layer, _call(layer, hidden, rope))
+        found.append(Layer(count=count, parameters=_count(layer), cost=cost, input_bytes=hidden.nbytes))
+    return found
+
+
+def _supplied(training: Distill, tokens: int, head: Tensor) -> int:
+    """Bytes of a micro-batch's logits as the teacher supplies them."""
+    words, width = head.shape
+    return (
+        tokens
+        * {"factored": width * BF16, "full": words * BF16, "top_k": 8 * training.teacher_top_k + 8}[
+            training.teacher_logits
+        ]
+    )
+
+
+def _teacher(teacher: PreTrainedModel, training: Distill | None, batch: int, length: int) -> Frozen:
+    """The teacher as a stage runs it.
+
+    Args:
+        training: stage 2's settings; None: stage 1, where each rank holds the whole.
+    """
+    layers = teacher.model.layers
+    _, work = frozen_cost_of(_call(layers[0], *_inputs(teacher, batch, length)))
+    factored = training is not None and training.teacher_logits == "factored"
+    return Frozen(
+        parameters=_count(teacher),
+        in_layers=_count(layers),
+        sharded=training is not None and training.teacher_sharded,
+        ranks=training.teacher_ranks if training else 0,
+        head=teacher.lm_head.weight.numel() * factored,
+        work=Work(work.operations * len(layers), work.dispatched * len(layers)),
+    )
+
+
+def _call(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        output = layer(hidden, position_embeddings=rope, attention_mask=None)
+        return output[0] if isinstance(output, tuple) else output
+
+    return run
+
+
+def _inputs(model: PreTrainedModel, batch: int, length: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A layer's input [B, T, D], and RoPE's cos and sin [1, T, head_dim]."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    with torch.device("meta"):
+        hidden = torch.empty(batch, length, config.hidden_size, dtype=torch.bfloat16)
+        rope = torch.empty(1, length, width, dtype=torch.bfloat16), torch.empty(1, length, width, dtype=torch.bfloat16)
+    return hidden, rope
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,45 @@
+"""The choice of the attention logits scaling (Eq. 11): least loss on held-out documents, at a length beyond training's.
+
+Writes `scaling.json`: the chosen `attn_logits_scaling`, and every candidate's loss.
+"""
+
+from functools import partial
+
+from halo.context import Context
+from halo.data.held_out import HeldOut
+from halo.distributed import device, on_rank0
+from halo.measuring.evaluation import loss_at_length, share_sequences
+from halo.measuring.figures import measuring
+from halo.models.loading import load_hybrid
+from halo.models.tokenizer import load_tokenizer
+from halo.parallel.sequence import SequenceGroup
+from halo.stages.distill import HYBRID
+from hypenet.configuration_hypenet import hype_scaling
+
+SCALING = "scaling.json"
+
+
+def run(context: Context) -> None:
+    settings = context.config.scaling
+    samples = HeldOut(context.config.heldout, load_tokenizer(context.teacher)).windows(
+        settings.seq_len, settings.documents
+    )
+    hybrid = load_hybrid(context.run / "finetune" / HYBRID).to(device())
+    group = SequenceGroup(settings.sequence_parallel)
+    share_sequences(hybrid, group)
+    scaled = {f"{a:g}": hype_scaling(a) if settings.form == "hype" else a for a in settings.candidates}
+    specs: dict[str, str | float | None] = {"none": None} | scaled
+    losses = {}
+    folder = context.folder("scaling")
+    with measuring(folder, len(specs) * len(samples), "scale") as measure:
+        for name, spec in specs.items():
+            hybrid.config.attn_logits_scaling = spec
+            losses[name] = measure(name, len(samples), partial(loss_at_length, hybrid, samples, group=group))
+    best = min(scaled, key=lambda name: losses[name])
+
+    def finish() -> None:
+        folder.save_json(SCALING, {"attn_logits_scaling": scaled[best], "loss": losses})
+        tokens = samples.numel() * len(specs)
+        folder.complete([SCALING], {"tokens": tokens, "parameters": 0, "seconds": measure.seconds})
+
+    on_rank0(finish)

@@ -1,0 +1,98 @@
+"""Layer selection: replace one attention layer at a time, and keep those that recall needs (Sec. 4.3, Eq. 8 and 9).
+
+Writes `scores.json` (recall and CSR of every one-layer replacement, importance, ranking, the layers to keep) and
+`scores.png`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from halo.context import Context
+from halo.data.held_out import HeldOut
+from halo.data.needle import VARIANTS
+from halo.distributed import device, on_rank0
+from halo.errors import UserError
+from halo.measuring.evaluation import CHOICES, build_questions, continuation_accuracy, needle_recall
+from halo.measuring.figures import measuring
+from halo.measuring.importance import default_k, importance, ranking
+from halo.measuring.report import selection_png
+from halo.models.loading import load_teacher
+from halo.models.tokenizer import load_tokenizer
+from halo.stages.align import load_mixers, new_mixers
+
+SCORES = "scores.json"
+
+
+def run(context: Context) -> None:
+    settings = context.config.selection
+    teacher = load_teacher(context.teacher).eval().to(device())
+    layers = len(teacher.model.layers)
+    keep = settings.attention_layers or default_k(layers)
+    if not 1 <= keep <= layers:
+        raise UserError(f"selection.attention_layers = {keep}, but the teacher has {layers} layers")
+    if not set(settings.layers) <= set(range(layers)):
+        raise UserError(f"selection.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
+    report: dict[str, Any] = {"attention_layers": sorted(settings.layers)}
+    cost = {"tokens": 0, "seconds": 0.0}
+    if not settings.layers:
+        report, cost = _measure(context, teacher)
+        report["importance"] = importance(report["recall"], report["csr"], settings.epsilon)
+        report["ranking"] = ranking(report["importance"])
+        report["attention_layers"] = sorted(report["ranking"][:keep])
+
+    def finish() -> None:
+        folder = context.folder("selection")
+        folder.save_json(SCORES, report)
+        if not settings.layers:
+            kept = report["attention_layers"]
+            folder.save_bytes("scores.png", selection_png(report["recall"], report["csr"], kept))
+        folder.complete([SCORES], cost | {"parameters": 0})
+
+    on_rank0(finish)
+
+
+def _measure(context: Context, teacher: PreTrainedModel) -> tuple[dict[str, Any], dict[str, float]]:
+    """Recall and CSR of the teacher with each layer replaced, in [0, 1], and the tokens and seconds that this took."""
+    settings = context.config.selection
+    held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
+    needles = [
+        sample
+        for variant in VARIANTS
+        for sample in held_out.needles(variant, settings.seq_len, settings.needles, settings.seed)
+    ]
+    ask, answer = settings.seq_len // 2, settings.seq_len // 8
+    questions = build_questions(
+        held_out.token_ids(), count=settings.questions, context=ask, continuation=answer, seed=settings.seed
+    )
+    mixers = new_mixers(teacher, context.config.rnn_mixer, **context.config.architecture.switches())
+    weights = load_mixers(context.folder("align"))
+    recall, csr = [], []
+    batch_tokens = context.config.niah.batch_tokens
+    batch = max(1, batch_tokens // settings.seq_len)
+    choices = len(questions) * CHOICES
+    measure_recall = partial(needle_recall, teacher, needles, batch=batch)
+    measure_csr = partial(continuation_accuracy, teacher, questions, batch_tokens=batch_tokens)
+    with measuring(context.folder("selection"), len(mixers) * (len(needles) + choices), "select") as measure:
+        for layer, mixer in mixers.items():
+            mixer.load_state_dict(weights[layer])
+            with replaced(teacher, layer, mixer):
+                recall.append(measure(f"recall without {layer}", len(needles), measure_recall))
+                csr.append(measure(f"csr without {layer}", choices, measure_csr))
+    tokens = len(mixers) * (len(needles) * settings.seq_len + choices * (ask + answer))
+    return {"recall": recall, "csr": csr}, {"tokens": tokens, "seconds": measure.seconds}
+
+
+@contextmanager
+def replaced(teacher: PreTrainedModel, layer: int, mixer: nn.Module) -> Iterator[None]:
+    """M^(i): the teacher with one attention layer replaced by `mixer`, for as long as the block lasts."""
+    original = teacher.model.layers[layer].self_attn
+    teacher.model.layers[layer].self_attn = mixer.eval().to(teacher.device)
+    try:
+        yield
+    finally:
+        teacher.model.layers[layer].self_attn = original

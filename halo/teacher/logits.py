@@ -1,0 +1,156 @@
+"""The teacher's logits in the forms in which it may supply them, for the loss (halo/losses/linear_kl.py) to read.
+
+    factored   final hidden states and the frozen head: exact, and E numbers a token (the default)
+    full       the logits themselves, rounded to the precision of training: V numbers a token
+    top_k      the k largest, and what the others come to together: 2 k + 2 numbers a token, a lower bound of the KL
+
+Shapes: N tokens, V words, E teacher width, k largest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hypenet.losses import exact_logits
+
+ROWS = 256
+"""Tokens whose logits live at a time while the k largest are sought."""
+
+Kind = Literal["factored", "full", "top_k"]
+
+
+@dataclass(frozen=True)
+class FactoredLogits:
+    """Logits as `hidden @ head.T`: [N, E] final hidden states and the [V, E] head, both without gradient."""
+
+    hidden: Tensor
+    head: Tensor
+
+    @property
+    def words(self) -> int:
+        return len(self.head)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What there is of each token."""
+        return (self.hidden,)
+
+    def rows(self, begin: int, end: int, out: Tensor) -> Tensor:
+        """The logits of tokens `begin` to `end` into `out`, [end - begin, words], of as many words as that has."""
+        return exact_logits(self.hidden[begin:end], self.head[: out.shape[1]], out)
+
+
+@dataclass(frozen=True)
+class FullLogits:
+    """[N, V] logits, without gradient."""
+
+    values: Tensor
+
+    @property
+    def words(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+    def rows(self, begin: int, end: int, out: Tensor) -> Tensor:
+        """As `FactoredLogits.rows`."""
+        return out.copy_(self.values[begin:end, : out.shape[1]])
+
+
+@dataclass(frozen=True)
+class TopKLogits:
+    """The k largest logits of each token, and of the other words what a KL with one bucket for them needs.
+
+    Attributes:
+        values: [N, k] float32, the largest first.
+        indices: [N, k] int32, their words.
+        log_rest: [N] float32, log sum exp(t / T) over the other words; minus infinity where there are none.
+        entropy: [N] float32, of the whole distribution at T, in nats.
+        temperature: T.
+        words: among how many they are the largest: the words that teacher and student both have.
+    """
+
+    values: Tensor
+    indices: Tensor
+    log_rest: Tensor
+    entropy: Tensor
+    temperature: float
+    words: int
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.values, self.indices, self.log_rest, self.entropy
+
+    def part(self, begin: int, end: int) -> "TopKLogits":
+        """Those of tokens `begin` to `end`."""
+        values, indices, log_rest, entropy = (x[begin:end] for x in self.parts)
+        return TopKLogits(values, indices, log_rest, entropy, self.temperature, self.words)
+
+
+TeacherLogits = FactoredLogits | FullLogits | TopKLogits
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsForm:
+    """In which form a teacher supplies its logits.
+
+    Attributes:
+        words: full and top_k are of the first so many words: those that the student has too.
+        top_k, temperature: for top_k.
+    """
+
+    kind: Kind = "factored"
+    words: int = 0
+    top_k: int = 0
+    temperature: float = 1.0
+
+    def supply(self, hidden: Tensor, head: Tensor) -> TeacherLogits:
+        """hidden [N, E] and the head [V, E], neither with a gradient -> the logits in this form."""
+        if self.kind == "factored":
+            return FactoredLogits(hidden, head)
+        if self.kind == "full":
+            return FullLogits(hidden @ head[: self.words].T)
+        rows = [self._largest(part, head[: self.words]) for part in hidden.split(ROWS)]
+        return self.assemble([torch.cat(column) for column in zip(*rows, strict=True)])
+
+    def _largest(self, hidden: Tensor, head: Tensor) -> tuple[Tensor, ...]:
+        """The `parts` of a few tokens' TopKLogits."""
+        logits = exact_logits(hidden, head)
+        values, indices = logits.topk(self.top_k)
+        logits /= self.temperature
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        log_rest = logits.scatter_(-1, indices, -torch.inf).logsumexp(-1)
+        return values, indices.int(), log_rest, entropy
+
+    def empty(self, tokens: int, like: Tensor) -> list[Tensor]:
+        """Room for the `parts` of so many tokens' logits, on the device of `like`.
+
+        Args:
+            like: the teacher's head, [V, E].
+        """
+        if self.kind == "factored":
+            return [like.new_empty(tokens, like.shape[1])]
+        if self.kind == "full":
+            return [like.new_empty(tokens, self.words)]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        largest = like.new_empty(tokens, self.top_k, dtype=wide)
+        rest = [like.new_empty(tokens, dtype=wide) for _ in range(2)]
+        return [largest, torch.empty_like(largest, dtype=torch.int32), *rest]
+
+    def assemble(self, parts: Sequence[Tensor], head: Tensor | None = None) -> TeacherLogits:
+        """The logits of such parts; those in factored form with the teacher's head."""
+        if self.kind == "factored":
+            (hidden,) = parts
+            assert head is not None
+            return FactoredLogits(hidden, head)
+        if self.kind == "full":
+            (values,) = parts
+            return FullLogits(values)
+        values, indices, log_rest, entropy = parts
+        return TopKLogits(values, indices, log_rest, entropy, self.temperature, self.words)

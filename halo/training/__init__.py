@@ -1,0 +1,1 @@
+"""The one training loop: trainer and objectives, DeepSpeed behind one class, checkpoints, metrics."""

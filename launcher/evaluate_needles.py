@@ -1,9 +1,0 @@
-"""Evaluate needle-in-a-haystack recall over lengths (Table 2).
-
-deepspeed launcher/evaluate_needles.py --preset hypenet-2b
-"""
-
-from halo.pipeline import launch_stage
-
-if __name__ == "__main__":
-    launch_stage("eval", description=__doc__)
