@@ -5,13 +5,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from halo.errors import UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=24)
@@ -60,8 +61,8 @@ def _limit_waits(limit: timedelta) -> None:
             group._get_backend(kind)._set_default_timeout(limit)
 
 
-def on_rank0(function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 alone and hand its result to every rank.
+def on_rank0(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `function` with these arguments on rank 0 alone and hand its result to every rank.
 
     Raises:
         UserError: `function` raised it; on every rank, so that all end together.
@@ -70,7 +71,7 @@ def on_rank0(function: Callable[[], T]) -> T:
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if rank() == 0:
         try:
-            outcome = [(function(), None)]
+            outcome = [(function(*args, **kwargs), None)]
         except UserError as error:
             outcome = [(None, error)]
         except Exception as error:
@@ -88,11 +89,15 @@ def on_rank0(function: Callable[[], T]) -> T:
 
 def from_rank0(value: T) -> T:
     """The value that rank 0 has, on every rank; the others' counts for nothing."""
-    return on_rank0(lambda: value)
+    return on_rank0(_same, value)
 
 
-def on_every_rank(function: Callable[[], T]) -> list[T]:
-    """Run `function` on every rank and hand every rank's result to each, by rank.
+def _same(value: T) -> T:
+    return value
+
+
+def on_every_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+    """Run `function` with these arguments on every rank and hand every rank's result to each, by rank.
 
     Raises:
         UserError: `function` raised it on some rank; the first such, on every rank, so that all end together.
@@ -100,7 +105,7 @@ def on_every_rank(function: Callable[[], T]) -> list[T]:
     result: T | None = None
     failure: UserError | None = None
     try:
-        result = function()
+        result = function(*args, **kwargs)
     except UserError as error:
         failure = error
     outcomes: list[tuple[T | None, UserError | None]] = [(result, failure)] * world_size()

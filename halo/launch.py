@@ -20,12 +20,11 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from halo.config import Config, load_config
-from halo.errors import Stopped, UserError
+from halo.errors import EXIT_USER_ERROR, Stopped, UserError
 from halo.graph import stages_to
 from halo.ranks import ERRORS, LEFT, Split, split_ranks
 from halo.teacher.dedicated import serve
 
-EXIT_USER_ERROR = 2
 EXIT_SAVED = 75
 """Asked to stop by a signal, and saved: the same command goes on."""
 RENDEZVOUS = timedelta(minutes=30)

@@ -2,8 +2,8 @@
 
 Memory is counted as the code takes it: a layer's activations from a dry run of the layer itself (halo/plan/dry_run.py),
 what ZeRO holds from how DeepSpeed 0.19 lays it out. Time is, for each operation, the longer of computing and moving,
-and for the ranks' exchange its bytes over the links, as far as computation does not hide it. What is assumed is a constant
-below, with where it comes from, to be set right by measurements.
+and for the ranks' exchange its bytes over the links, as far as computation does not hide it. Each assumption is a
+constant below with its source, so that a measurement can correct it.
 """
 
 import math

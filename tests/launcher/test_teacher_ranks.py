@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from halo.launch import EXIT_SAVED, EXIT_USER_ERROR
+from halo.errors import EXIT_USER_ERROR
+from halo.launch import EXIT_SAVED
 from tests.distributed.test_stopping import SECONDS_TO_END, start
 from tests.launcher.conftest import SMALL, deepspeed, free_port
 
