@@ -78,7 +78,8 @@ def test_a_sample_is_downloaded_once(hub: str, tmp_path: Path) -> None:
 
 def test_what_is_not_there(hub: str, tmp_path: Path) -> None:
     assert "has no sample/350BT/*.parquet on the hub" in _fetch(tmp_path, hub, NAME, "sample-350BT")[1]
-    assert "someone/else is no path here, and cannot be had from the hub" in _fetch(tmp_path, hub, "someone/else")[1]
+    message = "someone/else is not a path here, and cannot be fetched from the hub"
+    assert message in _fetch(tmp_path, hub, "someone/else")[1]
 
 
 def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
