@@ -1,1 +1,1 @@
-"""Models, weights and tokenizers: the teacher is found and checked, and models are built piece by piece on the ranks."""
+"""Models, weights and tokenizers: the teacher, the hybrid, and how each is built piece by piece on the ranks."""
