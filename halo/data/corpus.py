@@ -27,7 +27,7 @@ HELD_OUT_EVERY = 10
 HELD_OUT_MARK = "held_out.json"
 """A folder with this file is held out as a whole."""
 
-# A line of its own, such as "CHAPTER XII" or "Chapter 3", with the "VOLUME II" that may stand above it.
+# A line of its own, such as "CHAPTER XII" or "Chapter 3", with the "VOLUME II" that may precede it.
 _CHAPTER = re.compile(r"^(?:volume [ivxlc\d]+\s+)?chapter [ivxlc\d]+$", re.IGNORECASE | re.MULTILINE)
 
 

@@ -107,7 +107,7 @@ def prepare(
         return _prepare(pieces, folder, settings, workers, task, tasks)
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; nothing is lost: mend that, and type the same "
+            f"{error.filename or folder}: {error.strerror or error}; nothing is lost: fix this, and type the same "
             "command again to resume"
         ) from error
 

@@ -36,7 +36,7 @@ DOCUMENTS = 400
 
 @pytest.fixture(scope="module")
 def source(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parquet in FineWeb-Edu's schema, and .jsonl: documents that are all different but one, which stands twice."""
+    """Parquet in FineWeb-Edu's schema, and .jsonl: documents that are all different, except that one is there twice."""
     words = (corpus / "persuasion.txt").read_text().split()
     rng = np.random.default_rng(0)
     texts = [f"{i} " + " ".join(words[i * 40 : i * 40 + rng.integers(5, 60)]) for i in range(DOCUMENTS - 1)]
@@ -65,7 +65,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _texts(shards: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The documents of shards whose samples stand in the order of the text."""
+    """The documents of shards whose samples are in the order of the text."""
     return tokenizer.decode(read_samples(shards).flatten()).split(tokenizer.eos_token)
 
 
@@ -99,7 +99,7 @@ def test_no_token_is_lost(whole: Path, source: Path, tokenizer: PreTrainedTokeni
 
 
 def test_no_document_is_in_two_parts(whole: Path, source: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each begins with its number, if no sample was cut there; the first stands in the source twice."""
+    """Each begins with its number, if no sample was cut there; the source has the first one twice."""
     held_out = list(read_documents(whole / "held_out", "held_out"))
     assert 20 < len(held_out) < 70
     assert not list(read_documents(whole / "held_out", "train"))
@@ -204,7 +204,7 @@ def test_a_full_disk_loses_nothing(
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
     try:
         with pytest.raises(
-            UserError, match="File too large; nothing is lost: mend that, and type the same command again"
+            UserError, match="File too large; nothing is lost: fix this, and type the same command again"
         ):
             _prepare(source, tokenizer, tmp_path / "shards")
     finally:

@@ -1,4 +1,4 @@
-"""A source on the hub is downloaded, of the sample alone, and named with its commit; here the hub is a stand-in."""
+"""Of a source on the hub, only the sample is downloaded, and its name has the commit. A local server is the hub."""
 
 import hashlib
 import http.server
@@ -21,7 +21,7 @@ FILES = {"sample/10BT/000_00000.parquet": b"ten", "data/CC-MAIN-2024-10/000.parq
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's API that a download takes."""
+    """The part of the hub's API that a download uses."""
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]

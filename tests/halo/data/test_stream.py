@@ -1,4 +1,4 @@
-"""The stream's order depends on the seed alone: not on the number of ranks, not on where it was resumed."""
+"""The stream's order depends only on the seed: not on the number of ranks, not on where it was resumed."""
 
 from collections.abc import Iterable
 from itertools import chain

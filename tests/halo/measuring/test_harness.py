@@ -143,7 +143,7 @@ def likelihoods(model: Qwen3ForCausalLM, batch_tokens: int = 200) -> Likelihoods
 
 @pytest.fixture
 def folder_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, without the harness's own tasks: to look through these takes seconds."""
+    """The folder, without the harness's own tasks: looking through these would take seconds."""
 
     def manager(include_path: str | None, include_defaults: bool = True) -> TaskManager:
         return TaskManager(include_path=include_path, include_defaults=False)
