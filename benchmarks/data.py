@@ -1,4 +1,4 @@
-"""Preparing and reading token shards, against what the tokenizer library does alone on the same cores.
+"""The speed of preparing and reading token shards, compared with the tokenizer library alone on the same cores.
 
 python -m benchmarks.data --tokenizer FOLDER [--documents 20000] [--cores 2] [--rounds 3]
 
@@ -36,7 +36,7 @@ PACKAGES = ("tokenizers", "transformers", "pyarrow", "mosaicml-streaming", "nump
 PARTS = {"distill": Part(seq_len=512, tokens=1), "finetune": Part(seq_len=16_384, tokens=1)}
 MICRO_BATCH = 12
 PIECE = 1 << 21
-"""Bytes: smaller than by default, so that a short run has many, and the cores end together as they do in a long one."""
+"""Bytes: smaller than the default, so that a short run has many pieces, and all cores end together as in a long run."""
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""From text to batches of tokens: sources, preparation, shards, streams, held-out text and needles."""
+"""From text to batches of tokens: sources, shards and streams, held-out text, needle tests."""

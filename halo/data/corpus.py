@@ -1,11 +1,11 @@
 """Text sources: folders or files of .txt, .jsonl and .parquet, read one document at a time.
 
-Every tenth document of a source is held out, so that nothing is ever trained on what it is evaluated on; a folder that
-halo/data/preparation.py wrote as held out is so as a whole. A document is a line of .jsonl (key "text"), a row of
-.parquet (column "text"), or a chapter of a .txt file (all of it, if it has no chapter headings).
+Every tenth document of a source is held out: no model is evaluated on text that it was trained on. A folder that
+halo/data/preparation.py wrote as held out is held out as a whole. A document is a line of .jsonl (key "text"), a row of
+.parquet (column "text"), or a chapter of a .txt file (the whole file, if it has no chapter headings).
 
     for document in read_documents(source, "train"): ...
-    for piece in cut(source, 1 << 25): ...        # some 32 MiB of text each, for many processes to read at a time
+    for piece, size in cut(source, 1 << 25): ...  # about 32 MiB of text each, for many processes to read in parallel
 """
 
 import json
@@ -21,36 +21,36 @@ import pyarrow.parquet as pq
 
 from halo.errors import UserError
 
-Part = Literal["train", "held_out"]
+TextSplit = Literal["train", "held_out"]
 
 HELD_OUT_EVERY = 10
 HELD_OUT_MARK = "held_out.json"
-"""The file in a folder of which all is held out."""
+"""A folder with this file is held out as a whole."""
 
-# A line of its own, such as "CHAPTER XII" or "Chapter 3", with the "VOLUME II" that may stand above it.
+# A line of its own, such as "CHAPTER XII" or "Chapter 3", with the "VOLUME II" that may precede it.
 _CHAPTER = re.compile(r"^(?:volume [ivxlc\d]+\s+)?chapter [ivxlc\d]+$", re.IGNORECASE | re.MULTILINE)
 
 
-def read_documents(source: str | Path, part: Part) -> Iterator[str]:
-    """The documents of one part of `source`: a file, or a folder whose files are read in the order of their paths.
+def read_documents(source: str | Path, split: TextSplit) -> Iterator[str]:
+    """The documents of one split of `source`: a file, or a folder whose files are read in the order of their paths.
 
-    Empty documents are left out and not counted.
+    Empty documents are skipped and not counted.
 
     Raises:
-        UserError: nothing to read at `source`, or a file in it is not what its suffix says.
+        UserError: there is nothing to read at `source`, or the format of a file is not what its suffix says.
     """
     source, count = Path(source), 0
     all_held_out = (source / HELD_OUT_MARK).is_file()
     for path in text_files(source):
-        for text in _read(Span(path)):
+        for text in _read_span(Span(path)):
             count += 1
-            if (all_held_out or count % HELD_OUT_EVERY == 0) == (part == "held_out"):
+            if (all_held_out or count % HELD_OUT_EVERY == 0) == (split == "held_out"):
                 yield text
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a file: row groups of .parquet, the lines of .jsonl that begin at these bytes, all of a .txt."""
+    """A range of a file: of the row groups of .parquet; of the bytes at which lines of .jsonl begin; all of a .txt."""
 
     path: Path
     begin: int = 0
@@ -58,14 +58,17 @@ class Span:
 
 
 Piece = list[Span]
-"""What one process reads at a time."""
+"""The text that one process reads at a time."""
 
 
 def cut(source: Path, size: int) -> list[tuple[Piece, int]]:
-    """The source in pieces of at least `size` bytes of text, the last one excepted, and how many bytes each has.
+    """The source in pieces, each with its number of bytes: at least `size` bytes of text, but for the last piece.
 
-    The bytes of .parquet are those that its text column takes uncompressed. A row group, a .txt file, and `size` bytes
-    of .jsonl are not cut further.
+    For .parquet, the uncompressed size of the text column counts. A row group, a .txt file, and `size` bytes of .jsonl
+    are never cut.
+
+    Raises:
+        UserError: there is nothing to read at `source`, or a .parquet file is damaged or has no column "text".
     """
     pieces: list[tuple[Piece, int]] = []
     piece: Piece = []
@@ -84,19 +87,19 @@ def read_piece(piece: Piece) -> Iterator[str]:
     """The documents of a piece, stripped, without empty ones.
 
     Raises:
-        UserError: a file is not what its suffix says.
+        UserError: the format of a file is not what its suffix says.
     """
     for span in piece:
-        yield from _read(span)
+        yield from _read_span(span)
 
 
-def _read(span: Span) -> Iterator[str]:
+def _read_span(span: Span) -> Iterator[str]:
     stripped = (document.strip() for document in _READERS[span.path.suffix](span))
     return (text for text in stripped if text)
 
 
 def text_files(source: Path) -> list[Path]:
-    """The files of a text source that can be read, in their order.
+    """The files of a text source that can be read, sorted by path.
 
     Raises:
         UserError: there are none.
@@ -115,7 +118,7 @@ def _read_txt(span: Span) -> Iterator[str]:
         text = span.path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{span.path} is not UTF-8 text: {error}") from error
-    # What stands before the first chapter (title, author) belongs to it.
+    # The text before the first chapter heading (title, author) belongs to the first chapter.
     starts = [match.start() for match in _CHAPTER.finditer(text)][1:]
     for begin, end in zip([0, *starts], [*starts, len(text)], strict=True):
         yield text[begin:end]
@@ -125,7 +128,7 @@ def _read_jsonl(span: Span) -> Iterator[str]:
     with span.path.open("rb") as lines:
         if span.begin:
             lines.seek(span.begin - 1)
-            lines.readline()  # it began before, and is the span's before
+            lines.readline()  # a line that begins before this span belongs to the span before
         while span.end is None or lines.tell() < span.end:
             begin = lines.tell()
             if not (line := lines.readline()):
@@ -144,7 +147,7 @@ def _read_jsonl(span: Span) -> Iterator[str]:
 
 
 def _line(path: Path, begin: int) -> str:
-    """The line that begins at a byte, in words."""
+    """The path, and the number of the line that begins at a byte."""
     with path.open("rb") as file:
         number = file.read(begin).count(b"\n") + 1
     return f"{path}, line {number}"

@@ -1,4 +1,4 @@
-"""The held-out part of a run's text: what selection, the choice of a, and evaluation measure on."""
+"""The held-out text of a run. Selection, the choice of the base a (Eq. 11), and evaluation measure on it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,33 +9,38 @@ from transformers import PreTrainedTokenizerBase
 
 from halo.data.corpus import read_documents
 from halo.data.needle import EVAL_KEYS, NeedleSample, Prose, build_needle
+from halo.data.packing import cut_samples, join_documents
 from halo.errors import UserError
 from halo.models.tokenizer import separator_id
 
 CHARACTERS = 1 << 24
-"""How much held-out text is read: some four million tokens, enough for haystacks of a million."""
+"""Characters of held-out text that are read: about four million tokens, enough for haystacks of a million."""
 
 
 class HeldOut:
     """The first CHARACTERS of the held-out documents, as text and as token ids.
 
     Raises:
-        UserError: no source is set, or nothing in it is held out.
+        UserError: no source is set, or none of its documents is held out.
     """
 
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase):
         if not source:
             raise UserError(
-                "the preset's `heldout` is empty: name a folder of text whose held-out documents to measure on"
+                "the preset's `heldout` is empty: set it to a folder of text, whose held-out documents are then used"
             )
         self.tokenizer = tokenizer
         self.documents = list(_until(read_documents(source, "held_out"), CHARACTERS))
         if not self.documents:
-            raise UserError(f"{source} has too few documents to hold any out: name a larger one as `heldout`")
+            raise UserError(f"{source} has too few documents to hold any out: set `heldout` to a larger source")
         self.prose = Prose(tokenizer, self.documents)
 
     def needles(self, variant: str, length: int, count: int, seed: int) -> list[NeedleSample]:
-        """`count` needle samples with keys and haystacks that no training sample has."""
+        """`count` needle samples, with keys and haystacks that are in no training sample.
+
+        Raises:
+            UserError: `length` is too short for a needle, or longer than the held-out text.
+        """
         rng = np.random.default_rng([seed, length])
         try:
             return [build_needle(self.tokenizer, variant, length, rng, EVAL_KEYS, self.prose) for _ in range(count)]
@@ -43,25 +48,25 @@ class HeldOut:
             raise UserError(f"no {variant} samples of {length} tokens from `heldout`: {error}") from error
 
     def token_ids(self) -> Sequence[np.ndarray]:
-        """Each document's token ids."""
+        """The token ids of each document, int64 [tokens]."""
         ids = self.tokenizer(self.documents, add_special_tokens=False)["input_ids"]
         return [np.asarray(document) for document in ids]
 
     def windows(self, length: int, count: int) -> Tensor:
-        """[count, length] consecutive windows over the documents, EOS between them.
+        """The first `count` windows of the documents, or as many as there are: int64 [count, length].
 
         Raises:
             UserError: the documents are too short for one window.
         """
-        stream = np.concatenate([np.append(ids, separator_id(self.tokenizer)) for ids in self.token_ids()])
-        count = min(count, len(stream) // length)
-        if count == 0:
-            raise UserError(f"`heldout` has {len(stream)} held-out tokens, fewer than one window of {length}")
-        return torch.from_numpy(stream[: count * length].reshape(count, length))
+        tokens = join_documents(self.token_ids(), separator_id(self.tokenizer), np.dtype(np.int64))
+        samples, _ = cut_samples(tokens, length)
+        if len(samples) == 0:
+            raise UserError(f"`heldout` has {len(tokens)} held-out tokens, fewer than one window of {length}")
+        return torch.from_numpy(samples[:count])
 
 
 def _until(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Whole documents, until they hold `characters`."""
+    """Whole documents, until they have `characters` together."""
     for document in documents:
         yield document
         characters -= len(document)

@@ -1,4 +1,4 @@
-"""File locks that the kernel lets go of when their holder ends, however it ends: nothing stale is left to clear up.
+"""File locks that the kernel releases when their holder ends, even if it is killed: there are no stale locks.
 
 Both kinds hold across nodes on NFS, and on Lustre where it is mounted with flock.
 """
@@ -16,21 +16,21 @@ from halo.errors import UserError
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[IO[bytes]]:
-    """Wait for the lock of a file, and hold it. Yields the file, open to read and append."""
+    """Wait for the lock of a file, and hold it within the block. Yields the file, open to read and append."""
     with open(path, "a+b") as file:
         with _refusals(file):
-            fcntl.flock(file, fcntl.LOCK_EX)  # each opening for itself, also within a process
+            fcntl.flock(file, fcntl.LOCK_EX)  # excludes other threads of this process too
         file.seek(0)
         yield file
 
 
-class Place:
-    """Being the one process that works on a folder as `task` of `tasks`, where nobody divides the work otherwise.
+class TaskLock:
+    """The right to work on a folder as `task` of `tasks`. One process has it.
 
-    Take and leave it, and ask `is_alone`, under one `exclusive` lock.
+    Create it, and call `is_alone`, while holding the folder's `exclusive` lock.
 
     Raises:
-        UserError: another process is this task, or divides the work in another number of tasks.
+        UserError: another process is this task, or works on the folder with another number of tasks.
     """
 
     def __init__(self, folder: Path, task: int, tasks: int):
@@ -49,25 +49,25 @@ class Place:
         (folder / f"task-{task}-of-{tasks}.json").write_text(json.dumps(about))
 
     def is_alone(self) -> bool:
-        """Whether no other task is at work. Nobody else has a place from then on."""
+        """Whether no other task is at work. If so, no other can begin until `release`."""
         return try_lock(self._file, 0, 0)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         self._file.close()
 
     def _held(self, pattern: str) -> UserError:
-        """Who holds a place, in words, as far as it said so."""
-        self.leave()
+        """Another process holds the lock: which one, if it wrote so."""
+        self.release()
         who = ""
         for path in sorted(self._folder.glob(pattern)):
             about = json.loads(path.read_text())
             job = f"job {about['job']}, " if about["job"] else ""
             who = f" ({job}process {about['pid']} on {about['host']})"
-        return UserError(f"another process works on {self._folder.parent}{who}: wait for its end, or end it")
+        return UserError(f"another process works on {self._folder.parent}{who}: wait until it ends, or stop it")
 
 
 def try_lock(file: IO[bytes], begin: int, length: int) -> bool:
-    """Lock bytes of a file (0: all that follow), unless another process holds one. For this process alone."""
+    """Lock `length` bytes of a file (0: all from `begin` on). False: another process has locked some of them."""
     with _refusals(file):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, begin)

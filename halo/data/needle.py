@@ -6,8 +6,8 @@
     What is the special magic number for quiet-river mentioned in the provided text? The special magic number for
     quiet-river mentioned in the provided text is| 7310554
 
-The pieces are tokenized one by one and their ids joined, in training and in evaluation alike. Each piece ends where
-byte-level tokenizers cut anyway (before a space, after a line end), so the answer's first token starts with its space.
+The pieces are tokenized one by one and their ids joined, in training and in evaluation. Each piece ends where a
+byte-level tokenizer cuts anyway (before a space, after a line end), so the first token of the answer has its space.
 """
 
 import re
@@ -26,7 +26,7 @@ def _keys(adjectives: str, nouns: str) -> tuple[str, ...]:
     return tuple(f"{adjective}-{noun}" for adjective, noun in product(adjectives.split(), nouns.split()))
 
 
-# 400 keys each. No word is in both, and both are of the same mix of common and rare words.
+# 400 keys each. They share no word, and have a similar mix of common and rare words.
 TRAIN_KEYS = _keys(
     "happy poor old fine early full strong open large cold silent late easy perfect eager light quick rich sweet tired",
     "sister room father house wish brother letter party aunt lady door town voice uncle dinner table face dance ball "
@@ -61,11 +61,15 @@ class NeedleSample:
     answer_ids: list[int]
     answer: str
     depth: float
-    """Where the needle stands in the haystack: 0 at its start, towards 1 at its end."""
+    """The position of the needle in the haystack: 0 at its start, near 1 at its end."""
 
 
 class Prose:
-    """Text to hide needles in: the sentences of `documents` as one stream of token ids, in memory."""
+    """Text to hide needles in: the sentences of `documents` as one sequence of token ids, in memory.
+
+    Raises:
+        ValueError: there are no documents.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]):
         sentences = [" " + sentence for document in documents for sentence in _sentences(document)]
@@ -80,10 +84,13 @@ class Prose:
         return len(self._ids)
 
     def span(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """`length` ids in a row from a random sentence on, and where sentences start among them (the first at 0).
+        """A random haystack that begins with a sentence.
+
+        Returns:
+            [length] int64 consecutive ids, and the positions in them at which sentences start (the first is 0).
 
         Raises:
-            ValueError: the prose is shorter than that.
+            ValueError: the prose is shorter than `length`.
         """
         choices = np.searchsorted(self._starts, len(self) - length, side="right")
         if choices == 0:
@@ -101,13 +108,13 @@ def build_needle(
     keys: Sequence[str],
     prose: Prose,
 ) -> NeedleSample:
-    """One test of `variant`, its prompt and answer together exactly `length` tokens.
+    """One test of `variant`. Prompt and answer together are exactly `length` tokens.
 
-    niah_single_1 hides a 7-digit number in noise (one line repeated), niah_single_2 in prose, niah_single_3 a UUID in
-    prose. The needle stands before a random sentence (in noise: line) of the haystack, whose end is cut to the length.
+    niah_single_1 hides a 7-digit number in noise (one line, repeated), niah_single_2 a number in prose, niah_single_3 a
+    UUID in prose. The needle is before a random sentence (in noise: line) of the haystack. The haystack is cut to fit.
 
     Raises:
-        ValueError: an unknown variant, `length` leaves no room for a haystack, or the prose is shorter than `length`.
+        ValueError: the variant is unknown, `length` leaves no room for a haystack, or the prose is shorter than it.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
@@ -147,7 +154,7 @@ def build_needle(
 
 
 def template_texts(copies: int) -> Iterator[str]:
-    """The wording alone, without keys and values: what a tokenizer must have seen for it to be short."""
+    """The wording without keys and values: a tokenizer trained on it encodes needle tests in few tokens."""
     for _ in range(copies):
         for kind in ("number", "uuid"):
             fields = {"kind": kind, "key": "", "value": ""}
@@ -155,5 +162,5 @@ def template_texts(copies: int) -> Iterator[str]:
 
 
 def _sentences(text: str) -> list[str]:
-    """RULER's haystack is one line: all white space becomes a single space."""
+    """RULER's haystack is one line: each run of white space becomes one space."""
     return _SENTENCE_END.sub("\\1\n", " ".join(text.split())).split("\n")

@@ -1,52 +1,39 @@
-"""One piece of text, tokenized and packed: what a worker process of halo/data/preparation.py does.
+"""How documents become samples: which part of the text each belongs to, and how they fill samples of one length.
 
-A document's part is decided by its text and the seed alone, so that no two parts share one, not even where the source
-has it twice. What a piece leaves over of a part, less than a sample, goes into its record.
+Documents follow each other, a separator token after each, and are cut wherever a sample is full. No token is lost or
+padded: what is left at the end, shorter than a sample, is returned to the caller.
 """
 
-import json
-import random
 from bisect import bisect
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from streaming import MDSWriter
-from tokenizers import Tokenizer
-
-from halo.data.corpus import Piece, read_piece
-from halo.data.shards import COLUMN
-from halo.run import atomic, atomic_folder, sha256
 
 HELD_OUT = "held_out"
-WORK = "preparation"
-"""The subfolder for what only a preparation under way needs."""
-
-_TOGETHER = 256
-"""Documents that the tokenizer takes at once."""
+"""The part that no stage trains on."""
+TEXTS_PER_CALL = 256
+"""Documents that a tokenizer encodes in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One stage's share of the text."""
+    """One stage's part of the text."""
 
     seq_len: int
     tokens: int
-    """How many it is to have; with the others', its share of the documents."""
+    """How many the stage needs. Relative to the other parts', this is its share of the documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """All that decides the bytes which a piece becomes, but for the tokenizer."""
+    """All settings that decide the bytes of the shards, except the tokenizer."""
 
     parts: dict[str, Part]
     held_out: float
-    """The share of documents that no part has."""
+    """The share of documents that belongs to no stage."""
     seed: int
     separator: int
     """The token after each document."""
@@ -55,7 +42,10 @@ class Packing:
     """"zstd" or "" (none)."""
 
     def part_of(self, text: str) -> str:
-        """The part that a document belongs to."""
+        """The part that a document belongs to.
+
+        Only its text and the seed decide: two parts never share a document, even if the source has it twice.
+        """
         digest = blake2b(text.encode(), digest_size=8, key=str(self.seed).encode()).digest()
         return self._names[bisect(self._edges, int.from_bytes(digest, "big") / 2**64)]
 
@@ -70,70 +60,34 @@ class Packing:
         return [self.held_out, *ends[:-1].tolist()]
 
 
-def record_path(folder: Path, number: int) -> Path:
-    return folder / WORK / f"{number:06}.json"
+def token_dtype(vocabulary: int) -> np.dtype:
+    """The smallest unsigned type for token ids below `vocabulary`: uint16 or uint32."""
+    return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
 
 
-def write_piece(folder: Path, number: int, piece: Piece, tokenizer: Tokenizer, packing: Packing) -> dict[str, Any]:
-    """Write a piece's samples of each part, and last its record, which it returns. Each appears in one step.
+def join_documents(documents: Iterable[Sequence[int] | np.ndarray], separator: int, dtype: np.dtype) -> np.ndarray:
+    """The token ids of all documents, the separator after each: [tokens] of `dtype`."""
+    end = np.array([separator], dtype)
+    arrays = [array for ids in documents for array in (np.asarray(ids, dtype), end)]
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)
 
-    The record has, for each part: `documents`, `tokens`, `samples`, `shards` (entries of an MDS index), and `rest` (the
-    tokens left over); for held-out text: `documents`, and `sha256` (name -> digest).
+
+def cut_samples(tokens: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """[N, seq_len] whole samples, and the [R] tokens left over, R < seq_len."""
+    whole = len(tokens) - len(tokens) % seq_len
+    return tokens[:whole].reshape(-1, seq_len), tokens[whole:]
+
+
+def pack_documents(
+    documents: Iterable[Sequence[int]], *, seq_len: int, separator: int, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """`join_documents` and `cut_samples` for documents without end: [seq_len] each, and last what is left over, if any.
+
+    Only one document and less than one sample are in memory at a time.
     """
-    texts: dict[str, list[str]] = {name: [] for name in (HELD_OUT, *packing.parts)}
-    for text in read_piece(piece):
-        texts[packing.part_of(text)].append(text)
-    record: dict[str, Any] = {HELD_OUT: _write_text(folder, number, texts.pop(HELD_OUT))}
-    for name, documents in texts.items():
-        random.Random(f"{packing.seed} {number}").shuffle(documents)
-        tokens = tokenize(documents, tokenizer, packing.separator, np.dtype(packing.dtype))
-        seq_len = packing.parts[name].seq_len
-        samples = tokens[: len(tokens) - len(tokens) % seq_len].reshape(-1, seq_len)
-        record[name] = {
-            "documents": len(documents),
-            "tokens": len(tokens),
-            "samples": len(samples),
-            "shards": write_samples(folder / name, f"{number:06}", samples, packing.compression),
-            "rest": tokens[samples.size :].tolist(),
-        }
-    with atomic(record_path(folder, number)) as partial:
-        partial.write_text(json.dumps(record))
-    return record
-
-
-def tokenize(texts: list[str], tokenizer: Tokenizer, separator: int, dtype: np.dtype) -> np.ndarray:
-    """The ids of all texts in a row, the separator after each. Special tokens written out in a text are mere text."""
-    ids = []
-    for begin in range(0, len(texts), _TOGETHER):
-        for encoding in tokenizer.encode_batch_fast(texts[begin : begin + _TOGETHER], add_special_tokens=False):
-            ids += [np.array(encoding.ids, dtype), np.array([separator], dtype)]
-    return np.concatenate(ids) if ids else np.empty(0, dtype)
-
-
-def write_samples(folder: Path, name: str, samples: np.ndarray, compression: str) -> list[dict[str, Any]]:
-    """Write [N, T] samples as MDS shards to `folder`/`name`; their entries for the index of `folder`."""
-    if not len(samples):
-        return []
-    columns = {COLUMN: f"ndarray:{samples.dtype.name}:{samples.shape[1]}"}
-    with atomic_folder(folder / name) as partial:
-        with MDSWriter(out=str(partial), columns=columns, compression=compression or None, hashes=["sha256"]) as writer:
-            for sample in samples:
-                writer.write({COLUMN: sample})
-        index = partial / "index.json"
-        shards = json.loads(index.read_text())["shards"]
-        index.unlink()
-    for shard in shards:
-        for file in (shard["raw_data"], shard["zip_data"]):
-            if file:
-                file["basename"] = f"{name}/{file['basename']}"
-    return shards
-
-
-def _write_text(folder: Path, number: int, texts: list[str]) -> dict[str, Any]:
-    if not texts:
-        return {"documents": 0, "sha256": {}}
-    path = folder / HELD_OUT / f"{number:06}.parquet"
-    with atomic(path) as partial:
-        pq.write_table(pa.table({"text": texts}), partial, compression="zstd")
-        digest = sha256(partial)
-    return {"documents": len(texts), "sha256": {path.name: digest}}
+    rest = np.empty(0, dtype)
+    for ids in documents:
+        samples, rest = cut_samples(np.concatenate([rest, join_documents([ids], separator, dtype)]), seq_len)
+        yield from samples
+    if len(rest):
+        yield rest

@@ -3,56 +3,52 @@
     <folder>/plan.json                 what is prepared here, and from what
     <folder>/<stage>/                  MDS shards: <piece>/shard.*.mds, index.json, and manifest.json, written last
     <folder>/held_out/                 text that no stage trains on: <piece>.parquet, and held_out.json, written last
-    <folder>/preparation/              locks, and a record of each piece that is written; gone at the end
+    <folder>/preparation/              locks, and a record of each written piece; removed at the end
 
-The source is cut into pieces of one size, in an order that the seed decides. A worker process tokenizes a piece and
-packs it into samples for each stage (halo/data/packing.py). As many pieces are taken, from the first on, as all stages
-together need; what the pieces leave over is then joined into further samples. So each byte depends on the source, the
-tokenizer and the settings, and not on how many processes there were, on how many nodes, or how often one was killed.
+The source is cut into pieces of one size, and the seed decides their order. A worker process tokenizes a piece and
+packs it into samples for each stage (halo/data/worker.py). The first pieces are used, as many as all stages together
+need. Tokens that a piece leaves over are joined with those of the others into further samples. So each byte depends on
+the source, the tokenizer and the settings, and not on the number of processes or nodes, or on how often one was killed.
 
-Tasks, on other nodes, each take the next piece that nobody has in hand. The last to finish writes the end.
+Several tasks, on several nodes, may share the work: each takes the next piece that no other task works on. The last
+task to finish writes the joined samples, the indexes and the manifests.
 """
 
 import copy
-import ctypes
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from hashlib import sha256 as new_sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from halo.data.corpus import HELD_OUT_MARK, Piece, cut, text_files
-from halo.data.locks import Place, exclusive, try_lock
-from halo.data.packing import HELD_OUT, WORK, Packing, Part, record_path, write_piece, write_samples
-from halo.data.shards import MANIFEST
+from halo.data.locks import TaskLock, exclusive, try_lock
+from halo.data.packing import HELD_OUT, Packing, Part, cut_samples, token_dtype
+from halo.data.shards import INDEX, SHARDS_MANIFEST, write_samples
+from halo.data.worker import WORK, record_path, worker_pool, write_in_worker
 from halo.errors import UserError
 from halo.models.tokenizer import separator_id, tokenizer_hash
 from halo.progress import progress_bar
 from halo.run import atomic, difference, sha256
 
 PIECE = 1 << 25
-"""Bytes of text in a piece: some eight million tokens, half a minute of a core's work."""
+"""Bytes of text in a piece: about eight million tokens, half a minute of work for a core."""
 HELD_OUT_SHARE = 0.005
-"""Of the documents: twelve million of 2.3 billion tokens, more than the stages that measure read."""
+"""Of the documents: 12 million of 2.3 billion tokens, more than the measuring stages read."""
 
 PLAN = "plan.json"
 LOCK = "plan.lock"
 FAR_TOO_SMALL = 0.8
-"""Of the tokens asked for: a source that seems to have fewer is refused after its first piece, not at its end."""
-INDEX = "index.json"
+"""Of the tokens that are needed: a source that seems to have fewer is refused after its first piece, not at its end."""
 
 
 def prepare(
@@ -71,40 +67,35 @@ def prepare(
     tasks: int = 1,
     piece_bytes: int = PIECE,
 ) -> dict[str, dict[str, Any]] | None:
-    """Prepare each part's shards, and the held-out text, in `folder`; go on where an earlier call was ended.
+    """Prepare each part's shards, and the held-out text, in `folder`. Resume where an earlier call ended.
 
     Args:
         parts: by the names of their folders. Each gets at least its `tokens`, in samples of its `seq_len`.
-        source_name: what the manifests call the source, if not its path.
-        whole: take all of the source, and not only as much as `parts` need; their `tokens` are then proportions.
-        held_out: the share of documents that goes to no part.
-        workers: how many processes to tokenize in.
-        task, tasks: which share of the work is done here, where other calls do the others.
+        source_name: the name of the source in the manifests, if not its path.
+        whole: use all of the source, not only what `parts` need; their `tokens` are then proportions.
+        held_out: the share of documents that belongs to no part.
+        workers: the number of processes that tokenize.
+        task, tasks: this call does task `task`; other calls do the others, numbered 0 to tasks - 1.
 
     Returns:
-        The manifests by part, or None where other tasks have not finished.
+        The manifests by part, or None while other tasks have not finished.
 
     Raises:
-        UserError: the source is too small or cannot be read, the folder belongs to something else, another process
+        UserError: the source is too small or cannot be read, the folder has other content, another process
             works on it, or it cannot be written.
     """
     if not 0 <= task < tasks or workers < 1 or not 0 <= held_out < 1:
         raise UserError(
             f"task {task} of {tasks}, {workers} workers, {held_out} held out: tasks count from 0, workers from 1, and "
-            "what is held out is from 0 to below 1"
+            "the held-out share is from 0 to below 1"
         )
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    separator, dtype = separator_id(tokenizer), token_dtype(len(tokenizer)).name
     packing = Packing(
-        parts=dict(parts),
-        held_out=held_out,
-        seed=seed,
-        separator=separator_id(tokenizer),
-        dtype="uint16" if len(tokenizer) <= 2**16 else "uint32",
-        compression=compression,
+        parts=dict(parts), held_out=held_out, seed=seed, separator=separator, dtype=dtype, compression=compression
     )
     settings = {
         "source": source_name or str(source),
-        "source_files": _fingerprint(source),
+        "source_files": _source_digest(source),
         "tokenizer": tokenizer_hash(tokenizer),
         "whole": whole,
         "piece_bytes": piece_bytes,
@@ -112,42 +103,43 @@ def prepare(
         **asdict(packing),
     }
     try:
-        return _prepare(_Work(source, backend, folder, packing, settings), folder, settings, workers, task, tasks)
+        pieces = _Pieces(source, copy.deepcopy(tokenizer.backend_tokenizer), folder, packing, settings)
+        return _prepare(pieces, folder, settings, workers, task, tasks)
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; nothing is lost: once that is mended, the same "
-            "command goes on"
+            f"{error.filename or folder}: {error.strerror or error}; nothing is lost: fix this, and type the same "
+            "command again to resume"
         ) from error
 
 
 def _prepare(
-    work: "_Work", folder: Path, settings: Mapping[str, Any], workers: int, task: int, tasks: int
+    pieces: "_Pieces", folder: Path, settings: Mapping[str, Any], workers: int, task: int, tasks: int
 ) -> dict[str, dict[str, Any]] | None:
-    """This task's share of the work, and, if it is the last to finish, what is written at the end."""
+    """Do this task's share of the work, and if it is the last to finish, write the end. Returns as `prepare` does."""
     parts = settings["parts"]
-    _claim(folder, settings)
+    _claim_folder(folder, settings)
     with exclusive(folder / LOCK):
         if _is_complete(folder, parts):
             shutil.rmtree(folder / WORK, ignore_errors=True)  # a kill may have left some of it
             return _manifests(folder, parts)
         (folder / WORK).mkdir(exist_ok=True)
-        place = Place(folder / WORK, task, tasks)
+        lock = TaskLock(folder / WORK, task, tasks)
     try:
-        work.run(workers)
+        pieces.write(workers)
         with exclusive(folder / LOCK):
-            if not (_all_finished(folder, task, tasks) and place.is_alone()):
-                place.leave()
+            if not (_all_finished(folder, task, tasks) and lock.is_alone()):
+                lock.release()
                 return None
-            work.run(workers)  # what a task left that was ended
-            work.merge()
+            pieces.write(workers)  # those of a task that was killed
+            pieces.finish()
             shutil.rmtree(folder / WORK)
             return _manifests(folder, parts)
     finally:
-        place.leave()
+        lock.release()
 
 
-class _Work:
-    """The pieces of a source, and how far they are written."""
+class _Pieces:
+    """The pieces of a source, in their order, and how many of the first are written."""
 
     def __init__(self, source: Path, tokenizer: Tokenizer, folder: Path, packing: Packing, settings: Mapping[str, Any]):
         self._tokenizer, self._folder, self._packing, self._settings = tokenizer, folder, packing, settings
@@ -156,55 +148,60 @@ class _Work:
         order = np.random.default_rng(packing.seed).permutation(len(pieces))
         self._pieces: list[tuple[Piece, int]] = [pieces[i] for i in order]
         self._bytes = sum(size for _, size in pieces)
-        # Of the first pieces, as far as they are written without a gap and needed:
-        self._first = 0
-        self._first_bytes = 0
+        # The first pieces that are needed and written, up to the first gap: how many, their bytes, and what they hold.
+        self._counted = 0
+        self._counted_bytes = 0
         self._tokens = dict.fromkeys(packing.parts, 0)
         self._samples = dict.fromkeys(packing.parts, 0)
 
-    def run(self, workers: int) -> None:
-        """Write the first pieces that are not written yet and that no other task has in hand, until they are enough."""
+    def write(self, workers: int) -> None:
+        """Write the first pieces that are not written yet and that no other task works on, until they are enough."""
         done: set[int] = set()
         running: dict[Future[None], int] = {}
-        enough = self._look()
+        enough = self._count()
         bar = progress_bar(self._expected(), "prepare", " tokens", sum(self._tokens.values()), delay=1.0, scale=True)
-        with bar, open(self._folder / WORK / "pieces.lock", "a+b") as claims, self._pool(workers) as pool:
+        pool = worker_pool(workers, self._folder, self._tokenizer, self._packing)
+        with bar, open(self._folder / WORK / "pieces.lock", "a+b") as claims, pool:
             try:
                 while not enough:
-                    for number in range(self._first, len(self._pieces)):
-                        if len(running) > workers:
-                            break
-                        if number in done or number in running.values():
-                            continue
-                        if record_path(self._folder, number).is_file():
-                            done.add(number)
-                        elif try_lock(claims, number, 1):
-                            running[pool.submit(_write, number, self._pieces[number][0])] = number
+                    # One more than there are workers, so that none waits.
+                    for number in self._next(workers + 1 - len(running), {*done, *running.values()}, claims):
+                        running[pool.submit(write_in_worker, number, self._pieces[number][0])] = number
                     if not running:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         future.result()
                         done.add(running.pop(future))
-                    enough = self._look()
+                    enough = self._count()
                     bar.total = self._expected()
                     bar.update(sum(self._tokens.values()) - bar.n)
             except BrokenProcessPool as error:
-                raise UserError("a worker process was killed, out of memory perhaps: take fewer --workers") from error
+                raise UserError("a worker process was killed, perhaps out of memory: use fewer --workers") from error
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def merge(self) -> None:
-        """Write what stands at the end: the joined samples, the indexes, and the manifests.
+    def _next(self, count: int, known: Collection[int], claims: IO[bytes]) -> list[int]:
+        """The next `count` pieces, or fewer, for this task to write. They are locked for it."""
+        found: list[int] = []
+        for number in range(self._counted, len(self._pieces)):
+            if len(found) == count:
+                break
+            if number not in known and not record_path(self._folder, number).is_file() and try_lock(claims, number, 1):
+                found.append(number)
+        return found
+
+    def finish(self) -> None:
+        """Write the joined samples, the indexes, and the manifests.
 
         Raises:
-            UserError: the source has less than the parts need.
+            UserError: the source has fewer tokens than the parts need.
         """
-        enough = self._look()
+        enough = self._count()
         if not (enough or self._whole):
             raise self._too_small(sum(self._tokens.values()))
-        records = [self._record(number) for number in range(self._first)]
+        records = [self._record(number) for number in range(self._counted)]
         for name, part in self._packing.parts.items():
-            self._merge_part(name, part, [record[name] for record in records])
+            self._finish_part(name, part, [record[name] for record in records])
         held_out = [record[HELD_OUT] for record in records]
         manifest = {
             **_provenance(self._settings, HELD_OUT),
@@ -213,10 +210,9 @@ class _Work:
         }
         _write_manifest(self._folder / HELD_OUT, HELD_OUT_MARK, manifest)
 
-    def _merge_part(self, name: str, part: Part, records: Sequence[Mapping[str, Any]]) -> None:
+    def _finish_part(self, name: str, part: Part, records: Sequence[Mapping[str, Any]]) -> None:
         folder = self._folder / name
-        rest = np.concatenate([record["rest"] for record in records])
-        joined = rest[: len(rest) - len(rest) % part.seq_len].reshape(-1, part.seq_len)
+        joined, rest = cut_samples(np.concatenate([record["rest"] for record in records]), part.seq_len)
         shards = [shard for record in records for shard in record["shards"]]
         shards += write_samples(folder, "joined", joined, self._packing.compression)
         if not shards:
@@ -231,10 +227,10 @@ class _Work:
             "samples": sum(record["samples"] for record in records) + len(joined),
             "seq_len": part.seq_len,
             "dtype": rest.dtype.name,
-            "tokens_left_over": len(rest) - joined.size,
+            "tokens_left_over": len(rest),
             "sha256": {file["basename"]: file["hashes"]["sha256"] for file in files} | {INDEX: sha256(folder / INDEX)},
         }
-        _write_manifest(folder, MANIFEST, manifest)
+        _write_manifest(folder, SHARDS_MANIFEST, manifest)
 
     def _record(self, number: int) -> dict[str, Any]:
         record = json.loads(record_path(self._folder, number).read_text())
@@ -242,19 +238,19 @@ class _Work:
             record[name]["rest"] = np.array(record[name]["rest"], self._packing.dtype)
         return record
 
-    def _look(self) -> bool:
-        """Count the first pieces that are written, and no more than are needed. Whether they are enough.
+    def _count(self) -> bool:
+        """Count the first pieces that are written, and no more than are needed. Returns whether they are enough.
 
         Raises:
-            UserError: by what they hold, the whole source is far too small.
+            UserError: estimated from these pieces, the whole source is far too small.
         """
-        while not (enough := self._is_enough()) and record_path(self._folder, self._first).is_file():
-            record = self._record(self._first)
+        while not (enough := self._is_enough()) and record_path(self._folder, self._counted).is_file():
+            record = self._record(self._counted)
             for name in self._packing.parts:
                 self._tokens[name] += record[name]["tokens"]
                 self._samples[name] += record[name]["samples"]
-            self._first_bytes += self._pieces[self._first][1]
-            self._first += 1
+            self._counted_bytes += self._pieces[self._counted][1]
+            self._counted += 1
         expected = self._in_source()
         if not self._whole and expected is not None and expected < FAR_TOO_SMALL * self._wanted():
             raise self._too_small(expected)
@@ -269,62 +265,29 @@ class _Work:
         return sum(part.tokens for part in self._packing.parts.values())
 
     def _in_source(self) -> int | None:
-        """How many tokens the source may have; None before anything is known."""
-        return round(sum(self._tokens.values()) / self._first_bytes * self._bytes) if self._first else None
+        """An estimate of the source's tokens; None before the first piece is counted."""
+        return round(sum(self._tokens.values()) / self._counted_bytes * self._bytes) if self._counted else None
 
     def _expected(self) -> int | None:
         return self._in_source() if self._whole else self._wanted()
 
     def _too_small(self, tokens: int) -> UserError:
         return UserError(
-            f"the source holds some {tokens:,} tokens, and {self._wanted():,} are asked for: name a larger one, train "
-            "fewer steps, or pass --whole to share out what there is"
+            f"the source holds about {tokens:,} tokens, and {self._wanted():,} are needed: name a larger one, train "
+            "fewer steps, or pass --whole to divide what it has among the stages"
         )
-
-    def _pool(self, workers: int) -> ProcessPoolExecutor:
-        # Forked, a worker has the tokenizer and the libraries at once.
-        context = multiprocessing.get_context("fork")
-        job = (os.getpid(), self._folder, self._tokenizer, self._packing)
-        return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=job)
-
-
-def _begin(parent: int, folder: Path, tokenizer: Tokenizer, packing: Packing) -> None:
-    """Make a worker that ends with its parent, however that ends.
-
-    It works in a second thread: in a process's first one the tokenizer takes half as long again (docs/benchmarks.md),
-    perhaps since glibc's malloc has another arena there.
-    """
-    global _job
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    _job = ThreadPoolExecutor(1), folder, tokenizer, packing
-
-
-_job: tuple[ThreadPoolExecutor, Path, Tokenizer, Packing]
-
-
-def _write(number: int, piece: Piece) -> None:
-    thread, folder, tokenizer, packing = _job
-    thread.submit(write_piece, folder, number, piece, tokenizer, packing).result()
 
 
 def _is_claimed(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether just this is prepared in `folder`. False: nothing is.
+    """Whether a preparation with these settings has begun in `folder`. False: none has begun.
 
     Raises:
-        UserError: something else is in it.
+        UserError: `folder` has a preparation with other settings, or other files.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     plan = folder / PLAN
     if not plan.is_file():
-        if names - {LOCK, WORK, PLAN, f"{PLAN}.partial"}:  # another task may be writing the last just now
+        if names - {LOCK, WORK, PLAN, f"{PLAN}.partial"}:  # another task may just be writing the plan
             raise UserError(f"{folder} holds other files: choose another folder")
         return False
     before = json.loads(plan.read_text())
@@ -336,7 +299,7 @@ def _is_claimed(folder: Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+def _claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     if not _is_claimed(folder, settings):
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / LOCK):
@@ -346,15 +309,18 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _is_complete(folder: Path, names: Iterable[str]) -> bool:
-    return all((folder / name / MANIFEST).is_file() for name in names) and (folder / HELD_OUT / HELD_OUT_MARK).is_file()
+    return (
+        all((folder / name / SHARDS_MANIFEST).is_file() for name in names)
+        and (folder / HELD_OUT / HELD_OUT_MARK).is_file()
+    )
 
 
 def _manifests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    return {name: json.loads((folder / name / MANIFEST).read_text()) for name in names}
+    return {name: json.loads((folder / name / SHARDS_MANIFEST).read_text()) for name in names}
 
 
 def _all_finished(folder: Path, task: int, tasks: int) -> bool:
-    """Note that this task has finished. Whether all have."""
+    """Record that this task has finished. Returns whether all have."""
     path = folder / WORK / f"finished-of-{tasks}"
     with open(path, "a+") as file:
         file.write(f"{task}\n")
@@ -367,7 +333,7 @@ def _provenance(settings: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
-    """Write a folder's manifest, and remove what it does not name: pieces that proved not to be needed."""
+    """Write a folder's manifest, and remove files that it does not name: pieces that were not needed after all."""
     folder.mkdir(exist_ok=True)
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
@@ -379,7 +345,7 @@ def _write_manifest(folder: Path, name: str, manifest: Mapping[str, Any]) -> Non
         partial.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _fingerprint(source: Path) -> str:
+def _source_digest(source: Path) -> str:
     """A digest of the names and sizes of a source's files."""
     digest = new_sha256()
     for path in text_files(source):

@@ -1,7 +1,7 @@
-"""Reading token shards: samples by their number, from shards that a thread opens ahead of need.
+"""Reading token shards: samples by number, from shards that a thread opens before they are needed.
 
-A shard is verified by its SHA-256 when it is first read: where it lies, on the way into the cache, or, compressed,
-before it is unpacked there. So a start does not read tens of gigabytes first.
+The SHA-256 of a shard is verified when it is first read: in its folder, while it is copied into the cache, or, if it is
+compressed, before it is unpacked. So training starts without first reading tens of gigabytes.
 """
 
 import json
@@ -28,8 +28,7 @@ class ShardReader:
     """The samples of a folder or URL of shards.
 
     Args:
-        cache: where copies are kept. Needed for a URL, and for compressed shards; for others it may be given, where
-            their folder is slow.
+        cache: keeps copies of shards. Needed for a URL and for compressed shards; useful for a slow folder.
 
     Raises:
         UserError: there are no shards, or they need a cache.
@@ -51,7 +50,7 @@ class ShardReader:
         return int(self.samples.sum())
 
     def prepare(self, shards: Iterable[int]) -> None:
-        """Begin to open these shards, in this order, and let go of all others."""
+        """Begin to open these shards, in this order, and close all others."""
         before, self._open = self._open, {}
         for shard in shards:
             if shard in before:
@@ -62,7 +61,7 @@ class ShardReader:
                 self._queue.put((shard, weakref.ref(future)))
 
     def read(self, number: int) -> np.ndarray:
-        """A sample by its number, which counts through the shards: [T], in the shards' dtype, in the file itself.
+        """A sample by its number, counted over all shards: [T] in the dtype of the shards, memory-mapped.
 
         Raises:
             UserError: its shard is missing, truncated or altered, or cannot be fetched.
@@ -70,14 +69,14 @@ class ShardReader:
         shard = bisect(self._ends, number)
         if shard not in self._open:
             self.prepare([*self._open, shard])
-        return self._open[shard].result()[number - self._ends[shard]]  # counted from its end
+        return self._open[shard].result()[number - self._ends[shard]]  # a negative index, from the end
 
 
 def _open_all(queue: "SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | None]", opener: Opener) -> None:
     while (item := queue.get()) is not None:
         shard, reference = item
         future = reference()
-        if future is None:  # nobody wants it any more
+        if future is None:  # no longer needed
             continue
         try:
             future.set_result(opener(shard))
@@ -86,7 +85,7 @@ def _open_all(queue: "SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | 
 
 
 class _Files:
-    """Where the shards are, and what opens one."""
+    """The files of shards, and how to open one."""
 
     def __init__(self, source: str | Path, cache: Cache | None):
         self._source, self._cache = source, cache
@@ -103,7 +102,7 @@ class _Files:
             )
 
     def open(self, shard: int) -> np.ndarray:
-        """The samples of a shard, [N, T] in the file itself."""
+        """The samples of a shard: [N, T] in the dtype of the shards, memory-mapped."""
         info = self._shards[shard]
         if self._cache is None:
             path = Path(self._source, info["raw_data"]["basename"])
@@ -113,7 +112,7 @@ class _Files:
             size = info["raw_data"]["bytes"] + (stored["bytes"] if info["zip_data"] else 0)
             name = f"{self._digests[stored['basename']]}.mds"
             path = self._cache.get(name, size, lambda partial: self._copy(info, partial))
-        begin = int(np.fromfile(path, np.uint32, count=2)[1])  # of the first sample; all have one size
+        begin = int(np.fromfile(path, np.uint32, count=2)[1])  # where the first sample begins; all have one size
         return np.memmap(path, self._dtype, "r", begin, (info["samples"], self.seq_len))
 
     def _copy(self, info: dict, partial: Path) -> None:

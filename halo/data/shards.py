@@ -1,7 +1,7 @@
-"""Token shards on disk: text in, a folder of MDS files and a manifest out.
+"""Token shards on disk: samples, as a folder of MDS files and a manifest.
 
-A folder is written beside its final place and renamed when it is complete, so that what bears its name is whole. Its
-`manifest.json` says what it was made from and holds the SHA-256 of every other file.
+A folder is written under another name and renamed when it is complete, so a folder with the right name is whole. Its
+`manifest.json` records what the shards were made from, and the SHA-256 of every other file.
 """
 
 import json
@@ -16,21 +16,21 @@ from streaming import MDSWriter
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from halo.data.corpus import HELD_OUT_EVERY, Part, read_documents
-from halo.data.needle import EVAL_KEYS, TRAIN_KEYS, VARIANTS, Prose, build_needle
+from halo.data.corpus import read_documents
+from halo.data.needle import TRAIN_KEYS, VARIANTS, Prose, build_needle
+from halo.data.packing import TEXTS_PER_CALL, pack_documents, token_dtype
 from halo.data.storage import is_remote, read_bytes
 from halo.errors import UserError
 from halo.models.tokenizer import separator_id
 from halo.models.tokenizer import tokenizer_hash as hash_of
 from halo.run import atomic_folder, sha256
 
-COLUMN = "input_ids"
-MANIFEST = "manifest.json"
+SHARDS_MANIFEST = "manifest.json"
 INDEX = "index.json"
 
-# Documents are shuffled within blocks of this many, and needles are hidden in the text of the first block.
-_BLOCK = 2048
-_TOKENIZE_TOGETHER = 64
+_COLUMN = "input_ids"
+_SHUFFLED_TOGETHER = 2048
+"""Documents are shuffled in groups of this size, and needles are hidden in the text of the first group."""
 
 
 def prepare_shards(
@@ -40,15 +40,14 @@ def prepare_shards(
     *,
     seq_len: int,
     seed: int,
-    part: Part = "train",
     samples: int | None = None,
     needle_fraction: float = 0.0,
 ) -> dict[str, Any]:
-    """Write samples of `seq_len` tokens from one part of a text source to `folder`, and return the manifest.
+    """Write samples of `seq_len` tokens from the training split of a text source to `folder`. Returns the manifest.
 
-    A sample is a needle test with its answer (with probability `needle_fraction`, all variants equally likely; the
-    training keys for the training part, the others for the held-out part), or else the next `seq_len` tokens of the
-    documents. Without `samples`, each document is used once; with it, as often as that many samples need.
+    A sample is a needle test with its answer (with probability `needle_fraction`, all variants equally likely), or
+    else the next `seq_len` tokens of the documents. Without `samples`, each document is used once; with it, as often
+    as that many samples need.
 
     Raises:
         UserError: `folder` exists, the source cannot be read or is too small, or needles do not fit into `seq_len`.
@@ -59,22 +58,22 @@ def prepare_shards(
         raise UserError(f"needle_fraction is {needle_fraction}; it must be from 0 to 1")
     if needle_fraction == 1 and samples is None:
         raise UserError("needle_fraction is 1, so the documents never come to an end: give a number of samples")
-    if next(read_documents(source, part), None) is None:
-        raise UserError(f"{source} has no {part} documents (one in {HELD_OUT_EVERY} is held out)")
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    if next(read_documents(source, "train"), None) is None:
+        raise UserError(f"{source} has no text to train on: every document is empty or held out")
+    dtype = token_dtype(len(tokenizer))
     order_rng, needle_rng = np.random.default_rng(seed).spawn(2)
     meta: dict[str, Any] = {
         "source": str(source),
-        "part": part,
+        "part": "train",
         "tokenizer": hash_of(tokenizer),
         "separator": separator_id(tokenizer),
         "seed": seed,
         "needle_fraction": needle_fraction,
         "tokens_left_over": 0,
     }
-    documents = _tokenized(source, part, tokenizer, order_rng, endless=samples is not None)
-    packed = pack_documents(documents, seq_len=seq_len, eos=separator_id(tokenizer), dtype=dtype)
-    needles = _needles(source, part, tokenizer, seq_len, dtype, needle_rng) if needle_fraction else iter(())
+    documents = _tokenized(source, tokenizer, order_rng, endless=samples is not None)
+    packed = pack_documents(documents, seq_len=seq_len, separator=separator_id(tokenizer), dtype=dtype)
+    needles = _needles(source, tokenizer, seq_len, dtype, needle_rng) if needle_fraction else iter(())
 
     def mixed() -> Iterator[np.ndarray]:
         with tqdm(total=samples, desc=f"prepare {Path(folder).name}", unit=" samples", leave=False) as bar:
@@ -92,22 +91,10 @@ def prepare_shards(
     return write_shards(folder, mixed(), meta)
 
 
-def pack_documents(documents: Iterable[list[int]], *, seq_len: int, eos: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The ids of all documents in a row, `eos` after each, cut every `seq_len`. Only the last array may be shorter."""
-    rest = np.empty(0, dtype)
-    for ids in documents:
-        tokens = np.concatenate([rest, np.asarray([*ids, eos], dtype)])
-        whole = len(tokens) - len(tokens) % seq_len
-        yield from tokens[:whole].reshape(-1, seq_len)
-        rest = tokens[whole:]
-    if len(rest):
-        yield rest
-
-
 def write_shards(folder: str | Path, samples: Iterable[np.ndarray], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Write samples, all of one dtype and length, as MDS shards, and return the manifest: `meta` and what was written.
+    """Write samples [T], all of one dtype and length, and a manifest: `meta` and what was written. Returns the latter.
 
-    `meta` is read after the last sample, so that what makes the samples may count in it.
+    `meta` is read after the last sample, so the iterator of samples may still add to it.
 
     Raises:
         UserError: `folder` exists, or there are no samples.
@@ -121,9 +108,9 @@ def write_shards(folder: str | Path, samples: Iterable[np.ndarray], meta: Mappin
         raise UserError(f"not one full sample to write to {folder}: the source is too small")
     count = 0
     with atomic_folder(folder) as partial:
-        with MDSWriter(out=str(partial), columns={COLUMN: f"ndarray:{first.dtype.name}:{len(first)}"}) as writer:
+        with _mds_writer(partial, first) as writer:
             for sample in chain([first], remaining):
-                writer.write({COLUMN: sample})
+                writer.write({_COLUMN: sample})
                 count += 1
         manifest = {
             **meta,
@@ -132,36 +119,66 @@ def write_shards(folder: str | Path, samples: Iterable[np.ndarray], meta: Mappin
             "dtype": first.dtype.name,
             "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir())},
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (partial / SHARDS_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def write_samples(folder: Path, name: str, samples: np.ndarray, compression: str) -> list[dict[str, Any]]:
+    """Write samples [N, T] as some of the shards of `folder`, in its subfolder `name`.
+
+    Args:
+        compression: "zstd" or "" (none).
+
+    Returns:
+        The entries of these shards for the index of `folder`, which the caller writes.
+    """
+    if not len(samples):
+        return []
+    with atomic_folder(folder / name) as partial:
+        with _mds_writer(partial, samples[0], compression=compression or None, hashes=["sha256"]) as writer:
+            for sample in samples:
+                writer.write({_COLUMN: sample})
+        index = partial / INDEX
+        shards = json.loads(index.read_text())["shards"]
+        index.unlink()
+    for shard in shards:
+        for file in (shard["raw_data"], shard["zip_data"]):
+            if file:
+                file["basename"] = f"{name}/{file['basename']}"
+    return shards
+
+
+def _mds_writer(folder: Path, sample: np.ndarray, **options: Any) -> MDSWriter:
+    """A writer of samples of the length and dtype of this one."""
+    return MDSWriter(out=str(folder), columns={_COLUMN: f"ndarray:{sample.dtype.name}:{len(sample)}"}, **options)
 
 
 def open_manifest(source: str | Path) -> dict[str, Any]:
     """The manifest of a folder or URL of shards.
 
     Raises:
-        UserError: it has none, or a damaged one.
+        UserError: there is no manifest, or it is damaged.
     """
     try:
-        manifest = json.loads(read_bytes(source, MANIFEST))
+        manifest = json.loads(read_bytes(source, SHARDS_MANIFEST))
         _ = [manifest[name] for name in ("samples", "seq_len", "dtype", "sha256")]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{source} holds no token shards (it has no {MANIFEST}); prepare them first") from error
+        raise UserError(f"{source} holds no token shards (it has no {SHARDS_MANIFEST}); prepare them first") from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{source}/{MANIFEST} is damaged; remove {source} and prepare it anew") from error
+        raise UserError(f"{source}/{SHARDS_MANIFEST} is damaged; remove {source} and prepare it anew") from error
     return manifest
 
 
 def verify_shards(source: str | Path, tokenizer_hash: str, seq_len: int) -> dict[str, Any]:
-    """Check that shards are complete and fit for this tokenizer and length, and return their manifest.
+    """Check that shards are complete and were made with this tokenizer and length. Returns their manifest.
 
-    Every shard must be there, as long as it was written; what is in it is verified when it is first read
-    (halo/data/reader.py). Of a URL, the manifest and the index are looked at.
+    Every file must exist and have its recorded size. Contents are verified when a shard is first read
+    (halo/data/reader.py). For a URL, only the manifest and the index are checked.
 
     Raises:
-        UserError: they are not.
+        UserError: they are not complete, or were made for something else.
     """
     manifest = open_manifest(source)
     if manifest.get("tokenizer") != tokenizer_hash:
@@ -186,34 +203,28 @@ def verify_shards(source: str | Path, tokenizer_hash: str, seq_len: int) -> dict
 
 
 def _tokenized(
-    source: str | Path, part: Part, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, *, endless: bool
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, *, endless: bool
 ) -> Iterator[list[int]]:
-    """The documents as ids, in another order each time around."""
+    """The documents as token ids, in another order in each pass."""
     while True:
-        documents = read_documents(source, part)
-        while block := list(islice(documents, _BLOCK)):
-            rng.shuffle(block)
-            for begin in range(0, len(block), _TOKENIZE_TOGETHER):
-                texts = block[begin : begin + _TOKENIZE_TOGETHER]
+        documents = read_documents(source, "train")
+        while group := list(islice(documents, _SHUFFLED_TOGETHER)):
+            rng.shuffle(group)
+            for begin in range(0, len(group), TEXTS_PER_CALL):
+                texts = group[begin : begin + TEXTS_PER_CALL]
                 yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
         if not endless:
             return
 
 
 def _needles(
-    source: str | Path,
-    part: Part,
-    tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-    dtype: np.dtype,
-    rng: np.random.Generator,
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, dtype: np.dtype, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    prose = Prose(tokenizer, islice(read_documents(source, part), _BLOCK))
-    keys = TRAIN_KEYS if part == "train" else EVAL_KEYS
+    prose = Prose(tokenizer, islice(read_documents(source, "train"), _SHUFFLED_TOGETHER))
     while True:
         variant = VARIANTS[rng.integers(len(VARIANTS))]
         try:
-            needle = build_needle(tokenizer, variant, seq_len, rng, keys, prose)
+            needle = build_needle(tokenizer, variant, seq_len, rng, TRAIN_KEYS, prose)
         except ValueError as error:
             raise UserError(f"no needle samples of {seq_len} tokens from {source}: {error}") from error
         yield np.asarray(needle.prompt_ids + needle.answer_ids, dtype)

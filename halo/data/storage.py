@@ -1,8 +1,8 @@
-"""Files of shards wherever they are: in a folder, or in object storage; and a cache of them on a node's own disk.
+"""Files of shards in a folder or in object storage, and a cache of them on a node's own disk.
 
     s3://bucket/shards/distill   gs://...   azure://...   https://...   /shared/shards/distill
 
-streaming's downloaders fetch from object storage, with the credentials that their clients find; HTTP is plain.
+The downloaders of `streaming` fetch from object storage, with the credentials that its clients find. HTTP is plain.
 """
 
 import os
@@ -22,7 +22,7 @@ from halo.run import atomic
 
 TRIES = 3
 TIMEOUT = 120.0
-"""Seconds without an answer."""
+"""Seconds to wait for an answer."""
 
 
 def is_remote(source: str | Path) -> bool:
@@ -30,7 +30,7 @@ def is_remote(source: str | Path) -> bool:
 
 
 def read_bytes(source: str | Path, name: str) -> bytes:
-    """A small file of a folder or URL.
+    """The content of a small file of a folder or URL.
 
     Raises:
         FileNotFoundError, NotADirectoryError: a folder has no such file.
@@ -44,11 +44,10 @@ def read_bytes(source: str | Path, name: str) -> bytes:
 
 
 def fetch(source: str | Path, name: str, path: Path) -> None:
-    """Copy a file of a folder or URL to `path`, which does not exist.
+    """Copy a file of a folder or URL to `path`, which must not exist.
 
     Raises:
-        UserError: it cannot be had, after some tries.
-        OSError: `path` cannot be written.
+        UserError: the file cannot be fetched, after TRIES attempts.
     """
     url = f"{source}/{name}"
     for attempt in range(1, TRIES + 1):
@@ -71,25 +70,26 @@ def fetch(source: str | Path, name: str, path: Path) -> None:
 
 
 def cache_in(folder: str, gigabytes: float) -> "Cache | None":
-    """A cache, as a preset names it; "" is none."""
+    """The cache that a preset names: `shards_cache` and `shards_cache_gb`. None if `folder` is empty."""
     return Cache(folder=Path(folder), limit=int(gigabytes * 1e9)) if folder else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """A folder on a node's own disk that the node's processes share. It never holds more than `limit` bytes.
+    """A folder on a node's own disk, shared by all processes of the node. It never holds more than `limit` bytes.
 
-    Files are named after their content. A process that is killed leaves whole files, or one that the next overwrites.
+    Files are named after the hash of their content. A killed process leaves only whole files, or a partial file that
+    the next process overwrites.
     """
 
     folder: Path
     limit: int
 
     def get(self, name: str, size: int, write: Callable[[Path], None]) -> Path:
-        """The path of a file, which `write` makes if it is not there. What was used longest ago makes room.
+        """The path of a file; `write` makes it if it is missing. The least recently used files are removed for it.
 
         Args:
-            size: bytes that it takes, at most, and while it is made.
+            size: the most bytes that the file needs, temporary files included.
 
         Raises:
             UserError: the cache cannot be written.
@@ -108,12 +108,12 @@ class Cache:
         return path
 
     def _make_room(self, size: int) -> None:
-        for partial in self.folder.glob("*.partial*"):  # of a process that was killed: nobody else is here
+        for partial in self.folder.glob("*.partial*"):  # of a killed process: this one holds the lock
             partial.unlink()
         files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.mds"))
         used = sum(size for _, size, _ in files)
         for _, bytes_of, path in files:
             if used + size <= self.limit:
                 return
-            path.unlink()  # whoever reads it now keeps it until done
+            path.unlink()  # a process that reads it now can still finish
             used -= bytes_of

@@ -1,13 +1,14 @@
 """The training data stream: token shards in a random order, the same for any number of ranks, resumable anywhere.
 
-Sample n of a run depends on the seed, the shards' sizes and n alone. An epoch is a random order of all shards, cut into
-blocks of some `BLOCK` bytes, and in each block a random order of its samples: so no more than two blocks need to be at
-hand at a time, the one that is read and the next, which a thread fetches meanwhile (halo/data/reader.py). Shards that
-fill one block are shuffled as a whole.
+Sample n of a run depends only on the seed, the sizes of the shards, and n. In each epoch, all shards are put in random
+order and cut into blocks of about `BLOCK_BYTES`; within a block, the samples are in random order. So only two blocks
+are needed at a time: the one that is being read, and the next, which a thread fetches meanwhile (halo/data/reader.py).
+Shards that fit one block are shuffled as a whole.
 
-The files are of streaming's format, fetched by its downloaders. Its `StreamingDataset` is not used: it ends each epoch
-on a short batch, hangs where the ranks in use are not those of the environment (as a student's beside a teacher's own),
-and leaves shared memory behind when it is killed. Here the kernel lets go of all that a killed process held.
+The files have the format of the library `streaming`, and its downloaders fetch them. Its `StreamingDataset` is not
+used: it ends each epoch on a short batch, hangs if the ranks in use are not those of the environment (students beside
+dedicated teachers), and leaves shared memory behind when it is killed. Here the kernel frees all that a killed process
+held.
 """
 
 from bisect import bisect
@@ -23,25 +24,25 @@ from halo.data.reader import ShardReader
 from halo.data.storage import Cache
 from halo.errors import UserError
 
-BLOCK = 1 << 28
+BLOCK_BYTES = 1 << 28
 """Bytes of shards that are shuffled together: 131,000 samples of 512 tokens in uint32."""
 
 
 class TokenStream(Iterator[torch.Tensor]):
-    """An endless iterator over int64 [micro_batch, T]: each epoch is a new permutation of all samples.
+    """An endless iterator over micro-batches, int64 [micro_batch, T]. Each epoch is a new permutation of all samples.
 
-    The ranks' batches of one step, in the order of their ranks, are the next samples of one global sequence, and epochs
-    follow on each other without a gap. So one rank with twice the micro-batch sees the same samples at each step. Ranks
-    that are to read the same samples (sequence parallelism) are given one `rank`, and their groups' number as
-    `world_size`.
+    There is one global sequence of samples, in which epochs follow each other without a gap. In each step the ranks
+    read consecutive micro-batches of it, in the order of the ranks. So one rank with twice the micro-batch sees the
+    same samples in each step. Ranks that read the same samples (a group of sequence parallelism) all pass the number
+    of their group as `rank`, and the number of groups as `world_size`.
 
     Args:
         folder: a folder of shards, or its URL in object storage.
         cache: for copies of shards on the node's own disk (see ShardReader).
 
     Raises:
-        UserError: a step takes more samples than there are, or the cache cannot hold what is needed at a time. While it
-            is read: a shard is missing, truncated or altered.
+        UserError: a step needs more samples than there are, or the cache is too small for two blocks. From `next`: a
+            shard is missing, truncated or altered.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class TokenStream(Iterator[torch.Tensor]):
                 f"in {folder}: use fewer ranks, a smaller micro-batch or more data"
             )
         largest, total = int(self._reader.bytes.max()), int(self._reader.bytes.sum())
-        needed = min(2 * (BLOCK + 2 * largest), total + largest)
+        needed = min(2 * (BLOCK_BYTES + 2 * largest), total + largest)
         if cache is not None and cache.limit < needed:
             raise UserError(f"shards_cache_gb is too small for {folder}: {needed / 1e9:.3g} GB are needed at a time")
 
@@ -80,12 +81,14 @@ class TokenStream(Iterator[torch.Tensor]):
         return torch.from_numpy(samples.astype(np.int64))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: the same on all ranks, and loadable with another number of them."""
+        """The position of the stream: the same on all ranks, and valid for any number of ranks."""
         return {"consumed": self._consumed, "seed": self._seed, "samples": self._samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises:
-        UserError: the state belongs to another seed or another amount of data.
+        """Resume at a saved position.
+
+        Raises:
+            UserError: the state was saved with another seed or another amount of data.
         """
         for name, here in (("seed", self._seed), ("samples", self._samples)):
             if state[name] != here:
@@ -112,28 +115,28 @@ class TokenStream(Iterator[torch.Tensor]):
 
 @dataclass(frozen=True)
 class Epoch:
-    """An order of all samples."""
+    """The order of all samples in one epoch."""
 
     number: int
     blocks: list[list[int]]
     """The shards of each block."""
     ends: list[int]
-    """How many samples are in each block and those before it."""
+    """Of each block, the number of samples in it and in all blocks before it."""
     order: np.ndarray
     """The samples' numbers, int64 [samples]."""
 
 
 def shuffle(samples: np.ndarray, sizes: np.ndarray, seed: int, epoch: int) -> Epoch:
-    """An epoch's order: shards at random into blocks, and samples at random within a block.
+    """The order of an epoch: shards in random order, cut into blocks, and samples in random order within a block.
 
     Args:
-        samples: how many samples each shard has, int64 [shards].
-        sizes: how many bytes each has, int64 [shards].
+        samples: the number of samples of each shard, int64 [shards].
+        sizes: the bytes of each shard, int64 [shards].
     """
     shards = np.random.default_rng([seed, epoch, 1]).permutation(len(samples))
     before = np.cumsum(sizes[shards]) - sizes[shards]
     total = int(sizes.sum())
-    block_of = before * -(-total // BLOCK) // total
+    block_of = before * -(-total // BLOCK_BYTES) // total
     blocks = [sorted(shards[block_of == block].tolist()) for block in np.unique(block_of)]
     begins = np.cumsum(samples) - samples
     rng = np.random.default_rng([seed, epoch])
@@ -142,9 +145,3 @@ def shuffle(samples: np.ndarray, sizes: np.ndarray, seed: int, epoch: int) -> Ep
         numbers = np.concatenate([np.arange(begins[shard], begins[shard] + samples[shard]) for shard in block])
         orders.append(numbers[rng.permutation(len(numbers))])
     return Epoch(epoch, blocks, np.cumsum([len(order) for order in orders]).tolist(), np.concatenate(orders))
-
-
-def read_samples(folder: str | Path) -> torch.Tensor:
-    """All samples of a small folder in the order they were written, int64 [N, T]."""
-    reader = ShardReader(folder)
-    return torch.from_numpy(np.stack([reader.read(i) for i in range(len(reader))]).astype(np.int64))

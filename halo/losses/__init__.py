@@ -1,1 +1,1 @@
-"""The fused losses, and the kernel of each."""
+"""The losses of stages 1 and 2: each with a plain reference and a Triton kernel."""

@@ -1,1 +1,1 @@
-"""What is measured of finished models, what follows from it, and how it is shown."""
+"""Measurements of models (recall, common-sense reasoning, loss), layer importance, and reports."""

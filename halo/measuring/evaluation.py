@@ -1,13 +1,15 @@
-"""What is measured of a model: needle recall, how likely continuations are, and loss at a length.
+"""The paper's measurements of a model: needle recall, common-sense reasoning (CSR), and loss at long context.
 
-Every function takes a plain transformers causal language model (a teacher, a teacher with replaced mixers, a hybrid; of
-any dtype), whole on each rank. The work is split over the ranks, or over groups of ranks that share each sequence
-(`share_sequences`), and every rank returns the figure of all.
+    needle_recall          exact-match recall, needle in a haystack: R in Eq. 8, and the tables of recall over length
+    continuation_accuracy  CSR on held-out text: C in Eq. 8
+    log_likelihoods        CSR by LM-Evaluation-Harness (Appendix E.2) is computed from them
+    loss_at_length         mean next-token loss: chooses the base a of the logits scaling (Eq. 11)
 
-Rows of unequal length are padded on the right. No position of a causal model sees what follows it: no mask is needed.
+Every function takes a transformers causal language model (a teacher, a teacher with replaced mixers, a hybrid) of any
+dtype, whole on each rank. The samples are split over the ranks, or over groups of ranks that share each sequence
+(`share_sequences`), and every rank returns the result over all samples. No samples: ValueError.
 
-`progress`, where given, is called as the work advances with the number of samples that all ranks have just finished:
-`tqdm.update` on rank 0, say. Nothing to evaluate is a ValueError.
+Rows of unequal length are padded on the right. Without a mask: no position of a causal model sees what follows it.
 """
 
 import copy
@@ -33,19 +35,20 @@ from halo.training.objectives import next_tokens
 from hypenet.losses import IGNORE
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 
-Progress = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
+"""Called during a measurement, on every rank, with the number of samples that all ranks together have just finished."""
 Pair = tuple[list[int], list[int]]
-"""A context and what might continue it, as token ids."""
-ALONE = SequenceGroup()
+"""A context and a possible continuation, as token ids."""
+NOT_SHARED = SequenceGroup()
 
 CHOICES = 4
-NO_TARGET = -100
 TOKENS_PER_CHUNK = 1024
+"""Tokens whose logits exist at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A context and the spans that might continue it, as token ids."""
+    """A context and its possible continuations, as token ids."""
 
     context: list[int]
     choices: list[list[int]]
@@ -54,7 +57,7 @@ class Question:
 
 
 def share_sequences(model: PreTrainedModel, group: SequenceGroup) -> None:
-    """Have a hybrid, or a teacher, compute a chunk of each sequence on each of the group's ranks, without a cache."""
+    """Split each sequence over the ranks of `group`. `model`, a hybrid or a teacher, then works without a cache."""
     if group.degree > 1 and not isinstance(model, HypeNetPreTrainedModel):
         fuse(model)
     parallelize([layer.get_submodule("self_attn") for layer in model.model.layers], group)
@@ -66,16 +69,17 @@ def needle_recall(
     samples: Sequence[NeedleSample],
     *,
     batch: int,
-    group: SequenceGroup = ALONE,
-    progress: Progress | None = None,
+    group: SequenceGroup = NOT_SHARED,
+    progress: ProgressCallback | None = None,
 ) -> float:
-    """The share of samples whose whole answer is the model's greedy continuation of the prompt (exact match).
+    """Exact-match recall: the share of samples in [0, 1] whose prompt the model continues greedily with the answer.
 
-    One forward over prompt and answer decides: where every answer token is the argmax given the true tokens before it,
-    greedy generation writes the same. Samples of about one length belong in one call.
+    One forward over prompt and answer decides this: if every answer token is the argmax given the true tokens before
+    it, greedy generation writes the answer. Samples of one call should have similar lengths.
 
     Args:
-        group: what `share_sequences` was given for the model.
+        batch: samples in one forward.
+        group: as passed to `share_sequences` for this model.
     """
     by_length = sorted(samples, key=lambda sample: len(sample.prompt_ids) + len(sample.answer_ids))
     hits = 0
@@ -85,40 +89,40 @@ def needle_recall(
             logits, targets = _answer_logits(
                 model, [sample.prompt_ids for sample in share], [sample.answer_ids for sample in share], group
             )
-            right = (logits.argmax(-1) == targets) | (targets == NO_TARGET)
+            right = (logits.argmax(-1) == targets) | (targets == IGNORE)
             hits += int(group.all_of(right.all(dim=1)).sum())
     return _total(hits) / group.degree / len(samples)
 
 
 def log_likelihoods(
-    model: PreTrainedModel, pairs: Sequence[Pair], *, batch_tokens: int, progress: Progress | None = None
+    model: PreTrainedModel, pairs: Sequence[Pair], *, batch_tokens: int, progress: ProgressCallback | None = None
 ) -> tuple[Tensor, Tensor]:
-    """How likely each continuation is to the model, and whether greedy generation writes it.
+    """The log-likelihood of each continuation given its context, and whether greedy generation writes it.
 
-    The head is applied to the positions before a continuation's tokens alone, some at a time.
+    The head is applied only where a token of a continuation is predicted, TOKENS_PER_CHUNK positions at a time.
 
     Args:
         pairs: contexts and their continuations; the same on every rank.
-        batch_tokens: the most tokens of one forward, padding included; a single longer pair goes alone.
+        batch_tokens: the most tokens in one forward, padding included. A longer pair has a forward of its own.
 
     Returns:
         [N] float64, on the CPU: the sum of the log-probabilities of a continuation's tokens (nats, from fp32 logits).
-        [N] bool: whether each of its tokens is the most likely one, given the true ones before it.
+        [N] bool: whether each of its tokens is the most likely one, given the true tokens before it.
 
     Raises:
-        ValueError: there are no pairs, or one is empty in part.
+        ValueError: there are no pairs, or a context or continuation is empty.
     """
     if not all(context and continuation for context, continuation in pairs):
         raise ValueError("an empty context or continuation has no likelihood")
     batches = _batches([len(context) + len(continuation) for context, continuation in pairs], batch_tokens)
-    head = copy.deepcopy(model.get_output_embeddings()).float()  # in half precision, choices would tie
+    head = copy.deepcopy(model.get_output_embeddings()).float()  # half precision would make unequal choices equal
     found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.device)  # log-likelihood, tokens missed
     with _evaluating(model):
         for mine in _shares(len(batches), 1, None if progress is None else _counting(progress, batches)):
             for batch in batches[mine]:
-                ids, targets = _rows([pairs[i][0] for i in batch], [pairs[i][1] for i in batch])
+                ids, targets = _padded([pairs[i][0] for i in batch], [pairs[i][1] for i in batch])
                 targets = targets.to(model.device)
-                asked = targets != NO_TARGET
+                asked = targets != IGNORE
                 hidden = model.base_model(**unpadded(model, ids.to(model.device))).last_hidden_state
                 rows = torch.tensor(batch, device=model.device)[asked.nonzero()[:, 0]]
                 for states, true, row in zip(
@@ -132,11 +136,15 @@ def log_likelihoods(
 
 
 def continuation_accuracy(
-    model: PreTrainedModel, questions: Sequence[Question], *, batch_tokens: int, progress: Progress | None = None
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    *,
+    batch_tokens: int,
+    progress: ProgressCallback | None = None,
 ) -> float:
-    """The share of questions whose true choice has the highest log-likelihood per token given the context.
+    """CSR on held-out text: the share of questions in [0, 1] whose true choice has the best log-likelihood per token.
 
-    This is HellaSwag's form without its data set. Each choice is a sample of its own.
+    The form of HellaSwag, without its data set. For `progress`, each choice is a sample.
     """
     pairs = [(question.context, choice) for question in questions for choice in question.choices]
     likely, _ = log_likelihoods(model, pairs, batch_tokens=batch_tokens, progress=progress)
@@ -151,15 +159,17 @@ def loss_at_length(
     samples: Tensor,
     *,
     batch: int = 1,
-    group: SequenceGroup = ALONE,
-    progress: Progress | None = None,
+    group: SequenceGroup = NOT_SHARED,
+    progress: ProgressCallback | None = None,
 ) -> float:
-    """The mean next-token loss (nats, fp32) over `samples` [N, T] (int64), every token but the first of each.
+    """The mean next-token loss (nats, fp32) over all tokens of `samples` except the first of each sample.
 
-    The head is applied to chunks of hidden states, so that logits of [T, vocabulary] never exist at once.
+    The head is applied to chunks of hidden states: logits [T, vocabulary] never exist at once.
 
     Args:
-        group: what `share_sequences` was given for the model; its ranks divide T.
+        samples: [N, T] int64.
+        batch: samples in one forward.
+        group: as passed to `share_sequences` for this model; its number of ranks divides T.
     """
     head = model.get_output_embeddings()
     total = 0.0
@@ -178,8 +188,11 @@ def build_questions(
 ) -> list[Question]:
     """`count` questions from the token ids of held-out documents.
 
-    Context and true continuation are neighbours in one document; the other three choices are spans of the same length
-    out of other documents. All starts are drawn uniformly over tokens.
+    The true continuation follows the context in one document. The other three choices are spans of the same length
+    from other documents. Every token is equally likely to be a start.
+
+    Args:
+        context, continuation: their lengths in tokens.
 
     Raises:
         UserError: fewer than two documents are as long as context and continuation together.
@@ -189,7 +202,7 @@ def build_questions(
     if len(documents) < 2:
         raise UserError(
             f"continuation questions need two held-out documents of at least {span} tokens, and there are "
-            f"{len(documents)}: give a larger corpus, or a shorter context or continuation"
+            f"{len(documents)}: use a larger corpus, or a shorter context or continuation"
         )
     rng = np.random.default_rng(seed)
     weights = np.array([len(document) for document in documents], dtype=float)
@@ -211,7 +224,7 @@ def build_questions(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without autograd; the mode that the model was in comes back at the end."""
+    """Evaluation mode without autograd, within the block. Then the model's mode is as before."""
     training = model.training
     model.eval()
     try:
@@ -221,8 +234,10 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _shares(count: int, batch: int, progress: Progress | None, group: SequenceGroup = ALONE) -> Iterator[slice]:
-    """The batches of `count` samples that are this rank's, or its group's: each takes one in turn."""
+def _shares(
+    count: int, batch: int, progress: ProgressCallback | None, group: SequenceGroup = NOT_SHARED
+) -> Iterator[slice]:
+    """This rank's batches of `count` samples, or its group's: the ranks, or groups, take turns."""
     if count == 0:
         raise ValueError("there is nothing to evaluate: no samples were given")
     stride = batch * (world_size() // group.degree)
@@ -235,7 +250,7 @@ def _shares(count: int, batch: int, progress: Progress | None, group: SequenceGr
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """The samples, longest first, in batches that with padding have at most `batch_tokens`."""
+    """The samples, longest first, in batches of at most `batch_tokens`, padding included."""
     order = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
     batches, first = [], 0
     while first < len(order):
@@ -245,8 +260,8 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _counting(progress: Progress, batches: Sequence[Sequence[object]]) -> Progress:
-    """Counts the samples of batches, as these are finished in their order."""
+def _counting(progress: ProgressCallback, batches: Sequence[Sequence[object]]) -> ProgressCallback:
+    """`progress`, called with numbers of batches: it counts the samples in them, in the order of the batches."""
     sizes = iter([len(batch) for batch in batches])
     return lambda finished: progress(sum(islice(sizes, finished)))
 
@@ -256,16 +271,16 @@ def _total(value: float) -> float:
     return all_sum(torch.tensor(value, dtype=torch.float64)).item()
 
 
-def _rows(contexts: Sequence[list[int]], answers: Sequence[list[int]], multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+def _padded(contexts: Sequence[list[int]], answers: Sequence[list[int]], multiple_of: int = 1) -> tuple[Tensor, Tensor]:
     """Contexts with their answers as one batch, without the last token of each row.
 
     Returns:
-        Ids [B, T] and what they are to predict, [B, T]: an answer's tokens, elsewhere `NO_TARGET`. T is a multiple of
-        `multiple_of`.
+        Ids and targets, [B, T] int64, T a multiple of `multiple_of`. Only the answers' tokens are targets; elsewhere
+        IGNORE.
     """
     longest = max(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True)) - 1
     ids = torch.zeros(len(contexts), -(-longest // multiple_of) * multiple_of, dtype=torch.long)
-    targets = torch.full_like(ids, NO_TARGET)
+    targets = torch.full_like(ids, IGNORE)
     for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
         tokens, begin = context + answer, len(context) - 1
         ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
@@ -276,15 +291,16 @@ def _rows(contexts: Sequence[list[int]], answers: Sequence[list[int]], multiple_
 def _answer_logits(
     model: PreTrainedModel, contexts: Sequence[list[int]], answers: Sequence[list[int]], group: SequenceGroup
 ) -> tuple[Tensor, Tensor]:
-    """One forward over contexts with their answers, and what it predicts for the answers.
+    """One forward over contexts with their answers, and its predictions of the answers.
+
+    Only for the A positions of this rank's chunk at which some row predicts a token of an answer.
 
     Returns:
-        Logits [B, A, vocabulary] in the model's dtype, and the tokens that they are to predict, [B, A], `NO_TARGET`
-        where a row has none: of the positions in this rank's chunk at which some row has an answer's token.
+        Logits [B, A, vocabulary] in the model's dtype, and the targets [B, A]; IGNORE where a row has none.
     """
-    ids, targets = _rows(contexts, answers, group.degree)
+    ids, targets = _padded(contexts, answers, group.degree)
     targets = group.begin(ids).of_chunk(targets)
-    asked = (targets != NO_TARGET).any(0).nonzero().flatten()
+    asked = (targets != IGNORE).any(0).nonzero().flatten()
     arguments = group.arguments(model, ids.to(model.device))
     logits = model(**arguments, logits_to_keep=asked.to(model.device)).logits
     return logits, targets[:, asked].to(model.device)

@@ -1,9 +1,9 @@
-"""Measuring figure after figure: each is kept once it is there, so that a stage that was stopped or killed goes on.
+"""The figures that a stage measures: each is saved at once, so that a stage that was stopped or killed can resume.
 
-    with measuring(folder, samples=1000, label="evaluate") as measure:
+    with measuring(folder, samples=1000, label="niah") as measure:
         recall = measure("recall", 500, partial(needle_recall, model, needles, batch=1))
 
-For stages that train nothing: checkpoints of training are in halo/training/checkpoint.py.
+For stages that only measure. The checkpoints of training are in halo/training/checkpoint.py.
 """
 
 import time
@@ -20,39 +20,41 @@ from halo.progress import progress_bar
 from halo.run import StageFolder, difference
 from halo.stop import stop_requests
 
-KEPT = "checkpoints/figures.json"
+FIGURES = "checkpoints/figures.json"
 """In the stage's folder, until the stage is complete."""
 
 
 class Measure:
-    """Measures a figure, unless it is kept already. Called on every rank, with the same arguments."""
+    """Measures a figure, or returns it if it is saved already. Called on every rank, with the same arguments."""
 
     def __init__(self, folder: StageFolder, bar: tqdm, asked_to_stop: Callable[[], bool]):
         self._folder, self._bar, self._asked_to_stop = folder, bar, asked_to_stop
-        self._figures, seconds = on_rank0(lambda: _read(folder))
+        self._figures, seconds = on_rank0(_load_figures, folder)
         self._began = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
-        """That measuring took so far, in all starts of the stage."""
+        """Spent on measuring so far, in all starts of the stage."""
         return round(time.perf_counter() - self._began, 1)
 
     def __call__(self, name: str, samples: int, measure: Callable[..., float]) -> float:
-        """
+        """The figure `name`.
+
         Args:
-            name: the figure's; no other of the stage has it.
-            samples: by how many of the bar's samples a figure that is kept advances it.
-            measure: returns the figure, the same on every rank; its `progress` is as halo/measuring/evaluation.py says.
+            name: unique in the stage.
+            samples: how far the bar advances if the figure is saved already.
+            measure: returns the figure, the same on every rank. Its argument `progress` is a ProgressCallback
+                (halo/measuring/evaluation.py).
 
         Raises:
-            Stopped: a signal came to some rank (halo/stop.py). What is being measured is lost, what was is kept.
+            Stopped: a signal came to some rank (halo/stop.py). This figure is lost, those before it are saved.
         """
         if name in self._figures:
             self._bar.update(samples)
         else:
             self._figures[name] = measure(progress=self._advance)
-            kept = {"made_from": self._folder.made_from, "seconds": self.seconds, "figures": self._figures}
-            on_rank0(lambda: _write(self._folder, kept))
+            saved = {"made_from": self._folder.made_from, "seconds": self.seconds, "figures": self._figures}
+            on_rank0(_save_figures, self._folder, saved)
         return self._figures[name]
 
     def _advance(self, samples: int) -> None:
@@ -63,7 +65,11 @@ class Measure:
 
 @contextmanager
 def measuring(folder: StageFolder, samples: int | None, label: str) -> Iterator[Measure]:
-    """Within, signals end what is being measured; one bar counts samples, to `samples` where that is known.
+    """Within the block, a signal stops the measurement, and one bar counts samples.
+
+    Args:
+        samples: of all figures together; None if unknown.
+        label: of the bar.
 
     Raises:
         UserError: the stage's folder has figures of other settings, or they cannot be read.
@@ -72,14 +78,14 @@ def measuring(folder: StageFolder, samples: int | None, label: str) -> Iterator[
         yield Measure(folder, bar, asked_to_stop)
 
 
-def _read(folder: StageFolder) -> tuple[dict[str, float], float]:
-    """The figures that are kept, and the seconds that they took."""
-    path = folder.path / KEPT
+def _load_figures(folder: StageFolder) -> tuple[dict[str, float], float]:
+    """The saved figures, and the seconds spent on measuring them."""
+    path = folder.path / FIGURES
     if not path.is_file():
         return {}, 0.0
     try:
-        kept = folder.load_json(KEPT)
-        made_from, figures, seconds = kept["made_from"], dict(kept["figures"]), float(kept["seconds"])
+        saved = folder.load_json(FIGURES)
+        made_from, figures, seconds = saved["made_from"], dict(saved["figures"]), float(saved["seconds"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it to measure anew") from error
     if made_from != folder.made_from:
@@ -90,8 +96,8 @@ def _read(folder: StageFolder) -> tuple[dict[str, float], float]:
     return figures, seconds
 
 
-def _write(folder: StageFolder, kept: dict[str, Any]) -> None:
+def _save_figures(folder: StageFolder, saved: dict[str, Any]) -> None:
     try:
-        folder.save_json(KEPT, kept)
+        folder.save_json(FIGURES, saved)
     except OSError as error:
-        raise UserError(f"{folder.path / KEPT} cannot be written: {error.strerror}") from error
+        raise UserError(f"{folder.path / FIGURES} cannot be written: {error.strerror}") from error

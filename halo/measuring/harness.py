@@ -1,6 +1,6 @@
-"""LM-Evaluation-Harness, with which the paper measures common-sense reasoning (Appendix E.2).
+"""Common-sense reasoning (CSR) by LM-Evaluation-Harness, as in the paper (Appendix E.2).
 
-The harness has the tasks, their data and their metrics. How likely a continuation is, it asks a function.
+The harness has the tasks, their data and their metrics. It asks a function for the likelihoods of continuations.
 """
 
 import logging
@@ -23,34 +23,34 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from halo.errors import UserError
+from halo.errors import UserError, first_line
 from halo.measuring.evaluation import Pair
 from halo.tables import suggest
 
 Likelihoods = Callable[[list[Pair]], tuple[Tensor, Tensor]]
-"""As `halo.measuring.evaluation.log_likelihoods`, of some model."""
+"""`halo.measuring.evaluation.log_likelihoods` of a model: pairs to [N] log-likelihoods and [N] bool."""
 
 METRICS = ("acc_norm", "acc")
-"""A task's score: accuracy with each choice's log-likelihood divided by its characters, where a task has that
-("normalized", the paper's default), else the plain one."""
+"""The score of a task: normalized accuracy (the log-likelihood of a choice is divided by its number of characters; the
+paper's default) if the task has it, else accuracy."""
 LIKELIHOODS = ("multiple_choice", "loglikelihood")
-"""The kinds of tasks that ask for nothing but how likely continuations are."""
+"""The kinds of tasks that need only the likelihoods of continuations."""
 
-# Its warnings are for users of its command line, and its bars are one a task.
+# Its warnings are for users of its command line, and it shows a bar for each task.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 lm_eval.api.task.tqdm = partial(tqdm, disable=True)
 
 
 class Tasks:
-    """Tasks of the harness, with their data. There are examples in a prompt only where a task itself has some.
+    """Tasks of the harness, with their data. Zero-shot, unless a task itself sets a number of examples.
 
     Args:
         names: of tasks, and of groups that have an accuracy of their own (mmlu).
-        folder: of tasks in the harness's YAML, beside its own; empty: there is none.
-        samples: of each task, a group's too, the first so many; 0: all.
+        folder: more tasks, in the harness's YAML; empty: none.
+        samples: use only the first `samples` of each task, also of each task in a group; 0: all.
 
     Raises:
-        UserError: there is no such folder or task, a task has no accuracy by likelihoods, or its data cannot be had.
+        UserError: there is no such folder or task, a task has no accuracy by likelihoods, or its data is not available.
     """
 
     def __init__(self, names: Sequence[str], folder: str = "", samples: int = 0):
@@ -60,25 +60,30 @@ class Tasks:
         known = [*manager.all_subtasks, *manager.all_groups]
         for name in names:
             if name in manager.all_tags:
-                raise UserError(f"'{name}' is a tag of tasks in LM-Evaluation-Harness: name those that it stands for")
+                raise UserError(f"'{name}' is a tag in LM-Evaluation-Harness: name the tasks that have this tag")
             if name not in known:
                 raise UserError(f"there is no task '{name}' in LM-Evaluation-Harness{suggest(name, known)}")
         self._limit = samples or None
         self._loaded = {name: _load(manager, name) for name in names}
         self.metrics = {name: self._metric(name) for name in names}
-        """Of each task, the one that counts."""
+        """The metric of each task that is its score."""
         self.samples = {
             name: sum(min(len(task.eval_docs), samples or len(task.eval_docs)) for task in self._leaves(name))
             for name in names
         }
 
     def score(self, name: str, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods) -> float:
-        """What a model reaches in a task, in [0, 1], from its tokenizer and the likelihoods that it gives."""
+        """The score of a model in a task, in [0, 1].
+
+        Args:
+            tokenizer: the model's.
+            likelihoods: asks the model.
+        """
         for task in self._leaves(name):
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples for each model
-        asked = _Asked(tokenizer, likelihoods)
-        report = evaluate(asked, self._loaded[name], limit=self._limit, bootstrap_iters=0, log_samples=False)
-        # Behind a metric's name stands a filter's.
+        model = _LikelihoodModel(tokenizer, likelihoods)
+        report = evaluate(model, self._loaded[name], limit=self._limit, bootstrap_iters=0, log_samples=False)
+        # The keys are "metric,filter".
         of = {key.split(",")[0]: value for key, value in report["results"][name].items()}
         return float(of[self.metrics[name]])
 
@@ -101,7 +106,7 @@ class Tasks:
 
 
 def _manager(names: Sequence[str], folder: str) -> TaskManager:
-    """Of the folder alone, where it has all of them as tasks: the harness's own are thousands of files."""
+    """Of the folder only, if it has all tasks: the harness's own tasks are thousands of files."""
     if folder:
         manager = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
@@ -114,11 +119,10 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
     np.random.seed(DEFAULT_OTHER_SEED)
     try:
         loaded = manager.load([name])
-    except (OSError, DatasetsError, ValueError, RuntimeError) as error:  # what `datasets` raises where it finds none
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, DatasetsError, ValueError, RuntimeError) as error:  # what `datasets` raises if it finds no data
         raise UserError(
-            f"the data of the task '{name}' cannot be had: {reason}; fetch it once where there is a network "
-            "(docs/guide.md#common-sense)"
+            f"the data of the task '{name}' cannot be fetched: {first_line(error)}; fetch it once on a machine with a "
+            "network (docs/guide.md#common-sense)"
         ) from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -126,8 +130,8 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
     return loaded
 
 
-class _Asked(TemplateLM):
-    """A model as the harness asks it: with the tokens that its own class for Hugging Face models would give it."""
+class _LikelihoodModel(TemplateLM):
+    """The harness's interface to a model. It tokenizes as the harness's own class for Hugging Face models does."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods):
         super().__init__()
@@ -139,7 +143,7 @@ class _Asked(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a continuation that has no context."""
+        """The context of a continuation that has none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 

@@ -1,20 +1,20 @@
-"""Which layers stay attention: the importance score and the choice of the paper's Sec. 4.3.
+"""Which layers stay attention: the importance score and the selection of the paper's Sec. 4.3.
 
-Scores come from one-layer replacements: M^(i) is the teacher whose layer i is the RNN layer that stage 1 aligned.
+M^(i) is the teacher with one layer replaced: its layer i is the RNN layer that stage 1 aligned.
 """
 
 from collections.abc import Sequence
 
 
 def importance(recall: Sequence[float], csr: Sequence[float], epsilon: float = 1e-6) -> list[float]:
-    """Eq. 8: s_i = (max R - R_i) / (max C - C_i + epsilon), high where recall drops much and CSR little.
+    """Eq. 8: s_i = (max R - R_i) / (max C - C_i + epsilon), high if replacing layer i costs much recall and little CSR.
 
     Args:
-        recall: R(M^(i)) in [0, 1], one a layer.
-        csr: C(M^(i)) in [0, 1], one a layer.
-        epsilon: what a layer with the best CSR divides by. The paper's 1e-6 lets any loss of recall at such a layer
-            outweigh every other layer; where few questions make CSR coarse, one near its resolution keeps such a layer
-            from deciding alone.
+        recall: R(M^(i)) in [0, 1] for each layer i.
+        csr: C(M^(i)) in [0, 1] for each layer i.
+        epsilon: the denominator for the layer with the best CSR. With the paper's 1e-6, any loss of recall at that
+            layer outweighs all other layers. If CSR is coarse because it is measured on few questions, an epsilon near
+            its resolution avoids this.
 
     Raises:
         ValueError: no layers, lists of unequal length, a value outside [0, 1], or an epsilon that is not positive.
@@ -30,10 +30,10 @@ def importance(recall: Sequence[float], csr: Sequence[float], epsilon: float = 1
 
 
 def ranking(scores: Sequence[float]) -> list[int]:
-    """Layer indices, most important first, the lower index first of equals. Eq. 9 keeps the first k."""
+    """Layer indices by falling score; of equal scores, the lower index first. Eq. 9 keeps the first k."""
     return sorted(range(len(scores)), key=lambda layer: -scores[layer])
 
 
 def default_k(layers: int) -> int:
-    """How many of a model's layers stay attention: k = floor(L / 4)."""
+    """The number of layers that stay attention: k = floor(L / 4)."""
     return layers // 4

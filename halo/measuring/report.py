@@ -1,6 +1,6 @@
-"""What a conversion shows: the long-context table (Table 2), common-sense reasoning, stages' costs, layer selection.
+"""The results of a conversion: recall over length (Table 2), CSR, the cost of each stage, and layer selection.
 
-Pure functions from results to Markdown, JSON and PNG; the caller writes them.
+Pure functions from results to Markdown, JSON and PNG. The caller writes the files.
 """
 
 import io
@@ -20,43 +20,43 @@ TASKS = {
     "niah_single_3": "a UUID in prose",
 }
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes repeat what the colour says.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Markers and dashes differ too.
 LINES = [("#000000", "o", "-"), ("#E69F00", "s", "--"), ("#56B4E9", "^", "-."), ("#D55E00", "D", "-")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The needle recall of every model on the same samples: one variant at one length."""
+    """The needle recall of every model on the same samples, for one variant at one length."""
 
     variant: str
     length: int
-    """Tokens in a sample, the answer included."""
+    """Tokens in a sample, including the answer."""
     samples: int
     recall: dict[str, float]
-    """Model name to recall in [0, 1]; its order is the order of the rows."""
+    """Model name to recall in [0, 1], in the order of the table's rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What one stage of the conversion took."""
+    """The cost of one stage of the conversion."""
 
     name: str
     tokens: int
     parameters: int
-    """How many were trained; 0 where the stage only ran models."""
+    """Trained parameters; 0 if the stage trains nothing."""
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that a report shows.
+    """The content of a report.
 
     Raises:
-        ValueError: there are no cells, or they name different models.
+        ValueError: there are no cells, or they have different models.
     """
 
     training_length: int
-    """The context length, in tokens, of the teacher's training."""
+    """The context length of the teacher's training, in tokens."""
     cells: Sequence[Cell]
     stages: Sequence[StageCost]
 
@@ -82,7 +82,7 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a model reaches in one task of common-sense reasoning."""
+    """The score of a model in one CSR task."""
 
     metric: str
     value: float
@@ -96,7 +96,7 @@ def to_json(results: Results) -> str:
 
 
 def to_markdown(results: Results) -> str:
-    """The recall table (rows are models, columns lengths, variants side by side), and below it the stages."""
+    """The table of recall (a row for each model, a column for each variant and length), and the table of stages."""
     columns = [cell for variant in results.variants for cell in results.of(variant)]
     header = ["Recall, %"]
     for variant in results.variants:
@@ -117,7 +117,7 @@ def to_markdown(results: Results) -> str:
 
 
 def to_png(results: Results) -> bytes:
-    """Recall over length, one panel a variant and one line a model, to be read at a width of 900 pixels."""
+    """Recall over length: a panel for each variant, a line for each model. Made for a width of 900 pixels."""
     figure = _figure(9, 3.4)
     panels = figure.subplots(1, len(results.variants), sharey=True, squeeze=False)[0]
     for panel, variant in zip(panels, results.variants, strict=True):
@@ -132,15 +132,15 @@ def to_png(results: Results) -> bytes:
 
 
 def csr_average(scores: Mapping[str, Score]) -> float:
-    """The mean over tasks, each of the same weight, in [0, 1]: the paper's CSR."""
+    """The paper's CSR: the mean over tasks, all with equal weight, in [0, 1]."""
     return sum(score.value for score in scores.values()) / len(scores)
 
 
 def csr_markdown(scores: Mapping[str, Mapping[str, Score]]) -> str:
-    """The table of common-sense reasoning: rows are models, columns tasks.
+    """The table of CSR: a row for each model, a column for each task.
 
     Args:
-        scores: of each model, by task; all models have the same tasks.
+        scores: model to task to score; all models have the same tasks.
     """
     tasks = next(iter(scores.values()))
     return _table(
@@ -157,7 +157,12 @@ def csr_markdown(scores: Mapping[str, Mapping[str, Score]]) -> str:
 
 
 def selection_png(recall: Sequence[float], csr: Sequence[float], kept: Sequence[int]) -> bytes:
-    """Recall and CSR in [0, 1] of the teacher with each one layer replaced, and which layers stay attention."""
+    """Recall and CSR of the teacher with one layer replaced, for each layer, and the layers that stay attention.
+
+    Args:
+        recall, csr: in [0, 1], for each replaced layer.
+        kept: the layers that stay attention.
+    """
     figure = _figure(9, 3)
     panel = figure.subplots()
     for number, layer in enumerate(kept):
@@ -181,7 +186,7 @@ def selection_png(recall: Sequence[float], csr: Sequence[float], kept: Sequence[
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # not at every start: most commands draw nothing
+    from matplotlib.figure import Figure  # imported only here: most commands draw nothing
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -215,7 +220,7 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _title(variant: str) -> str:
-    """RULER's own name of a variant: NIAH-Single-1."""
+    """RULER's name of a variant: NIAH-Single-1."""
     return variant.replace("niah_single_", "NIAH-Single-")
 
 
@@ -228,6 +233,6 @@ def _short(length: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first row is the header, and every column but the first is aligned right."""
+    """A Markdown table. The first row is the header; every column but the first is aligned right."""
     rules = [":--", *["--:"] * (len(rows[0]) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rules, *rows[1:]])

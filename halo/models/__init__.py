@@ -1,1 +1,1 @@
-"""Models, weights and tokenizers: the teacher as others write it, the hybrid, and how each is built on the ranks."""
+"""Models, weights and tokenizers: the teacher, the hybrid, and how each is built piece by piece on the ranks."""

@@ -1,1 +1,1 @@
-"""Sequences that several ranks share, and what long ones leave in memory."""
+"""Sequence parallelism, and less memory for the activations of long sequences."""

@@ -1,1 +1,1 @@
-"""What a training stage will take on a cluster, before it is queued."""
+"""The memory and time that a training stage will need, predicted before it is queued."""

@@ -1,1 +1,1 @@
-"""The stages of HALO, one module each: `run(context)` does the work and completes the stage's folder."""
+"""The stages of HALO, a module for each: `run(context)` does the work and completes the stage's folder."""

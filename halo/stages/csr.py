@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halo.config import CommonSense
 from halo.context import Context
 from halo.distributed import device, from_rank0, on_rank0, rank
-from halo.measuring.evaluation import Pair, Progress, log_likelihoods
+from halo.measuring.evaluation import Pair, ProgressCallback, log_likelihoods
 from halo.measuring.figures import measuring
 from halo.measuring.report import Score, csr_average, csr_markdown
 from halo.models.loading import load_hybrid, load_teacher
@@ -73,7 +73,12 @@ def load_tasks(settings: CommonSense) -> "Tasks":
 
 
 def _accuracy(
-    settings: CommonSense, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, *, progress: Progress
+    settings: CommonSense,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    *,
+    progress: ProgressCallback,
 ) -> float:
     """What the model reaches in a task. Rank 0 sends what the harness asks to all, then nothing."""
     likelihoods = partial(log_likelihoods, model, batch_tokens=settings.batch_tokens, progress=progress)

@@ -1,1 +1,1 @@
-"""The frozen teacher: beside the student or on ranks of its own, and the forms of its logits."""
+"""The frozen teacher, beside the student or on dedicated ranks, and the forms of its logits."""

@@ -1,1 +1,1 @@
-"""The one training loop: trainer and objectives, DeepSpeed behind one class, checkpoints, metrics."""
+"""The training loop: trainer and objectives, DeepSpeed behind one class, checkpoints, metrics."""

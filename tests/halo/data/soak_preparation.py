@@ -3,7 +3,7 @@
     python -m tests.halo.data.soak_preparation --kills 20
 
 At random moments (while it starts, while pieces are written, while the end is put together) a preparation, one of its
-tasks, or one of its workers gets SIGKILL. The same call then goes on, with other numbers of workers and tasks each
+tasks, or one of its workers gets SIGKILL. The same call then resumes, with other numbers of workers and tasks each
 time. In the end every file must be that of a preparation that nobody killed, bit for bit.
 """
 
@@ -124,7 +124,7 @@ def _victims(processes: list[BaseProcess], rng: random.Random) -> list[int]:
 def _end(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.join()
-        assert process.exitcode == 0, "it could not go on"
+        assert process.exitcode == 0, "it could not resume"
 
 
 def _digests(folder: Path) -> dict[str, str]:

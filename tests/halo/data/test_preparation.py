@@ -19,14 +19,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from halo.data.corpus import cut, read_documents, read_piece
-from halo.data.locks import Place
+from halo.data.locks import TaskLock
 from halo.data.packing import Part
 from halo.data.preparation import prepare
 from halo.data.shards import verify_shards
-from halo.data.stream import read_samples
 from halo.errors import UserError
 from halo.models.tokenizer import tokenizer_hash
 from halo.run import sha256
+from tests.halo.data.reading import read_samples
 
 ROOT = Path(__file__).parents[3]
 PARTS = {"align": Part(seq_len=32, tokens=3000), "finetune": Part(seq_len=256, tokens=6000)}
@@ -36,7 +36,7 @@ DOCUMENTS = 400
 
 @pytest.fixture(scope="module")
 def source(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parquet in FineWeb-Edu's schema, and .jsonl: documents that are all different but one, which stands twice."""
+    """Parquet in FineWeb-Edu's schema, and .jsonl: documents that are all different, except that one is there twice."""
     words = (corpus / "persuasion.txt").read_text().split()
     rng = np.random.default_rng(0)
     texts = [f"{i} " + " ".join(words[i * 40 : i * 40 + rng.integers(5, 60)]) for i in range(DOCUMENTS - 1)]
@@ -65,7 +65,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _texts(shards: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The documents of shards whose samples stand in the order of the text."""
+    """The documents of shards whose samples are in the order of the text."""
     return tokenizer.decode(read_samples(shards).flatten()).split(tokenizer.eos_token)
 
 
@@ -99,7 +99,7 @@ def test_no_token_is_lost(whole: Path, source: Path, tokenizer: PreTrainedTokeni
 
 
 def test_no_document_is_in_two_parts(whole: Path, source: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each begins with its number, if no sample was cut there; the first stands in the source twice."""
+    """Each begins with its number, if no sample was cut there; the source has the first one twice."""
     held_out = list(read_documents(whole / "held_out", "held_out"))
     assert 20 < len(held_out) < 70
     assert not list(read_documents(whole / "held_out", "train"))
@@ -164,7 +164,7 @@ def test_special_tokens_written_in_a_text_are_text(tokenizer: PreTrainedTokenize
     assert boundaries <= 1  # its end
 
 
-def test_it_goes_on_only_with_what_it_began_with(
+def test_it_resumes_only_with_the_settings_it_began_with(
     source: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     _prepare(source, tokenizer, tmp_path / "shards")
@@ -182,7 +182,7 @@ def test_it_goes_on_only_with_what_it_began_with(
     [
         (
             {"parts": {"align": Part(seq_len=32, tokens=10**6)}, "whole": False},
-            r"holds some [\d,]+ tokens, and 1,000,000",
+            r"holds about [\d,]+ tokens, and 1,000,000",
         ),
         ({"parts": {"align": Part(seq_len=10**6, tokens=1)}}, "not one full sample of 1000000 tokens for align"),
         ({"task": 2, "tasks": 2}, "tasks count from 0"),
@@ -204,7 +204,7 @@ def test_a_full_disk_loses_nothing(
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
     try:
         with pytest.raises(
-            UserError, match="File too large; nothing is lost: once that is mended, the same command goes"
+            UserError, match="File too large; nothing is lost: fix this, and type the same command again"
         ):
             _prepare(source, tokenizer, tmp_path / "shards")
     finally:
@@ -218,8 +218,8 @@ def test_a_full_disk_loses_nothing(
 def running(source: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Somebody who works on the folder, until stopped."""
     code = (
-        "import sys, time; from pathlib import Path; from halo.data.locks import Place\n"
-        "place = Place(Path(sys.argv[1]), 0, 2); print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from halo.data.locks import TaskLock\n"
+        "lock = TaskLock(Path(sys.argv[1]), 0, 2); print('held', flush=True); time.sleep(60)"
     )
     (tmp_path / "shards" / "preparation").mkdir(parents=True)
     environment = os.environ | {"SLURM_JOB_ID": "17"}
@@ -238,9 +238,9 @@ def test_two_jobs_on_one_folder(
     who = rf"another process works on {tmp_path}/shards \(job 17, process {running.pid} on {os.uname().nodename}\)"
     with pytest.raises(UserError, match=who):
         _prepare(source, tokenizer, tmp_path / "shards", tasks=tasks)
-    another = Place(tmp_path / "shards" / "preparation", 1, 2)  # of the same division
+    another = TaskLock(tmp_path / "shards" / "preparation", 1, 2)  # of the same division
     assert not another.is_alone()
-    another.leave()
+    another.release()
     running.kill()
     running.wait()
     assert _prepare(source, tokenizer, tmp_path / "shards", tasks=tasks) is None

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from halo.data.corpus import Part, read_documents
+from halo.data.corpus import HELD_OUT_MARK, read_documents
 from halo.data.needle import EVAL_KEYS, TRAIN_KEYS
-from halo.data.shards import MANIFEST, pack_documents, prepare_shards, verify_shards, write_shards
-from halo.data.stream import read_samples
+from halo.data.shards import SHARDS_MANIFEST, prepare_shards, verify_shards, write_shards
 from halo.errors import UserError
 from halo.models.tokenizer import tokenizer_hash
-
-UINT16 = np.dtype(np.uint16)
+from tests.halo.data.reading import read_samples
 
 
 def _samples(count: int, length: int = 8) -> Iterator[np.ndarray]:
@@ -31,17 +29,6 @@ def novel(corpus: Path) -> Path:
 def shards(tmp_path: Path) -> Path:
     write_shards(tmp_path / "shards", _samples(100), {"tokenizer": "mine"})
     return tmp_path / "shards"
-
-
-def test_pack_loses_no_token() -> None:
-    documents = [[1, 2, 3], [], [4, 5, 6, 7, 8, 9], [10]]
-    arrays = list(pack_documents(documents, seq_len=4, eos=0, dtype=UINT16))
-    assert [len(array) for array in arrays] == [4, 4, 4, 2]
-    assert np.concatenate(arrays).tolist() == [1, 2, 3, 0, 0, 4, 5, 6, 7, 8, 9, 0, 10, 0]
-
-
-def test_pack_without_rest() -> None:
-    assert [array.tolist() for array in pack_documents([[1, 2, 3]], seq_len=2, eos=0, dtype=UINT16)] == [[1, 2], [3, 0]]
 
 
 def test_write_and_verify(shards: Path) -> None:
@@ -94,9 +81,9 @@ def _alter(folder: Path) -> None:
 
 
 def _edit_manifest(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / SHARDS_MANIFEST).read_text())
     del manifest["sha256"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / SHARDS_MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_an_altered_shard_is_found_when_it_is_read(shards: Path) -> None:
@@ -113,8 +100,8 @@ def test_an_altered_shard_is_found_when_it_is_read(shards: Path) -> None:
         (_truncate, "shard.00000.mds is truncated or altered"),
         (lambda folder: (folder / "shard.00000.mds").unlink(), "shard.00000.mds is missing"),
         (lambda folder: (folder / "index.json").unlink(), "index.json is missing"),
-        (lambda folder: (folder / MANIFEST).unlink(), "holds no token shards"),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / SHARDS_MANIFEST).unlink(), "holds no token shards"),
+        (lambda folder: (folder / SHARDS_MANIFEST).write_text("{"), "manifest.json is damaged"),
         (_edit_manifest, "manifest.json is damaged"),
     ],
 )
@@ -154,21 +141,15 @@ def test_more_samples_than_one_pass(tokenizer: PreTrainedTokenizerFast, novel: P
 
 
 def test_mixture_of_needles_and_text(tokenizer: PreTrainedTokenizerFast, novel: Path, tmp_path: Path) -> None:
-    parts: list[tuple[Part, tuple[str, ...], tuple[str, ...]]] = [
-        ("train", TRAIN_KEYS, EVAL_KEYS),
-        ("held_out", EVAL_KEYS, TRAIN_KEYS),
-    ]
-    for part, keys, others in parts:
-        folder = tmp_path / part
-        prepare_shards(novel, tokenizer, folder, seq_len=256, seed=3, part=part, samples=200, needle_fraction=0.5)
-        texts = [tokenizer.decode(sample) for sample in read_samples(folder)]
-        needles = [text for text in texts if text.startswith("A special magic")]
-        assert 70 < len(needles) < 130
-        for text in needles:
-            key, answer = text.rsplit("The special magic ")[-1].split(" mentioned in the provided text is ")
-            assert key.split(" for ")[1] in keys
-            assert text.count(answer) == 2
-        assert not any(key in text for key in others for text in texts)
+    prepare_shards(novel, tokenizer, tmp_path / "shards", seq_len=256, seed=3, samples=200, needle_fraction=0.5)
+    texts = [tokenizer.decode(sample) for sample in read_samples(tmp_path / "shards")]
+    needles = [text for text in texts if text.startswith("A special magic")]
+    assert 70 < len(needles) < 130
+    for text in needles:
+        key, answer = text.rsplit("The special magic ")[-1].split(" mentioned in the provided text is ")
+        assert key.split(" for ")[1] in TRAIN_KEYS
+        assert text.count(answer) == 2
+    assert not any(key in text for key in EVAL_KEYS for text in texts)
 
 
 def test_seed_decides_everything(tokenizer: PreTrainedTokenizerFast, novel: Path, tmp_path: Path) -> None:
@@ -199,7 +180,8 @@ def test_impossible_settings(
     assert not (tmp_path / "shards").exists()
 
 
-def test_nothing_held_out(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_nothing_to_train_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("One document.")
-    with pytest.raises(UserError, match="has no held_out documents"):
-        prepare_shards(tmp_path, tokenizer, tmp_path / "shards", seq_len=8, seed=0, part="held_out")
+    (tmp_path / HELD_OUT_MARK).write_text("{}")
+    with pytest.raises(UserError, match="has no text to train on: every document is empty or held out"):
+        prepare_shards(tmp_path, tokenizer, tmp_path / "shards", seq_len=8, seed=0)

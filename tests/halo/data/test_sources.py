@@ -1,4 +1,4 @@
-"""A source on the hub is downloaded, of the sample alone, and named with its commit; here the hub is a stand-in."""
+"""Of a source on the hub, only the sample is downloaded, and its name has the commit. A local server is the hub."""
 
 import hashlib
 import http.server
@@ -21,7 +21,7 @@ FILES = {"sample/10BT/000_00000.parquet": b"ten", "data/CC-MAIN-2024-10/000.parq
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's API that a download takes."""
+    """The part of the hub's API that a download uses."""
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
@@ -78,7 +78,8 @@ def test_a_sample_is_downloaded_once(hub: str, tmp_path: Path) -> None:
 
 def test_what_is_not_there(hub: str, tmp_path: Path) -> None:
     assert "has no sample/350BT/*.parquet on the hub" in _fetch(tmp_path, hub, NAME, "sample-350BT")[1]
-    assert "someone/else is no path here, and cannot be had from the hub" in _fetch(tmp_path, hub, "someone/else")[1]
+    message = "someone/else is not a path here, and cannot be fetched from the hub"
+    assert message in _fetch(tmp_path, hub, "someone/else")[1]
 
 
 def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:

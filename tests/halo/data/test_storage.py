@@ -14,9 +14,8 @@ import torch
 
 from halo.data import storage, stream
 from halo.data.locks import exclusive
-from halo.data.packing import write_samples
 from halo.data.reader import ShardReader
-from halo.data.shards import verify_shards
+from halo.data.shards import verify_shards, write_samples
 from halo.data.storage import Cache
 from halo.data.stream import TokenStream
 from halo.errors import UserError
@@ -30,7 +29,7 @@ LIMIT = 40_000
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three or four shards."""
-    monkeypatch.setattr(stream, "BLOCK", 10_000)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 10_000)
     monkeypatch.setattr(storage, "TRIES", 1)
 
 

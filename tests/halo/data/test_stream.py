@@ -1,4 +1,4 @@
-"""The stream's order depends on the seed alone: not on the number of ranks, not on where it was resumed."""
+"""The stream's order depends only on the seed: not on the number of ranks, not on where it was resumed."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from halo.data.shards import write_shards
-from halo.data.stream import TokenStream, read_samples
+from halo.data.stream import TokenStream
 from halo.errors import UserError
+from tests.halo.data.reading import read_samples
 
 SAMPLES = 53  # no multiple of a batch
 

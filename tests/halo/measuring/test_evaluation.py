@@ -252,5 +252,5 @@ def test_questions_continue_their_own_document() -> None:
 
 
 def test_questions_need_two_documents() -> None:
-    with pytest.raises(UserError, match="at least 17 tokens, and there are 1: give a larger corpus"):
+    with pytest.raises(UserError, match="at least 17 tokens, and there are 1: use a larger corpus"):
         build_questions([np.arange(17), np.arange(16)], count=1, context=12, continuation=5, seed=0)

@@ -1,4 +1,4 @@
-"""Figures that are kept as they come, and what becomes of them when a stage is stopped, killed, or set otherwise."""
+"""Figures are saved one by one: a stage that was stopped or killed resumes, one with other settings is refused."""
 
 import json
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from halo.errors import Stopped, UserError
-from halo.measuring.figures import KEPT, measuring
+from halo.measuring.figures import FIGURES, measuring
 from halo.run import StageFolder
 
 
@@ -42,7 +42,7 @@ def test_a_killed_stage_measures_the_rest_alone(folder: StageFolder) -> None:
 
 
 def test_seconds_count_all_starts(folder: StageFolder) -> None:
-    folder.save_json(KEPT, {"made_from": folder.made_from, "seconds": 1000.0, "figures": {}})
+    folder.save_json(FIGURES, {"made_from": folder.made_from, "seconds": 1000.0, "figures": {}})
     with measuring(folder, 1, "test") as measure:
         assert 1000 <= measure.seconds < 1060
 
@@ -55,7 +55,7 @@ def test_a_signal_ends_what_is_being_measured(folder: StageFolder) -> None:
     ):
         measure("one", 1, figure(1, asked))
         measure("two", 1, figure(2, asked, signalled=True))
-    assert json.loads((folder.path / KEPT).read_text())["figures"] == {"one": 1}
+    assert json.loads((folder.path / FIGURES).read_text())["figures"] == {"one": 1}
 
 
 def test_figures_of_other_settings_are_refused(folder: StageFolder) -> None:
@@ -65,7 +65,7 @@ def test_figures_of_other_settings_are_refused(folder: StageFolder) -> None:
     with pytest.raises(UserError, match=r"figures.json was measured with another samples \(3, now 4\)"):
         measuring(other, 1, "test").__enter__()
     for damaged in ("{", "[]", '{"figures": 3}'):
-        (folder.path / KEPT).write_text(damaged)
+        (folder.path / FIGURES).write_text(damaged)
         with pytest.raises(UserError, match=r"figures.json cannot be read .*: remove it to measure anew"):
             measuring(folder, 1, "test").__enter__()
 
@@ -84,4 +84,4 @@ def test_a_complete_stage_keeps_none(folder: StageFolder) -> None:
     with measuring(folder, 1, "test") as measure:
         measure("one", 1, figure(1, []))
     folder.complete([], {})
-    assert not (folder.path / KEPT).exists()
+    assert not (folder.path / FIGURES).exists()

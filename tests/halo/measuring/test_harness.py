@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from halo.data.corpus import read_documents
 from halo.errors import UserError
 from halo.measuring.evaluation import log_likelihoods
-from halo.measuring.harness import Likelihoods, Tasks, _Asked
+from halo.measuring.harness import Likelihoods, Tasks, _LikelihoodModel
 from halo.measuring.report import Score, csr_markdown
 from halo.models.tokenizer import EOS
 
@@ -143,7 +143,7 @@ def likelihoods(model: Qwen3ForCausalLM, batch_tokens: int = 200) -> Likelihoods
 
 @pytest.fixture
 def folder_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, without the harness's own tasks: to look through these takes seconds."""
+    """The folder, without the harness's own tasks: looking through these would take seconds."""
 
     def manager(include_path: str | None, include_defaults: bool = True) -> TaskManager:
         return TaskManager(include_path=include_path, include_defaults=False)
@@ -157,7 +157,7 @@ def test_likelihoods_are_the_harness_own(model, reader, reference) -> None:
     asked += [("", EOS + "Emma"), ("<s>It is", " a truth"), ("a\n\n", "b"), ("Emma Woodhouse, handsome, " * 9, "with")]
     requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(asked)]
     for batch_tokens in (1, 100):
-        found = _Asked(reader, likelihoods(model, batch_tokens)).loglikelihood(requests)
+        found = _LikelihoodModel(reader, likelihoods(model, batch_tokens)).loglikelihood(requests)
         for (value, written), (expected, expected_written) in zip(
             found, reference.loglikelihood(requests, disable_tqdm=True), strict=True
         ):
@@ -199,7 +199,7 @@ def test_the_first_samples_alone(model, tokenizer, folder_alone: Path) -> None:
         (["written"], "the task 'written' has no accuracy by likelihoods (it is generate_until, with exact_match)"),
         (["bare"], "the task 'bare' has no accuracy by likelihoods (it is multiple_choice, with no score of its own)"),
         (["uneven"], "the task 'uneven' has no accuracy by likelihoods (it is multiple_choice, with no score of its"),
-        (["long", "lost"], "the data of the task 'lost' cannot be had: "),
+        (["long", "lost"], "the data of the task 'lost' cannot be fetched: "),
     ],
 )
 def test_what_is_refused(folder_alone: Path, names: list[str], message: str) -> None:
@@ -214,9 +214,9 @@ def test_a_group_of_the_harness_own_tasks(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("halo.measuring.harness.TaskManager", cache(TaskManager))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"the data of the task 'mine' cannot be had: .*hellaswag"):
+    with pytest.raises(UserError, match=r"the data of the task 'mine' cannot be fetched: .*hellaswag"):
         Tasks(["mine"], str(folder))
-    with pytest.raises(UserError, match="'ai2_arc' is a tag of tasks in LM-Evaluation-Harness: name those"):
+    with pytest.raises(UserError, match="'ai2_arc' is a tag in LM-Evaluation-Harness: name the tasks"):
         Tasks(["ai2_arc"], str(folder))
     with pytest.raises(UserError, match="the folder of tasks /no/such does not exist"):
         Tasks(["hellaswag"], "/no/such")
