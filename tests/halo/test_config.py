@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.config import PRESETS, Architecture, Training, load_config
+from halo.config import Architecture, Training
 from halo.errors import UserError
+from halo.preset import PRESETS, load_config
 from halo.tables import config_table, to_toml
 from halo.training.trainer import learning_rate
 from hypenet import HypeNetConfig, HypeNetForCausalLM

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from halo.config import load_config
 from halo.errors import EXIT_USER_ERROR, UserError
-from halo.launch import Job
+from halo.job import Job
 from halo.pipeline import run_stage
+from halo.preset import load_config
 from halo.tables import config_table, to_toml
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
 
