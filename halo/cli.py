@@ -200,14 +200,14 @@ def _help(parser: OneLineParser, shown: Sequence[str], words: Sequence[str]) -> 
     for setting in settings():
         if setting.table in shown:
             if setting.table not in groups:
-                groups[setting.table] = parser.add_argument_group(*_title(setting.table))
+                groups[setting.table] = parser.add_argument_group(*_group_title(setting.table))
             setting.add_to(groups[setting.table], _value(table, setting))
     source = f"of the run ({path})" if path.name == "config.toml" else f"of preset {preset}"
     parser.epilog = f"The defaults are those {source}. Settings of other stages are accepted too, and recorded."
     return parser.format_help()
 
 
-def _title(table: str) -> tuple[str, str | None]:
+def _group_title(table: str) -> tuple[str, str | None]:
     """Title and description of a table's group."""
     if not table:
         return "settings of the whole conversion", None
