@@ -65,11 +65,8 @@ class Setting:
         else:
             shown = f"default: {toml_value(value)}"
         described = f"{self.doc} (type: {type_name(self.kind)}, {shown})".replace("%", "%%")
-        words = (
-            "true|false"
-            if self.kind is bool
-            else "|".join(choices(self.kind)) or type_name(self.kind).split()[0].upper()
-        )
+        words = "true|false" if self.kind is bool else "|".join(choices(self.kind))
+        words = words or type_name(self.kind).split()[0].upper()
         reader = str if self.kind is str or choices(self.kind) else read_value
         group.add_argument(
             f"--{self.key}", dest=self.key, metavar=words, type=reader, default=argparse.SUPPRESS, help=described

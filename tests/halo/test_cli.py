@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import MISSING
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from halo import cli
 from halo.errors import UserError
 from halo.job import Job
 from halo.options import settings, type_name
-from halo.preset import load_config
+from halo.preset import load_config, preset_table
 from halo.tables import config_table, to_toml, toml_value
 from tests.launcher.conftest import ROOT
 
@@ -59,14 +60,13 @@ def test_help_lists_every_key_of_the_stage_and_imports_nothing_heavy(script, tab
     done = light(script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(done.stdout.split())
-    config = config_table(load_config("tiny"))
+    _, preset = preset_table("tiny")
     for setting in settings():
         if setting.table not in tables:
             assert f"--{setting.key} " not in words
             continue
-        value = config
-        for part in setting.key.split("."):
-            value = value[part]
+        value = cli._value(preset, setting)
+        value = setting.default if value is MISSING else value
         default = "{}" if isinstance(value, dict) else toml_value(value)
         _, _, explained = words.partition(f"--{setting.key} ")
         line = f"{setting.doc} (type: {type_name(setting.kind)}, default: {default})"

@@ -229,13 +229,13 @@ def test_a_preset_of_ones_own(tmp_path: Path):
     with pytest.raises(UserError, match="not valid TOML"):
         load_config(preset)
     preset.write_text('teacher = "x"')
-    with pytest.raises(UserError, match="mine.toml: align is missing"):
+    with pytest.raises(UserError, match=r"mine.toml: align is missing"):
         load_config(preset)
     preset.write_text('teacher = "x"\nalgn = 3')
     with pytest.raises(UserError, match=r"mine.toml: algn is an unknown key \(did you mean 'align'\?\)"):
         load_config(preset)
     preset.write_text((PRESETS / "tiny.toml").read_text().replace("steps = 350", 'steps = "350"'))
-    with pytest.raises(UserError, match="mine.toml: distill.steps must be a whole number, not '350'"):
+    with pytest.raises(UserError, match=r"mine.toml: distill.steps must be a whole number, not '350'"):
         load_config(preset)
 
 

@@ -48,5 +48,5 @@ def test_options_of_a_mixer_as_a_table_or_one_by_one(given):
 
 
 def test_a_beginning_of_a_key_is_not_the_key():
-    with pytest.raises(UserError, match="--distill.temp is an unknown key"):
+    with pytest.raises(UserError, match=r"--distill.temp is an unknown key"):
         read_overrides(["--distill.temp", "2"])
