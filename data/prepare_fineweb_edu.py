@@ -64,18 +64,16 @@ def _preparation_parser() -> OneLineParser:
     parser.add_argument("--run", help="a run's folder, whose recorded settings stand in for the preset's")
     parser.add_argument("--out", type=Path, required=True, help="the folder to create, or to resume in (required)")
     parser.add_argument(
-        "--source", default=FINEWEB_EDU, help="name on the hub, or file or folder (default: %(default)s)"
+        "--source", default=FINEWEB_EDU, help="a data set on the hub, a file or a folder (default: %(default)s)"
     )
-    parser.add_argument("--sample", help=f"which sample or dump, for a name on the hub (default: {SAMPLE})")
-    parser.add_argument("--whole", action="store_true", help="share out all of the source, in the stages' proportions")
+    parser.add_argument("--sample", help=f"the sample or dump of a data set on the hub (default: {SAMPLE})")
+    parser.add_argument("--whole", action="store_true", help="use all of the source, in the stages' proportions")
     parser.add_argument("--held_out", type=float, help="share of documents that no stage trains on (default: 0.005)")
     parser.add_argument("--zstd", action="store_true", help="compress the shards")
     parser.add_argument("--seed", type=int, default=0, help="the seed of order and shares (default: 0)")
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, {cores} here)")
-    parser.add_argument("--task", type=int, default=0, help="which share of the work to do here, from 0 (default: 0)")
-    parser.add_argument(
-        "--tasks", type=int, default=1, help="how many share the work, each with its own --task (default: 1)"
-    )
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, {cores} here)")
+    parser.add_argument("--task", type=int, default=0, help="the number of this task, from 0 (default: 0)")
+    parser.add_argument("--tasks", type=int, default=1, help="the number of tasks that share the work (default: 1)")
     # Options of the launchers: slurm/table2.sh passes all of them.
     parser.add_argument("--ds_config", help=SUPPRESS)
     parser.add_argument("--from", dest="taken", nargs="+", help=SUPPRESS)

@@ -43,7 +43,7 @@ def command(
     tables: Sequence[str] | None = None,
     prepare: bool | None = None,
 ) -> None:
-    """Read the command line and call `work` with it on all ranks. A mistake in one process is told at once.
+    """Read the command line and call `work` with it on all ranks. A single process reports a mistake at once.
 
     Args:
         stage: the stage of a conversion that `work` runs, or the last one. None: it runs none.
@@ -82,9 +82,7 @@ def new_parser(description: str) -> OneLineParser:
     return parser
 
 
-def read(
-    parser: OneLineParser, *, shown: Sequence[str], words: Sequence[str] | None = None
-) -> tuple[argparse.Namespace, list[str]]:
+def read(parser: OneLineParser, *, shown: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read a command line; returns its options, and the words of settings (see `load_config`), not checked yet.
 
     `--help` and `--version` are answered by rank 0, and end the process.
@@ -92,12 +90,11 @@ def read(
     Args:
         parser: from `new_parser`. If it has `--preset`, `--help` shows the preset's values, and with `--run` the run's.
         shown: the tables whose settings `--help` lists; "" stands for the keys outside of tables.
-        words: sys.argv's by default.
 
     Raises:
         UserError: an option that does not exist, with the nearest, or without its value.
     """
-    words = [with_underscores(word) for word in (sys.argv[1:] if words is None else words)]
+    words = [with_underscores(word) for word in sys.argv[1:]]
     answered = {"-h", "--help", "--version"} & set(words)
     if answered:
         if os.environ.get("RANK", "0") == "0":
@@ -192,7 +189,7 @@ def _help(parser: OneLineParser, shown: Sequence[str], words: Sequence[str]) -> 
     named = OneLineParser()
     for option in ("--preset", "--run"):
         named.add_argument(option, nargs="?")
-    chosen, _ = named.parse_known_args(list(words))
+    chosen, _ = named.parse_known_args(words)
     default = next((action.default for action in parser._actions if action.dest == "preset"), None)
     preset = chosen.preset or default or DEFAULT_PRESET
     path, table = preset_table(preset, Path(chosen.run) / "config.toml" if chosen.run else None)

@@ -1,4 +1,4 @@
-"""All of HALO on the embedded default: from a small Transformer to a hybrid that remembers, and a Table 2 in small.
+"""All of HALO on the embedded default: from a small Transformer to a hybrid with long recall, and a small Table 2.
 
 deepspeed launcher/demo.py
 """

@@ -1,8 +1,8 @@
-"""What the training stages will take on a cluster: memory of a GPU, time, disk. Needs no GPU and downloads nothing.
+"""What the training stages need on a cluster: GPU memory, time, disk. Needs no GPU and downloads nothing.
 
 python launcher/plan.py --preset hypenet-9b --gpu h200 --nodes 2 --ds_config ds_configs/zero3.json
 
-Ends with status 0 if all fits, 1 if something does not, and 2 with one line if something is wrong.
+Exits with 0 if everything fits, with 1 if something does not, and with 2 and one line after a mistake.
 """
 
 import os
