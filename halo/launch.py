@@ -69,7 +69,7 @@ def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str |
 
 
 def _fill_environment() -> None:
-    """What launchers leave out: a plain python sets nothing, DeepSpeed sets LOCAL_SIZE for LOCAL_WORLD_SIZE."""
+    """Set the variables that are missing: a plain python sets none, DeepSpeed sets LOCAL_SIZE for LOCAL_WORLD_SIZE."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -81,7 +81,7 @@ def _fill_environment() -> None:
 
 
 def _leave(store: dist.Store, rank: int, world_size: int) -> NoReturn:
-    """End this rank. Rank 0 may hold the store: it stays a moment, so that the others learn what is already printed."""
+    """End this rank. Rank 0 may hold the store: it waits a moment, so that the others see that the line is printed."""
     if rank != 0:
         store.set(f"{LEFT}/{rank}", "")
     elif world_size > 1:

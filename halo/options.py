@@ -111,12 +111,14 @@ def read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         inner = table
         for name in tables:
             inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"--{key}: '{name}' is a value, not a table")
         inner[last] = value
     return table, list(vars(given))
 
 
 def read_value(text: str) -> Any:
-    """A value as TOML writes it. Other text stays a string: where the setting is none, it is refused with the rest."""
+    """A value as TOML writes it. Other text stays a string, and is refused later where the setting is no string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

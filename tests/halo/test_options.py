@@ -47,6 +47,12 @@ def test_options_of_a_mixer_as_a_table_or_one_by_one(given):
     assert read_overrides(words)[0] == {"architecture": {"mixer_options": {"gla": {"use_rope": False}}}}
 
 
+def test_options_of_a_mixer_that_contradict():
+    key = "--architecture.mixer_options.gla"
+    with pytest.raises(UserError, match=r"--architecture.mixer_options.gla.use_rope: 'gla' is a value, not a table"):
+        read_overrides([key, "1", f"{key}.use_rope", "false"])
+
+
 def test_a_beginning_of_a_key_is_not_the_key():
     with pytest.raises(UserError, match=r"--distill.temp is an unknown key"):
         read_overrides(["--distill.temp", "2"])
