@@ -26,11 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.measure import header, table
-from halo.config import PRESETS
 from halo.data.packing import Part
 from halo.data.preparation import prepare
 from halo.data.stream import TokenStream
 from halo.models.tokenizer import load_tokenizer
+from halo.preset import PRESETS
 
 PACKAGES = ("tokenizers", "transformers", "pyarrow", "mosaicml-streaming", "numpy")
 PARTS = {"distill": Part(seq_len=512, tokens=1), "finetune": Part(seq_len=16_384, tokens=1)}

@@ -29,11 +29,12 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from benchmarks.measure import header
-from halo.config import Distill, load_config
+from halo.config import Distill
 from halo.data.shards import write_shards
 from halo.distributed import device, on_rank0, rank, world_size
 from halo.models import build
 from halo.plan.load import PUBLISHED
+from halo.preset import load_config
 from halo.ranks import Split, split_ranks
 from halo.run import StageFolder
 from halo.stages.distill import logits_form, options_of, teacher_of

@@ -3,32 +3,36 @@
     python data/prepare_fineweb_edu.py --preset hypenet-9b --out shards                      # the 10B-token sample
     python data/prepare_fineweb_edu.py --preset hypenet-9b --out shards --source texts/ --whole
 
-The preset says the tokenizer (the teacher's), and for each stage the length of its samples and how many tokens it
-trains on. The source is a data set on the hub that is laid out as FineWeb-Edu is, or a file or folder of .parquet
-(column "text"), .jsonl (key "text") or .txt. Typed again after an end of any kind, the command goes on. More stands in
-docs/data.md.
+The preset names the teacher, whose tokenizer is used, and for each stage the length of its samples and the number of
+tokens it trains on. The source is a data set on the hub with the layout of FineWeb-Edu, or a file or folder of .parquet
+(column "text"), .jsonl (key "text") or .txt. After any interruption, the same command resumes. More: docs/data.md.
 """
 
-import argparse
 import os
-import sys
+from argparse import SUPPRESS, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
-from halo.config import load_config
-from halo.data.packing import Part
-from halo.data.preparation import HELD_OUT_SHARE, prepare
+from halo.cli import new_parser, read
 from halo.data.sources import FINEWEB_EDU, SAMPLE, fetch_source
-from halo.errors import UserError
-from halo.models.tokenizer import load_tokenizer
+from halo.errors import exit_on_user_error
+from halo.options import OneLineParser
+from halo.preset import load_config
 
-STAGES = ("align", "distill", "finetune")
+TRAINED = ("align", "distill", "finetune")
+"""The stages that train on shards."""
 
 
-def main() -> None:
-    arguments, overrides = parse()
+def prepare_stages(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Prepare the shards of every stage, or this task's part of them, and say how launchers are given them."""
     recorded = Path(arguments.run, "config.toml") if arguments.run else None
     config = load_config(arguments.preset, overrides, recorded=recorded)
-    stages = {name: getattr(config, name) for name in STAGES}
+    # Not before the command line is read: they import torch and transformers.
+    from halo.data.packing import Part
+    from halo.data.preparation import HELD_OUT_SHARE, prepare
+    from halo.models.tokenizer import load_tokenizer
+
+    stages = {name: getattr(config, name) for name in TRAINED}
     source, name = fetch_source(arguments.source, arguments.sample)
     manifests = prepare(
         source,
@@ -38,7 +42,7 @@ def main() -> None:
         seed=arguments.seed,
         source_name=name,
         whole=arguments.whole,
-        held_out=arguments.held_out,
+        held_out=HELD_OUT_SHARE if arguments.held_out is None else arguments.held_out,
         compression="zstd" if arguments.zstd else "",
         workers=arguments.workers,
         task=arguments.task,
@@ -53,37 +57,30 @@ def main() -> None:
     print(f"--heldout {arguments.out / 'held_out'}: text that no stage trains on")
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Any setting of the preset can be overridden: --align.steps 40000",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _preparation_parser() -> OneLineParser:
+    parser = new_parser(__doc__)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--preset", required=True, help="a shipped preset or the path of a TOML file")
+    parser.add_argument("--preset", required=True, help="a shipped preset or the path of a TOML file (required)")
     parser.add_argument("--run", help="a run's folder, whose recorded settings stand in for the preset's")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create, or to go on in")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to create, or to resume in (required)")
     parser.add_argument(
-        "--source", default=FINEWEB_EDU, help="name on the hub, or file or folder (default: %(default)s)"
+        "--source", default=FINEWEB_EDU, help="a data set on the hub, a file or a folder (default: %(default)s)"
     )
-    parser.add_argument("--sample", help=f"which sample or dump, for a name on the hub (default: {SAMPLE})")
-    parser.add_argument("--whole", action="store_true", help="share out all of the source, in the stages' proportions")
-    parser.add_argument(
-        "--held_out", type=float, default=HELD_OUT_SHARE, help="share of documents (default: %(default)s)"
-    )
+    parser.add_argument("--sample", help=f"the sample or dump of a data set on the hub (default: {SAMPLE})")
+    parser.add_argument("--whole", action="store_true", help="use all of the source, in the stages' proportions")
+    parser.add_argument("--held_out", type=float, help="share of documents that no stage trains on (default: 0.005)")
     parser.add_argument("--zstd", action="store_true", help="compress the shards")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, {cores} here)")
-    parser.add_argument("--task", type=int, default=0, help="which share of the work to do here, from 0")
-    parser.add_argument("--tasks", type=int, default=1, help="how many share the work, each with its own --task")
-    parser.add_argument("--ds_config", help=argparse.SUPPRESS)  # the launchers': slurm/table2.sh passes everything on
-    return parser.parse_known_args()
+    parser.add_argument("--seed", type=int, default=0, help="the seed of order and shares (default: 0)")
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, {cores} here)")
+    parser.add_argument("--task", type=int, default=0, help="the number of this task, from 0 (default: 0)")
+    parser.add_argument("--tasks", type=int, default=1, help="the number of tasks that share the work (default: 1)")
+    # Options of the launchers: slurm/table2.sh passes all of them.
+    parser.add_argument("--ds_config", help=SUPPRESS)
+    parser.add_argument("--from", dest="taken", nargs="+", help=SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with exit_on_user_error():
+        given, rest = read(_preparation_parser(), shown=("", *TRAINED))
+        prepare_stages(given, rest)

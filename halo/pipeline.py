@@ -9,7 +9,7 @@ from halo.context import Context
 from halo.distributed import on_rank0, rank, world_size
 from halo.errors import UserError
 from halo.graph import stages_to
-from halo.launch import Job, launch
+from halo.job import Job
 from halo.models.build import check_teacher
 from halo.models.loading import check_architecture, find_teacher
 from halo.parallel.sequence import check_sequence_parallel
@@ -52,11 +52,6 @@ def run_stage(job: Job, stage: str) -> Context:
             STAGES[name](context)
             say(f"{name}: {time.perf_counter() - began:.0f} s -> {context.run / name}")
     return context
-
-
-def launch_stage(stage: str, *, description: str) -> None:
-    """A launcher's whole work: `run_stage`, on the command line's settings."""
-    launch(lambda job: run_stage(job, stage), description=description, stage=stage)
 
 
 def say(line: str) -> None:

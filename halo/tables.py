@@ -1,21 +1,39 @@
-"""TOML tables and dataclasses: one into the other, with every key and type checked."""
+"""TOML tables and dataclasses: one into the other, with every key and type checked (by pydantic)."""
 
 import difflib
+import json
 import tomllib
-from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from halo.errors import UserError
 
 T = TypeVar("T")
 
+_UNKNOWN = "unexpected_keyword_argument"
+_MUST_BE = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "dataclass_type": "a table",
+}
+"""pydantic's types of errors, in the words of TOML."""
+
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: the file is not TOML.
+    """The table in a TOML file.
+
+    Raises:
+        UserError: the file is not TOML.
     """
     try:
         return tomllib.loads(path.read_text())
@@ -37,83 +55,99 @@ def config_table(config: Any) -> dict[str, Any]:
 
 def to_toml(table: dict[str, Any], prefix: str = "") -> str:
     """Plain tables as TOML text; the inverse of tomllib for what a Config holds."""
-    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
     for key, value in table.items():
         if isinstance(value, dict):
             lines += ["", f"[{prefix}{key}]", to_toml(value, f"{prefix}{key}.").strip()]
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value that is no table, as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)
 
 
-def build(cls: type[T], table: dict[str, Any], where: str) -> T:
-    """A dataclass from a table, every key and type checked.
+def build(cls: type[T], table: dict[str, Any], where: str, typed: Collection[str] = ()) -> T:
+    """A dataclass from a table, with every key and type checked. A number may be written as a whole number, and a
+    tuple is a list; nothing else is converted.
+
+    Args:
+        where: the file that the table is from, with which an error's line begins.
+        typed: the dotted keys that come from the command line instead.
 
     Raises:
-        UserError: what is wrong, beginning with `where`.
+        UserError: the first unknown key; else the first wrong value.
     """
-    hints = get_type_hints(cls)
-    for key in table:
-        if key not in hints:
-            raise UserError(f"{where}: unknown key '{key}'{suggest(key, list(hints))}")
-    missing = [
-        f.name
-        for f in fields(cls)  # type: ignore[arg-type]
-        if f.name not in table and f.default is MISSING and f.default_factory is MISSING
-    ]
-    if missing:
-        raise UserError(f"{where}: missing key '{missing[0]}'")
-    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in table.items()}
     try:
-        return cls(**values)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        # As JSON, because pydantic's strict mode accepts a list for a tuple only there.
+        return adapter(cls).validate_json(json.dumps(table, default=str), strict=True, extra="forbid")  # type: ignore[arg-type]
+    except ValidationError as failed:
+        errors = failed.errors(include_url=False)
+        error = next((e for e in errors if e["type"] == _UNKNOWN), errors[0])
+        key, problem = _in_words(cls, error)
+        if any(f"{word}.".startswith(f"{key}.") for word in typed):
+            raise UserError(f"--{key} {problem}") from failed
+        raise UserError(f"{where}: {key} {problem}") from failed
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    if get_origin(kind) in (Union, UnionType):
-        if value is None:
-            return None
-        kind = next(k for k in get_args(kind) if k is not type(None))
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{where} must be a table, not {value!r}")
-        return build(kind, value, where)  # type: ignore[arg-type]
-    if get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{where} must be a table, not {value!r}")
-        return {key: _convert(get_args(kind)[1], v, f"{where}.{key}") for key, v in value.items()}
-    if kind is Any:
-        return value
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            near = suggest(str(value), get_args(kind))
-            raise UserError(f"{where} must be one of {', '.join(get_args(kind))}, not {value!r}{near}")
-        return value
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{where} must be a list, not {value!r}")
-        return tuple(_convert(get_args(kind)[0], v, where) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
-    return value
+@cache
+def adapter(cls: Any) -> TypeAdapter[Any]:
+    """pydantic's view of a dataclass."""
+    return TypeAdapter(cls)
 
 
-def _article(kind: str) -> str:
-    return {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}[kind]
+def table_class(kind: Any) -> Any:
+    """The dataclass that a type hint names, `Pretrain` for `Pretrain | None`; None where it names none."""
+    return next((k for k in (kind, *get_args(kind)) if is_dataclass(k)), None)
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
     """The nearest of `known`, as the end of a sentence; empty where none is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _in_words(cls: Any, error: ErrorDetails) -> tuple[str, str]:
+    """The dotted key that an error is in, and what is wrong with it."""
+    path, value, kind = error["loc"], error["input"], error["type"]
+    key, at = ".".join(str(part) for part in path if not isinstance(part, int)), _kind_at(cls, path)
+    match kind:
+        case "value_error":  # from __post_init__: its message begins with the field's name
+            name, _, problem = str(error["ctx"]["error"]).partition(" ")
+            return f"{key}.{name}".lstrip("."), problem
+        case "unexpected_keyword_argument":
+            return key, f"is an unknown key{known_key(cls, path)}"
+        case "missing" if not isinstance(path[-1], int):
+            return key, "is missing"
+        case "missing" | "too_long":
+            return key, f"must be a list of {len(get_args(at))} values, not {value!r}"
+        case "literal_error":
+            return key, f"must be one of {', '.join(get_args(at))}, not {value!r}{suggest(str(value), get_args(at))}"
+    return key, f"must be {_MUST_BE[kind]}, not {value!r}" if kind in _MUST_BE else f"is wrong: {error['msg']}"
+
+
+def _kind_at(cls: Any, path: Sequence[str | int]) -> Any:
+    """The type hint of a place in a table; a list's for its values; None where the classes have none."""
+    kind = cls
+    for part in path:
+        if isinstance(part, str):
+            owner = table_class(kind)
+            kind = get_type_hints(owner).get(part) if owner else get_args(kind)[1]
+    return kind
+
+
+def known_key(cls: Any, path: Sequence[str | int]) -> str:
+    """What may have been meant by an unknown key, as the end of a sentence."""
+    *tables, word = (str(part) for part in path)
+    near = suggest(word, list(get_type_hints(table_class(_kind_at(cls, tables)))))
+    if near or not tables:
+        return near
+    hints = get_type_hints(cls)
+    others = [name for name in hints if table_class(hints[name]) and word in get_type_hints(table_class(hints[name]))]
+    return f" ({', '.join(others)} {'have' if len(others) > 1 else 'has'} it)" if others else ""

@@ -3,7 +3,7 @@
 deepspeed launcher/align.py --preset hypenet-2b --ds_config ds_configs/zero1.json
 """
 
-from halo.pipeline import launch_stage
+from halo.cli import main
 
 if __name__ == "__main__":
-    launch_stage("align", description=__doc__)
+    main("align", description=__doc__)

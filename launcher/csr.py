@@ -3,7 +3,7 @@
 deepspeed launcher/csr.py --preset hypenet-2b
 """
 
-from halo.pipeline import launch_stage
+from halo.cli import main
 
 if __name__ == "__main__":
-    launch_stage("csr", description=__doc__)
+    main("csr", description=__doc__)

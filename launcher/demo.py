@@ -1,13 +1,15 @@
-"""All of HALO on the embedded default: from a small Transformer to a hybrid that remembers, and a Table 2 in small.
+"""All of HALO on the embedded default: from a small Transformer to a hybrid with long recall, and a small Table 2.
 
 deepspeed launcher/demo.py
 """
 
-from halo.launch import Job, launch
-from halo.pipeline import run_stage, say
+from halo.cli import command, tables_to
+from halo.job import Job
 
 
 def demo(job: Job) -> None:
+    from halo.pipeline import run_stage, say  # not before the command line is read
+
     context = run_stage(job, "niah")
     evaluation = context.run / "niah"
     say("\n" + (evaluation / "niah.md").read_text())
@@ -17,4 +19,4 @@ def demo(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    launch(demo, description=__doc__, stage="niah", prepare=True)
+    command(demo, description=__doc__, stage="niah", tables=tables_to("niah"), prepare=True)

@@ -3,7 +3,7 @@
 deepspeed launcher/export.py --preset hypenet-2b
 """
 
-from halo.pipeline import launch_stage
+from halo.cli import main
 
 if __name__ == "__main__":
-    launch_stage("export", description=__doc__)
+    main("export", description=__doc__)

@@ -3,7 +3,7 @@
 deepspeed launcher/finetune.py --preset hypenet-2b --ds_config ds_configs/zero3.json
 """
 
-from halo.pipeline import launch_stage
+from halo.cli import main
 
 if __name__ == "__main__":
-    launch_stage("finetune", description=__doc__)
+    main("finetune", description=__doc__)

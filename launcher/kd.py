@@ -3,7 +3,7 @@
 deepspeed launcher/kd.py --ds_config ds_configs/zero3.json
 """
 
-from halo.pipeline import launch_stage
+from halo.cli import main
 
 if __name__ == "__main__":
-    launch_stage("distill", description=__doc__)
+    main("distill", description=__doc__)

@@ -3,7 +3,7 @@
 deepspeed launcher/niah.py --preset hypenet-2b
 """
 
-from halo.pipeline import launch_stage
+from halo.cli import main
 
 if __name__ == "__main__":
-    launch_stage("niah", description=__doc__)
+    main("niah", description=__doc__)

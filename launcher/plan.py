@@ -1,39 +1,37 @@
-"""What the training stages will take on a cluster: memory of a GPU, time, disk. Needs no GPU and downloads nothing.
+"""What the training stages need on a cluster: GPU memory, time, disk. Needs no GPU and downloads nothing.
 
 python launcher/plan.py --preset hypenet-9b --gpu h200 --nodes 2 --ds_config ds_configs/zero3.json
 
-Ends with status 0 if all fits, 1 if something does not, and 2 with one line if something is wrong.
+Exits with 0 if everything fits, with 1 if something does not, and with 2 and one line after a mistake.
 """
 
-import argparse
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, when it is imported, would say that it finds no GPU
-
-from halo.config import load_config
-from halo.errors import UserError
-from halo.plan.advice import advice
-from halo.plan.load import build_models
-from halo.plan.stage import Cluster, Setup, Zero, plan_stage, stages_of
-from halo.plan.text import assumptions, heading, table, verdict
+from halo.cli import GENERAL, new_parser, read
+from halo.config import Config
+from halo.errors import UserError, exit_on_user_error
+from halo.options import OneLineParser
+from halo.preset import DEFAULT_PRESET, load_config
 from halo.tables import suggest
-from halo.training.engine import read_ds_config
 from halo.training.gpus import GPUS, find_gpu
 
 
-def main() -> int:
+def plan(arguments: Namespace, config: Config) -> int:
     """Print the plans; returns the exit status."""
-    arguments, overrides = _parser().parse_known_args()
-    config = load_config(arguments.preset, overrides)
+    # Not before the command line is read: they import torch. DeepSpeed would warn that it finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from halo.plan.advice import advice
+    from halo.plan.load import build_models
+    from halo.plan.stage import Cluster, Setup, Zero, plan_stage, stages_of
+    from halo.plan.text import assumptions, heading, table, verdict
+    from halo.training.engine import read_ds_config
+
     known = stages_of(config)
-    if arguments.stage is not None and arguments.stage not in known:
-        near = suggest(arguments.stage, known)
-        raise UserError(f"plan knows the stages that train, {', '.join(known)}, not '{arguments.stage}'{near}")
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    _check_options(arguments, known)
     gpu = find_gpu(arguments.gpu)
     if arguments.network is not None:
         gpu = replace(gpu, network=arguments.network * 1e9 / 8)
@@ -44,41 +42,45 @@ def main() -> int:
     parts, all_fit = [heading(models, cluster, zero, arguments.ds_config)], True
     for stage in [arguments.stage] if arguments.stage else known:
         try:
-            plan = plan_stage(models, stage, Setup(training=getattr(config, stage), cluster=cluster, zero=zero))
+            found = plan_stage(models, stage, Setup(training=getattr(config, stage), cluster=cluster, zero=zero))
         except UserError as error:
             if arguments.stage:
                 raise
             parts.append(f"{stage} cannot run: {error}\n")
             all_fit = False
             continue
-        parts += [table(plan), f"{verdict(plan, advice(models, plan))}\n"]
-        all_fit &= plan.fits
+        parts += [table(found), f"{verdict(found, advice(models, found))}\n"]
+        all_fit &= found.fits
     print("\n".join([*parts, assumptions(cluster)]), end="")
     return 0 if all_fit else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any setting of the preset can be overridden: --distill.micro_batch 6",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--preset", default="tiny", help="a shipped preset or the path of a TOML file (default: tiny)")
-    parser.add_argument("--stage", help="plan this stage alone (default: every stage that trains)")
-    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--nodes", type=int, default=1, help="default: 1")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="default: 8")
+def _check_options(arguments: Namespace, stages: Sequence[str]) -> None:
+    if arguments.stage is not None and arguments.stage not in stages:
+        near = suggest(arguments.stage, stages)
+        raise UserError(f"plan knows the stages that train, {', '.join(stages)}, not '{arguments.stage}'{near}")
+    for name in ("nodes", "gpus_per_node"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+
+
+def _plan_parser() -> OneLineParser:
+    parser = new_parser(__doc__)
     parser.add_argument(
-        "--network", type=float, help="Gbit/s a GPU has to other nodes (default: as such GPUs are sold)"
+        "--preset", default=DEFAULT_PRESET, help="a shipped preset or the path of a TOML file (default: %(default)s)"
+    )
+    parser.add_argument("--stage", help="plan this stage alone (default: every stage that trains)")
+    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)} (required)")
+    parser.add_argument("--nodes", type=int, default=1, help="the number of nodes (default: %(default)s)")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="the GPUs of a node (default: %(default)s)")
+    parser.add_argument(
+        "--network", type=float, help="Gbit/s of each GPU to other nodes (default: that of such machines as sold)"
     )
     parser.add_argument("--ds_config", default="ds_configs/zero1.json", help="DeepSpeed JSON (default: %(default)s)")
     return parser
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with exit_on_user_error():
+        given, overrides = read(_plan_parser(), shown=(*GENERAL, "pretrain", "align", "distill", "finetune"))
+        sys.exit(plan(given, load_config(given.preset, overrides)))

@@ -3,8 +3,15 @@
 deepspeed launcher/pretrain.py --preset tiny --run runs/tiny-teacher
 """
 
-from halo.launch import launch
-from halo.stages import pretrain
+from halo.cli import command
+from halo.job import Job
+
+
+def pretraining(job: Job) -> None:
+    from halo.stages import pretrain  # not before the command line is read
+
+    pretrain.run(job)
+
 
 if __name__ == "__main__":
-    launch(pretrain.run, description=__doc__)
+    command(pretraining, description=__doc__, tables=("pretrain",))

@@ -3,7 +3,7 @@
 deepspeed launcher/selection.py --preset hypenet-2b
 """
 
-from halo.pipeline import launch_stage
+from halo.cli import main
 
 if __name__ == "__main__":
-    launch_stage("selection", description=__doc__)
+    main("selection", description=__doc__)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from halo.config import Distill
+from halo.config import CheckpointedTraining, Distill
 from halo.errors import UserError
 from halo.plan.load import Models
 from halo.plan.stage import GIB, Setup, StagePlan, plan_stage
@@ -84,7 +84,7 @@ def _gib(plan: StagePlan) -> str:
 
 def _activations(*, checkpointing: bool, offload: bool = False) -> Change:
     def change(stage: str, setup: Setup) -> Setup | None:
-        if stage not in ("distill", "finetune"):
+        if not isinstance(setup.training, CheckpointedTraining):
             return None
         training = replace(setup.training, activation_checkpointing=checkpointing, activation_offload=offload)
         return replace(setup, training=training)

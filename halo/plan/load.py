@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
-from halo.config import Config, Distill, Training
+from halo.config import CheckpointedTraining, Config, Distill, Training
 from halo.errors import UserError
 from halo.losses.linear_kl import CHUNK_BYTES
 from halo.losses.squared_error import squared_error
@@ -199,7 +199,7 @@ def load_of(models: Models, stage: str, training: Training, micro_batch: int) ->
     load = _load_of(models, stage, training, micro_batch)
     if training.sequence_parallel > 1:
         load = _shared(load, models, stage, training, micro_batch)
-    if training.activation_offload:
+    if isinstance(training, CheckpointedTraining) and training.activation_offload:
         load = replace(load, layers=[replace(layer, input_bytes=0) for layer in load.layers])
     return load
 
@@ -234,8 +234,8 @@ def _load_of(models: Models, stage: str, training: Training, micro_batch: int) -
         return _distill(models, training, *tokens)
     model = models.hybrid if stage == "finetune" else models.scratch
     assert model is not None
-    # Pretraining has no activation checkpointing.
-    return _next_token(model, training.activation_checkpointing and stage == "finetune", *tokens)
+    checkpointing = isinstance(training, CheckpointedTraining) and training.activation_checkpointing
+    return _next_token(model, checkpointing, *tokens)
 
 
 def _align(models: Models, batch: int, length: int) -> Load:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halo.config import Distill, Training
+from halo.config import CheckpointedTraining, Distill
 from halo.context import Context
 from halo.data.stage_shards import shards_for
 from halo.distributed import on_rank0
@@ -97,7 +97,7 @@ def logits_form(training: Distill, words: int) -> LogitsForm:
     )
 
 
-def options_of(training: Training) -> dict[str, Any]:
+def options_of(training: CheckpointedTraining) -> dict[str, Any]:
     """What every objective with a head takes of a stage's settings. Every rank must call this."""
     return {
         "sequence": SequenceGroup(training.sequence_parallel),

@@ -18,7 +18,7 @@ from halo.data.needle import template_texts
 from halo.data.stage_shards import ensure_shards
 from halo.distributed import on_rank0
 from halo.errors import UserError
-from halo.launch import Job
+from halo.job import Job
 from halo.models.tokenizer import load_tokenizer, train_tokenizer
 from halo.run import StageFolder, atomic_folder, claim, recorded_config
 from halo.tables import config_table

@@ -66,7 +66,7 @@ def test_ranks_that_are_asked_to_stop_or_killed(tmp_path, started):
     told = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, told
     done = saved(run)
-    assert f"align: stopped after {done} of 1000000 steps, and saved: the same command goes on from there" in told[0]
+    assert f"align: stopped after {done} of 1000000 steps, and saved: the same command resumes" in told[0]
 
     ranks = start_ranks(run)
     started += ranks

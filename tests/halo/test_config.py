@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.config import PRESETS, Architecture, Training, load_config
+from halo.config import COMMON_SENSE, DEFAULT_MIXER, Architecture, Training
 from halo.errors import UserError
+from halo.preset import PRESETS, load_config
 from halo.tables import config_table, to_toml
 from halo.training.trainer import learning_rate
 from hypenet import HypeNetConfig, HypeNetForCausalLM
+from hypenet.configuration_hypenet import LIGHTNING
 from hypenet.transfer import hybrid_config
 from tests.halo.teachers import teacher_config
 
@@ -71,10 +73,15 @@ def test_a_base_that_does_not_ship(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--distil.lr", "1"], "unknown key 'distil' (did you mean 'distill'?)"),
-        (["--distill.learning_rate", "1"], "unknown key 'learning_rate'"),
-        (["--distill.stesp", "1"], "unknown key 'stesp' (did you mean 'steps'?)"),
-        (["--distill.steps", "many"], "steps must be a whole number, not 'many'"),
+        (["--distil.lr", "1"], "--distil is an unknown key (did you mean 'distill'?)"),
+        (["--distill.learning_rate", "1"], "--distill.learning_rate is an unknown key"),
+        (["--distill.stesp", "1"], "--distill.stesp is an unknown key (did you mean 'steps'?)"),
+        (["--align.mask_documents", "true"], "--align.mask_documents is an unknown key (finetune has it)"),
+        (["--distill.steps", "many"], "--distill.steps must be a whole number, not 'many'"),
+        (["--distill.steps", "true"], "--distill.steps must be a whole number, not True"),
+        (["--distill.lr", '"1"'], "--distill.lr must be a number, not '1'"),
+        (["--distill.betas", "[0.9]"], "--distill.betas must be a list of 2 values, not [0.9]"),
+        (["--niah.lengths", "[256, 1.5]"], "--niah.lengths must be a whole number, not 1.5"),
         (["--distill.steps", "1.5"], "steps must be a whole number, not 1.5"),
         (["--distill.teacher_placement", "replicated"], "must be one of colocated, dedicated, not 'replicated'"),
         (["--distill.teacher_placement", "dedicated"], "teacher_ranks must be at least 1 if dedicated, not 0"),
@@ -90,18 +97,21 @@ def test_a_base_that_does_not_ship(tmp_path):
             "teacher_sharded must be false where one rank is the teacher's, not true",
         ),
         (["--distill.schedule", "cosin"], "must be one of cosine, constant, wsd, not 'cosin' (did you mean 'cosine'?)"),
-        (["--distill", "3"], "distill must be a table, not 3"),
+        (["--distill", "3"], "--distill is a table: write --distill.key value"),
         (["--teacher.path", "x"], "'teacher' is a value, not a table"),
         (["--niah.lengths", "7"], "lengths must be a list, not 7"),
-        (["--distill.lr"], "--distill.lr has no value"),
+        (["--distill.lr"], "--distill.lr: expected one argument"),
         (["--distill.micro_batch", "0"], "micro_batch must be at least 1, not 0"),
         (["--distill.corpus.needles", "1.5"], "needles must be from 0 to 1, not 1.5"),
-        (["--distill.schedule", "wsd"], "decay must be at least 1 for a wsd schedule, not 0"),
+        (["--distill.schedule", "wsd"], "tiny.toml: distill.decay must be at least 1 for a wsd schedule, not 0"),
         (["--selection.epsilon", "0"], "epsilon must be more than 0, not 0.0"),
         (["--selection.layers", "[1, 1]"], "layers must be without repeats, not [1, 1]"),
         (["--scaling.candidates", "[1]"], "candidates must be numbers above 1, not [1.0]"),
         (["--scaling.form", "constant"], "candidates must be at most 10 where they are constants, not [128.0, 256.0"),
-        (["--architecture.attn_use_rop", "true"], "unknown key 'attn_use_rop' (did you mean 'attn_use_rope'?)"),
+        (
+            ["--architecture.attn_use_rop", "true"],
+            "--architecture.attn_use_rop is an unknown key (did you mean 'attn_use_rope'?)",
+        ),
         (["--architecture.attn_use_rope", "yes"], "attn_use_rope must be true or false, not 'yes'"),
         (["--architecture.mixer_options", "gla"], "mixer_options must be a table, not 'gla'"),
         (["--architecture.mixer_options.gla", "1"], "mixer_options.gla must be a table, not 1"),
@@ -110,18 +120,48 @@ def test_a_base_that_does_not_ship(tmp_path):
             "architecture.lightning_use_rope is Lightning's: set architecture.mixer_options.gla instead",
         ),
         (["--niah.samples", "[3]"], "samples must be one number for each of lengths, not [3]"),
-        (["distill.lr", "1"], "overrides are written --table.key value"),
+        (["distill.lr", "1"], "cannot read 'distill.lr': settings are written --table.key value"),
     ],
 )
 def test_bad_overrides_are_named(overrides, message):
     with pytest.raises(UserError) as error:
         load_config("tiny", overrides)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_overrides_take_effect():
     config = load_config("tiny", ["--distill.lr", "5e-5", "--distill.steps=7", "--name", "mine"])
     assert (config.distill.lr, config.distill.steps, config.name) == (5e-5, 7, "mine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--align.activation_checkpointing", "true"], "is an unknown key (distill, finetune have it)"),
+        (["--align.activation_offload", "true"], "is an unknown key (distill, finetune have it)"),
+        (["--pretrain.activation_checkpointing", "true"], "is an unknown key (distill, finetune have it)"),
+        (["--pretrain.activation_offload", "true"], "is an unknown key (distill, finetune have it)"),
+        (["--finetune.activation_offload", "true"], "must be false without activation_checkpointing, not true"),
+        (["--distill.decay", "5"], "must be 0 unless schedule is wsd, not 5"),
+        (["--finetune.min_lr", "1e-6"], "must be left at 1e-05 with a constant schedule, not 1e-06"),
+        (["--distill.profile_from", "5"], "must be 0 without profile_steps, not 5"),
+        (["--distill.shards_cache_gb", "5"], "must be left at 64.0 without shards_cache, not 5.0"),
+        (["--csr.task_folder=x", f"--csr.tasks={list(COMMON_SENSE)}"], "must be empty unless tasks names tasks of it"),
+    ],
+)
+def test_an_option_without_effect_is_refused(overrides, message):
+    with pytest.raises(UserError) as error:
+        load_config("tiny", overrides)
+    assert str(error.value).startswith(f"{overrides[0].partition('=')[0]} {message}")
+
+
+def test_a_schedule_may_change_beside_the_defaults_of_another(tmp_path):
+    """Also where a run has recorded all defaults."""
+    recorded = tmp_path / "config.toml"
+    recorded.write_text(to_toml(config_table(load_config("tiny"))))
+    for source in (None, recorded):
+        assert load_config("tiny", ["--distill.schedule", "constant"], recorded=source).distill.schedule == "constant"
 
 
 TABLE_3 = {
@@ -145,6 +185,10 @@ def test_every_row_of_table_3_is_a_switch(row):
     assert getattr(config, name) == switches[name]
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
     assert f"| {row} | `--architecture.{TABLE_3[row]}` |" in guide
+
+
+def test_the_default_mixer_is_hypenets():
+    assert DEFAULT_MIXER == LIGHTNING
 
 
 def test_the_defaults_are_hypenet():
@@ -185,19 +229,25 @@ def test_a_preset_of_ones_own(tmp_path: Path):
     with pytest.raises(UserError, match="not valid TOML"):
         load_config(preset)
     preset.write_text('teacher = "x"')
-    with pytest.raises(UserError, match="missing key 'align'"):
+    with pytest.raises(UserError, match=r"mine.toml: align is missing"):
+        load_config(preset)
+    preset.write_text('teacher = "x"\nalgn = 3')
+    with pytest.raises(UserError, match=r"mine.toml: algn is an unknown key \(did you mean 'align'\?\)"):
+        load_config(preset)
+    preset.write_text((PRESETS / "tiny.toml").read_text().replace("steps = 350", 'steps = "350"'))
+    with pytest.raises(UserError, match=r"mine.toml: distill.steps must be a whole number, not '350'"):
         load_config(preset)
 
 
 def test_schedules():
-    base = {"seq_len": 8, "batch": 1, "micro_batch": 1, "steps": 100, "lr": 1.0, "min_lr": 0.1, "warmup": 10}
-    cosine = Training(**base)
+    base = {"seq_len": 8, "batch": 1, "micro_batch": 1, "steps": 100, "lr": 1.0, "warmup": 10}
+    cosine = Training(**base, min_lr=0.1)
     assert learning_rate(cosine, 0) == pytest.approx(0.1)
     assert learning_rate(cosine, 9) == learning_rate(cosine, 10) == pytest.approx(1.0)
     assert learning_rate(cosine, 55) == pytest.approx(0.55)
     assert learning_rate(cosine, 99) == pytest.approx(0.1, abs=1e-3)
     constant = Training(**base, schedule="constant")
     assert learning_rate(constant, 99) == 1.0
-    wsd = Training(**base, schedule="wsd", decay=20)
+    wsd = Training(**base, min_lr=0.1, schedule="wsd", decay=20)
     assert learning_rate(wsd, 79) == 1.0
     assert learning_rate(wsd, 90) == pytest.approx(0.55)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from halo.config import load_config
 from halo.errors import UserError
+from halo.preset import load_config
 from halo.status import duration, jobs_of, next_command, stages_of, status_text
 from halo.tables import config_table, to_toml
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from halo.config import load_config
 from halo.models.tokenizer import load_tokenizer
+from halo.preset import load_config
 from tests.halo.gguf_teacher import make_llama, write_gguf
 from tests.launcher.conftest import SMALL, Launch
 

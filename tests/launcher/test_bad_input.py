@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from halo.config import load_config
 from halo.errors import EXIT_USER_ERROR, UserError
-from halo.launch import Job
+from halo.job import Job
 from halo.pipeline import run_stage
+from halo.preset import load_config
 from halo.tables import config_table, to_toml
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
 
@@ -235,7 +235,9 @@ def test_an_architecture_that_cannot_be(tmp_path):
 
 def test_a_misspelt_option_of_a_mixer(tmp_path):
     given = ("--rnn_mixer", "linear-attn", "--architecture.mixer_options.linear-attn.use_rop", "false")
-    assert "linear-attn: unknown key 'use_rop' (did you mean 'use_rope'?)" in refusal("align", tmp_path / "run", *given)
+    assert "linear-attn: use_rop is an unknown key (did you mean 'use_rope'?)" in refusal(
+        "align", tmp_path / "run", *given
+    )
 
 
 def test_another_architecture_than_the_one_aligned(finished):
@@ -263,8 +265,13 @@ def errors(done) -> list[str]:
 def test_a_misspelt_key_ends_a_plain_process_with_one_line():
     done = python("launcher/kd.py", "--distil.lr", "1")
     assert done.returncode == 2
-    assert len(errors(done)) == 1
-    assert errors(done)[0].endswith("tiny.toml: unknown key 'distil' (did you mean 'distill'?)")
+    assert errors(done) == ["error: --distil is an unknown key (did you mean 'distill'?)"]
+
+
+def test_a_misspelt_key_ends_both_ranks_with_one_line(tmp_path, launch):
+    done = launch("launcher/kd.py", "--run", str(tmp_path / "run"), "--distill.lrr", "1", ranks=2)
+    assert done.returncode == EXIT_USER_ERROR
+    assert errors(done) == ["error: --distill.lrr is an unknown key (did you mean 'lr'?)"]
 
 
 def test_both_ranks_end_with_one_line_and_a_status(tmp_path):

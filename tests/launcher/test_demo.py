@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halo.config import load_config
 from halo.launch import EXIT_SAVED
+from halo.preset import load_config
 from halo.run import sha256
 from tests.distributed.test_stopping import start
 from tests.launcher.conftest import SMALL, free_port
@@ -110,7 +110,7 @@ def test_an_evaluation_that_was_stopped_goes_on(demo, launch, tmp_path):
     ranks[1].send_signal(signal.SIGTERM)
     said = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, said
-    assert "figures measured and kept: the same command goes on from there" in said[0]
+    assert "figures measured and kept: the same command resumes" in said[0]
     kept = json.loads(figures.read_text())["figures"]
     done = launch(*command[1:])
     assert done.returncode == 0, done.stderr

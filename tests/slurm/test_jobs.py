@@ -53,7 +53,7 @@ def test_a_finished_stage_is_not_run_again_and_a_mistake_not_repeated(jobs, fini
     assert (finished / "distill" / "stage.json").stat().st_mtime_ns == before
     jobs.wait_for(wrong, "FAILED")
     assert jobs.cluster.job(wrong)["Restarts"] == "0"
-    assert "unknown key 'lrr' (did you mean 'lr'?)" in jobs.said(wrong).splitlines()[-1]
+    assert "lrr is an unknown key (did you mean 'lr'?)" in jobs.said(wrong).splitlines()[-1]
 
 
 def test_preempted_cancelled_and_after_a_node_failed_the_result_is_the_same(jobs, finished):

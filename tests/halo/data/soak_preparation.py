@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from halo.config import PRESETS
 from halo.data.packing import Part
 from halo.data.preparation import prepare
 from halo.errors import UserError
 from halo.models.tokenizer import load_tokenizer
+from halo.preset import PRESETS
 from halo.run import sha256
 
 CONTEXT = multiprocessing.get_context("fork")

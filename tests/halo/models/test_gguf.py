@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from halo.config import load_config
 from halo.errors import UserError
 from halo.models.loading import check_architecture, find_teacher, load_teacher
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
+from halo.preset import load_config
 from halo.run import teacher_fingerprint
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo.config import Config, load_config
+from halo.config import Config
 from halo.errors import UserError
 from halo.plan import dry_run
 from halo.plan.advice import advice
@@ -18,6 +18,7 @@ from halo.plan.dry_run import DryRun, cost_of, frozen_cost_of
 from halo.plan.load import PUBLISHED, Models, build_models, teacher_shapes
 from halo.plan.stage import GIB, Cluster, Setup, StagePlan, Zero, plan_stage, stages_of
 from halo.plan.text import assumptions, heading, table, verdict
+from halo.preset import load_config
 from halo.training.gpus import find_gpu
 from hypenet import HypeNetConfig, linear_attention
 from hypenet.kernels import serves

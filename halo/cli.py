@@ -1,0 +1,220 @@
+"""The command line of every launcher: its options, the settings, `--help` and `--version`.
+
+    main("distill", description=__doc__)     # a launcher of a stage
+
+Imports nothing heavy: `--help` and a misspelt key are answered before torch, transformers and DeepSpeed are imported.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from halo.config import Config
+from halo.errors import EXIT_USER_ERROR, UserError
+from halo.graph import INPUTS, stages_to
+from halo.job import Job
+from halo.options import OneLineParser, Setting, settings, with_underscores
+from halo.preset import DEFAULT_PRESET, default_run, load_config, preset_table
+from halo.tables import suggest, table_class
+
+DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
+GENERAL = ("", "architecture")
+"""The settings outside of the stages' tables: keys without a table, and the architecture's."""
+VERSIONS = ("torch", "deepspeed", "transformers")
+"""The packages whose versions `--version` gives beside this one's."""
+
+
+def main(stage: str, *, description: str) -> None:
+    """The whole work of a stage's launcher: read the command line, run the stage on all ranks, end them together."""
+    command(partial(_run_stage, stage), stage=stage, description=description)
+
+
+def command(
+    work: Callable[[Job], object],
+    *,
+    description: str,
+    stage: str | None = None,
+    tables: Sequence[str] | None = None,
+    prepare: bool | None = None,
+) -> None:
+    """Read the command line and call `work` with it on all ranks. A single process reports a mistake at once.
+
+    Args:
+        stage: the stage of a conversion that `work` runs, or the last one. None: it runs none.
+        tables: the tables whose settings `--help` lists. None: the stage's and the general ones.
+        prepare: whether to run missing earlier stages, instead of what the command line says.
+    """
+    parser = _stage_parser(description, has_stages=stage is not None)
+    shown = (*GENERAL, stage or "") if tables is None else tables
+    job: Job | UserError
+    try:
+        job = _read_job(parser, shown, prepare)
+    except UserError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
+        job = error
+    from halo.launch import run_job  # only now: it imports torch, and takes seconds
+
+    run_job(work, job, stage=stage)
+
+
+def tables_to(stage: str) -> tuple[str, ...]:
+    """The tables of a command that runs all stages up to `stage`, as `command` takes them."""
+    return (*GENERAL, *stages_to(stage, prepare=True))
+
+
+def new_parser(description: str) -> OneLineParser:
+    """A launcher's parser, with the options that all have. Add others, then call `read`."""
+    parser = OneLineParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [option ...] [--table.key value ...]",
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    parser.add_argument("--version", action="store_true", help="show versions and exit")
+    return parser
+
+
+def read(parser: OneLineParser, *, shown: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read a command line; returns its options, and the words of settings (see `load_config`), not checked yet.
+
+    `--help` and `--version` are answered by rank 0, and end the process.
+
+    Args:
+        parser: from `new_parser`. If it has `--preset`, `--help` shows the preset's values, and with `--run` the run's.
+        shown: the tables whose settings `--help` lists; "" stands for the keys outside of tables.
+
+    Raises:
+        UserError: an option that does not exist, with the nearest, or without its value.
+    """
+    words = [with_underscores(word) for word in sys.argv[1:]]
+    answered = {"-h", "--help", "--version"} & set(words)
+    if answered:
+        if os.environ.get("RANK", "0") == "0":
+            print(version_line() if answered == {"--version"} else _help(parser, shown, words), end="")
+        sys.exit(0)
+    arguments, rest = parser.parse_known_args(words)
+    options = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    keys = {setting.key.partition(".")[0] for setting in settings()}
+    for word in rest:
+        key = word[2:].partition("=")[0]
+        if word.startswith("--") and "." not in key and key not in keys:
+            raise UserError(f"no option --{key}{suggest(key, [*options, *keys])}: --help lists them")
+    return arguments, rest
+
+
+def version_line() -> str:
+    """This package's version, and those that a bug report needs."""
+    others = ", ".join(f"{package} {version(package)}" for package in VERSIONS)
+    return f"hypenet-halo {version('hypenet-halo')} ({others})\n"
+
+
+def _stage_parser(description: str, has_stages: bool) -> OneLineParser:
+    parser = new_parser(description)
+    parser.add_argument(
+        "--preset",
+        metavar="PRESET",
+        help=f"a shipped preset or the path of a TOML file (default: {DEFAULT_PRESET}, the embedded one)",
+    )
+    parser.add_argument("--run", metavar="FOLDER", help="the run's folder (default: runs/<preset>)")
+    parser.add_argument(
+        "--ds_config", metavar="FILE", default=str(DS_CONFIG), help="DeepSpeed JSON (default: ds_configs/zero1.json)"
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="first run the earlier stages that are missing (always so without --preset)",
+    )
+    if has_stages:
+        parser.add_argument(
+            "--from",
+            dest="taken",
+            nargs="+",
+            default=[],
+            metavar=("RUN", "STAGE"),
+            help="take finished stages from another run's folder",
+        )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    return parser
+
+
+def _read_job(parser: OneLineParser, shown: Sequence[str], prepare: bool | None) -> Job:
+    """Raises:
+    UserError: what is wrong with the command line, the preset or the run's recorded settings.
+    """
+    arguments, overrides = read(parser, shown=shown)
+    preset = arguments.preset or DEFAULT_PRESET
+    run = Path(arguments.run) if arguments.run else default_run(preset, overrides)
+    if prepare is None:
+        prepare = arguments.prepare or arguments.preset is None
+    taken_from, taken_stages = _taken(getattr(arguments, "taken", []))
+    return Job(
+        config=load_config(preset, overrides, recorded=run / "config.toml"),
+        run=run,
+        ds_config=Path(arguments.ds_config),
+        prepare=prepare,
+        taken_from=taken_from,
+        taken_stages=taken_stages,
+    )
+
+
+def _taken(words: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """What `--from` names."""
+    if not words:
+        return None, ()
+    run, *stages = words
+    if not stages:
+        raise UserError(f"--from {run} names no stage: write --from {run} STAGE ..., of {', '.join(INPUTS)}")
+    for stage in stages:
+        if stage not in INPUTS:
+            raise UserError(f"--from: no stage '{stage}'{suggest(stage, list(INPUTS))}; stages: {', '.join(INPUTS)}")
+    return Path(run), tuple(dict.fromkeys(stages))
+
+
+def _run_stage(stage: str, job: Job) -> None:
+    from halo.pipeline import run_stage  # not before the command line is read
+
+    run_stage(job, stage)
+
+
+def _help(parser: OneLineParser, shown: Sequence[str], words: Sequence[str]) -> str:
+    """The help of a launcher: its own options, then the settings, a group for each table."""
+    named = OneLineParser()
+    for option in ("--preset", "--run"):
+        named.add_argument(option, nargs="?")
+    chosen, _ = named.parse_known_args(words)
+    default = next((action.default for action in parser._actions if action.dest == "preset"), None)
+    preset = chosen.preset or default or DEFAULT_PRESET
+    path, table = preset_table(preset, Path(chosen.run) / "config.toml" if chosen.run else None)
+    groups: dict[str, Any] = {}
+    for setting in settings():
+        if setting.table in shown:
+            if setting.table not in groups:
+                groups[setting.table] = parser.add_argument_group(*_group_title(setting.table))
+            setting.add_to(groups[setting.table], _value(table, setting))
+    source = f"of the run ({path})" if path.name == "config.toml" else f"of preset {preset}"
+    parser.epilog = f"The defaults are those {source}. Settings of other stages are accepted too, and recorded."
+    return parser.format_help()
+
+
+def _group_title(table: str) -> tuple[str, str | None]:
+    """Title and description of a table's group."""
+    if not table:
+        return "settings of the whole conversion", None
+    kind = table_class(get_type_hints(Config)[table])
+    return f"settings of [{table}]", " ".join(kind.__doc__.split())
+
+
+def _value(table: dict[str, Any], setting: Setting) -> Any:
+    """A preset's value of a setting; the dataclass's default where the preset has none."""
+    value: Any = table
+    for part in setting.key.split("."):
+        value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+    return value

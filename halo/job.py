@@ -1,0 +1,26 @@
+"""A launcher's command line, read. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halo.config import Config
+
+if TYPE_CHECKING:
+    from halo.ranks import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a launcher was asked to do."""
+
+    config: Config
+    run: Path
+    ds_config: Path
+    prepare: bool
+    """Whether to run the stages before this one where they are missing."""
+    taken_from: Path | None = None
+    """Another run's folder, whose finished `taken_stages` this run takes over (--from)."""
+    taken_stages: tuple[str, ...] = ()
+    split: "Split | None" = None
+    """Which ranks are a dedicated teacher's. None: there are no other ranks."""
