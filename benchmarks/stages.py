@@ -34,10 +34,10 @@ from halo.data.shards import write_shards
 from halo.distributed import device, on_rank0, rank, world_size
 from halo.models import build
 from halo.plan.load import PUBLISHED
-from halo.ranks import Split, split_ranks
+from halo.ranks import RankLayout, split_ranks
 from halo.run import StageFolder
 from halo.stages.distill import logits_form, options_of, teacher_of
-from halo.teacher.colocated import Asked, Teacher
+from halo.teacher.colocated import Teacher, TeacherSource
 from halo.teacher.dedicated import serve
 from halo.training import trainer
 from halo.training.engine import Engine, placement, read_ds_config, split_batch, whole_size
@@ -171,7 +171,7 @@ def write_teacher(args: argparse.Namespace, folder: Path) -> Path:
     return folder / "teacher"
 
 
-def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: Split) -> None:
+def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: RankLayout) -> None:
     """Train for some steps, and print what they took."""
     ds_config = read_ds_config(args.ds_config)
     stage = StageFolder(teacher.parent / args.stage, {})
@@ -208,7 +208,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
 
 
 def objective_of(
-    args: argparse.Namespace, training: Distill, teacher: Path, asked: Asked, ds_config: dict[str, Any]
+    args: argparse.Namespace, training: Distill, teacher: Path, asked: TeacherSource, ds_config: dict[str, Any]
 ) -> Objective:
     config, place = asked.model.config, placement(ds_config, training)
     if args.stage == "align":

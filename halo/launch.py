@@ -22,7 +22,7 @@ import torch.distributed as dist
 from halo.config import Config, load_config
 from halo.errors import EXIT_USER_ERROR, Stopped, UserError
 from halo.graph import stages_to
-from halo.ranks import ERRORS, LEFT, Split, split_ranks
+from halo.ranks import ERRORS, LEFT, RankLayout, split_ranks
 from halo.teacher.dedicated import serve
 
 EXIT_SAVED = 75
@@ -41,7 +41,7 @@ class Job:
     ds_config: Path
     prepare: bool
     """Whether to run the stages before this one where they are missing."""
-    split: Split | None = None
+    split: RankLayout | None = None
     """Which ranks are a dedicated teacher's. None: there are no other ranks."""
 
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from halo.distributed import on_rank0, rank
 from halo.errors import Stopped, UserError
 from halo.models.build import build_hybrid, build_mixers, build_student, build_teacher
 from halo.models.loading import load_model_config
-from halo.ranks import Split
+from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.stages.align import new_mixers
 from halo.stages.distill import logits_form
+from halo.teacher.batch import Batch
 from halo.teacher.colocated import Teacher, teacher_group
 from halo.teacher.dedicated import DedicatedTeacher, Order
 from halo.training import engine, trainer
@@ -79,6 +81,15 @@ def whole_mixers(teacher: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
     return {f"{i}.{name}": weight for i, mixer in mixers.items() for name, weight in mixer.state_dict().items()}
 
 
+def batch_of(objective: Objective, input_ids: torch.Tensor) -> Batch:
+    """A batch of [B, T] tokens on the host, with what the objective's teacher supplies."""
+    batch = Batch.on_host(input_ids, objective.separator)
+    if objective.teacher is None:
+        return batch
+    objective.teacher.prefetch(batch)
+    return replace(batch, teacher_logits=objective.teacher.next())
+
+
 def training(**changes: Any) -> Distill:
     defaults = {"seq_len": 16, "batch": 8, "micro_batch": 8, "steps": 6, "lr": 1e-3, "warmup": 2, "save_every": 100}
     return Distill(**defaults | changes)
@@ -115,7 +126,7 @@ def save_teacher(folder: Path, tied: bool = True) -> Path:
     return folder
 
 
-def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher: Path, split: Split) -> Result:
+def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher: Path, split: RankLayout) -> Result:
     """The same where the teacher is on ranks of its own."""
     micro_batch, _ = split_batch(settings)
     order = Order(
@@ -287,9 +298,9 @@ BAD = 63
 class Fragile(NextToken):
     gradient_alone = False
 
-    def forward(self, input_ids: torch.Tensor, **taught: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, metrics = super().forward(input_ids)
-        if (input_ids[:, 0] == BAD).any():
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, metrics = super().forward(batch)
+        if (batch.input_ids[:, 0] == BAD).any():
             # The square root is 0, and infinitely steep there.
             loss = loss + ((loss - loss.detach()).sqrt() if self.gradient_alone else torch.inf)
         return loss, metrics
@@ -346,8 +357,8 @@ def digest(built: Engine) -> str:
 class Noisy(NextToken):
     """A loss that draws random numbers, each rank other ones."""
 
-    def forward(self, input_ids: torch.Tensor, **taught: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, metrics = super().forward(input_ids)
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, metrics = super().forward(batch)
         return loss * (1 + torch.rand(rank() + 1)[-1]), metrics
 
 

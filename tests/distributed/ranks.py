@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from halo.config import Distill
-from halo.ranks import Split, split_ranks
+from halo.ranks import RankLayout, split_ranks
 from halo.teacher.dedicated import serve
 
 # A server that has imported everything once forks the ranks: importing it takes longer than most jobs.
@@ -30,7 +30,7 @@ def run_ranks(
     """Call `function(*args)` on every rank of a gloo world and return each rank's result, by rank.
 
     With `split`, settings of stage 2, some ranks may be a dedicated teacher's: they serve it, and give None. The others
-    get their `Split` as one more argument.
+    get their `RankLayout` as one more argument.
 
     `function` must be importable (a module's own), and arguments and results picklable.
 
@@ -109,7 +109,7 @@ def _rank(
     dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, port: int, timeout: timedelta, settings: Distill | None = None) -> Split:
+def join(rank: int, world_size: int, port: int, timeout: timedelta, settings: Distill | None = None) -> RankLayout:
     """Make this process a rank of a gloo world whose store is at `port`, or of one of two if the settings say so."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared between processes, and missed where one is killed

@@ -68,14 +68,14 @@ def distillation(mixer: str, degree: int) -> Distillation:
 
 def loss_and_gradients(objective: Objective, ids: Tensor, engine: Engine | None = None) -> tuple[Tensor, Gradients]:
     """The mean over the ranks of the loss and of each parameter's gradient, without ZeRO or as ZeRO gives it."""
-    asked = objective.ask(ids)()
+    batch = jobs.batch_of(objective, ids)
     if engine is None:
         objective.zero_grad()
-        loss, _ = objective.train()(ids, **asked)
+        loss, _ = objective.train()(batch)
         loss.backward()
         found = {name: all_sum(p.grad) / world_size() for name, p in objective.named_parameters()}
     else:
-        loss, _ = engine.accumulate(input_ids=ids, **asked)
+        loss, _ = engine.accumulate(batch)
         found = {name: safe_get_full_grad(p).clone() for name, p in objective.named_parameters()}
         engine.step(0.0)
     return all_sum(loss.detach()) / world_size(), found
@@ -103,7 +103,7 @@ def of_mixers(
         objective = next_token(mixer, world_size(), packed=False).to(dtype)
         with under(zero, objective) as engine:
             found[mixer, "whole"] = loss_and_gradients(objective, tokens(packed=False), engine)
-            objective._separator = SEPARATOR
+            objective.separator = SEPARATOR
             found[mixer, "packed"] = loss_and_gradients(objective, tokens(packed=True), engine)
     return found
 
@@ -168,7 +168,7 @@ def bytes_received(mixers: list[str], length: int) -> dict[str, dict[str, int]]:
         model = HypeNetForCausalLM(HypeNetConfig(**jobs.SHAPE | {"num_hidden_layers": 1, "mixer_types": [mixer]}))
         objective = NextToken(model, sequence=SequenceGroup(world_size()))
         with counted() as received:
-            objective(torch.zeros(B, length, dtype=torch.long))[0].backward()
+            objective(jobs.batch_of(objective, torch.zeros(B, length, dtype=torch.long)))[0].backward()
         found[mixer] = received
     return found
 
