@@ -1,4 +1,4 @@
-"""What the training tests run on each rank: importable functions with picklable arguments."""
+"""Functions that the training tests run on each rank: importable, with picklable arguments."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ def make_student(teacher: Qwen3ForCausalLM):
 
 
 def files(folder: Path, **changes: Any) -> Path:
-    """A folder with what stages read: a teacher, the mixers that stage 1 made of it, the hybrid of stage 2."""
+    """A folder with the inputs of stages: a teacher, the mixers of stage 1, the hybrid of stage 2."""
     made = folder.with_name(f"{folder.name}-files")
 
     def write() -> None:
@@ -76,7 +76,7 @@ def files(folder: Path, **changes: Any) -> Path:
 
 
 def whole_mixers(teacher: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
-    """Of every layer, by the names of stage 1's file."""
+    """Every layer's mixer weights, with the names of stage 1's file."""
     mixers = new_mixers(teacher, "lightning-attn")
     return {f"{i}.{name}": weight for i, mixer in mixers.items() for name, weight in mixer.state_dict().items()}
 
@@ -127,7 +127,7 @@ def save_teacher(folder: Path, tied: bool = True) -> Path:
 
 
 def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher: Path, split: RankLayout) -> Result:
-    """The same where the teacher is on ranks of its own."""
+    """The same with a dedicated teacher."""
     micro_batch, _ = split_batch(settings)
     order = Order(
         teacher=str(teacher),
@@ -161,7 +161,7 @@ def finetune(shards: Path, folder: Path, zero: str, settings: Training) -> Resul
 
 
 def first_moments(job: Callable[..., Result], *args: Any) -> Result:
-    """`job`, with AdamW's first moments in the place of the weights: they show how large each gradient was."""
+    """`job`, but its result has AdamW's first moments as weights: they show each gradient's size."""
 
     class Watched(Engine):
         def parameters_on_rank0(self) -> dict[str, torch.Tensor]:

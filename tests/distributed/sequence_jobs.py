@@ -174,7 +174,7 @@ def bytes_received(mixers: list[str], length: int) -> dict[str, dict[str, int]]:
 
 
 def answers(prompts: list[list[int]]) -> list[NeedleSample]:
-    """The two tokens with which the hybrid goes on, but after every third prompt others."""
+    """The two tokens that the hybrid continues a prompt with; for every third prompt, other tokens."""
     model, samples = scaled_hybrid(), []
     for i, prompt in enumerate(prompts):
         ids = list(prompt)
