@@ -210,7 +210,7 @@ class _Loop:
         self._limit = SLOW_LIMIT  # the first step compiles
 
     def is_done(self) -> bool:
-        return self.state.step == self._training.steps
+        return self.state.step >= self._training.steps
 
     def train_step(self, stop_requested: Callable[[], bool]) -> _Agreed:
         """Train on one batch, and record that."""
