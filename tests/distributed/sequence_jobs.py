@@ -1,4 +1,4 @@
-"""What the tests of sequence parallelism run on each rank."""
+"""Functions that the tests of sequence parallelism run on each rank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from tests.distributed import jobs
 
 B, T, SEPARATOR = 2, 64, 63
 OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}, "ttt": {"mini_batch_size": 5}}
-"""Of mixers, so that a few tokens are many."""
+"""Options of mixers that make a few tokens many: short windows, few slots."""
 Gradients = dict[str, Tensor]
 
 
@@ -38,7 +38,7 @@ def tokens(packed: bool) -> Tensor:
 
 
 def student(mixer: str) -> HypeNetForCausalLM:
-    """Two layers of the mixer around one of attention, whose new weights and norms are not at their beginning."""
+    """Two layers of the mixer around one of attention. Norms are not at their initial values."""
     torch.manual_seed(1)
     options = {mixer: OPTIONS[mixer]} if mixer in OPTIONS else {}
     types = [mixer, "attn", mixer]
@@ -97,7 +97,7 @@ def under(zero: str | None, objective: Objective) -> Iterator[Engine | None]:
 def of_mixers(
     mixers: list[str], zero: str | None, dtype: torch.dtype = torch.float32
 ) -> dict[tuple[str, str], tuple[Tensor, Gradients]]:
-    """`loss_and_gradients` of stage 3 with each mixer, on whole rows and packed ones, all ranks sharing each row."""
+    """`loss_and_gradients` of stage 3 with each mixer, on whole rows and on packed ones; all ranks share each row."""
     found = {}
     for mixer in mixers:
         objective = next_token(mixer, world_size(), packed=False).to(dtype)
@@ -115,7 +115,7 @@ def of_stages(mixer: str) -> dict[str, tuple[Tensor, Gradients]]:
 
 
 def in_tiles(zero: str | None) -> tuple[Tensor, Gradients]:
-    """Stage 3 with everything that spares memory, on packed rows."""
+    """Stage 3 with everything that saves memory, on packed rows."""
     objective = next_token(
         "lightning-attn", world_size(), packed=True, activation_checkpointing=True, activation_offload=True
     )
@@ -124,7 +124,7 @@ def in_tiles(zero: str | None) -> tuple[Tensor, Gradients]:
 
 
 def with_a_wrong_exchange(what: str, mixer: str) -> tuple[Tensor, Gradients]:
-    """`of_mixers`, but what the ranks send each other is not what they should."""
+    """`loss_and_gradients`, but the ranks exchange wrong tensors."""
     gather, exchange = SequenceGroup.gather, SequenceGroup.exchange
     wrong = {
         "states of other ranks": ("gather", lambda group, x: gather(group, x).roll(1, dims=0)),
@@ -136,7 +136,7 @@ def with_a_wrong_exchange(what: str, mixer: str) -> tuple[Tensor, Gradients]:
 
 
 def _kept_whole(gathered: Tensor) -> Tensor:
-    """As if no chunk forgot anything."""
+    """As if no chunk's state decayed."""
     gathered[..., -1] = 1
     return gathered
 
@@ -162,7 +162,7 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def bytes_received(mixers: list[str], length: int) -> dict[str, dict[str, int]]:
-    """By mixer, in forward and backward of one layer of it over rows of `length` tokens."""
+    """By mixer: the bytes for forward and backward of one layer, over rows of `length` tokens."""
     found = {}
     for mixer in mixers:
         model = HypeNetForCausalLM(HypeNetConfig(**jobs.SHAPE | {"num_hidden_layers": 1, "mixer_types": [mixer]}))
