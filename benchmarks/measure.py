@@ -1,4 +1,4 @@
-"""How the benchmarks here measure and report: medians of device events, peak memory, and the machine they ran on."""
+"""What all benchmarks use to measure and report: medians of device events, peak memory, the machine and versions."""
 
 import os
 import platform
@@ -14,10 +14,13 @@ PACKAGES = ("torch", "triton", "fla-core", "liger-kernel", "transformers", "deep
 
 
 def header(packages: Sequence[str] = PACKAGES, *, gpu: bool = True) -> str:
-    """The command, the machine and the versions, as the first lines of a report.
+    """The first lines of a report: the command, the machine and the versions.
+
+    Args:
+        gpu: whether the benchmark needs a GPU.
 
     Raises:
-        SystemExit: there is no GPU, and the benchmark is of one.
+        SystemExit: it needs a GPU, and there is none.
     """
     if gpu and not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
@@ -48,7 +51,7 @@ def milliseconds(run: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3)
 def milliseconds_in_turn(
     runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warm_up: int = 3
 ) -> dict[str, float]:
-    """The median time of each, by name. They take turns: a GPU is slower when it is hot, which is then so for all."""
+    """The median milliseconds of each, by name. They run in turn, so that a hot, slower GPU slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(warm_up + repeats):
         for name, run in runs.items():

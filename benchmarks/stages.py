@@ -1,12 +1,11 @@
-"""Speed and memory of the training stages at true shapes: random weights and tokens, through the trainer itself.
+"""Speed and memory of the training stages at real shapes: the trainer itself, with random weights and tokens.
 
     python -m benchmarks.stages --stage distill --teacher 1.7b --no-checkpointing
     torchrun --nproc_per_node 2 -m benchmarks.stages --stage distill --teacher 8b --ds_config ds_configs/zero3.json \
         --placement dedicated --teacher_ranks 1
 
-Models are built as stages build them (halo/models/build.py), from weights that are drawn in the place of a checkpoint's
-files. No checkpoint is written. What is printed is the median of the steps between those that warm up and the last, as
-metrics.jsonl has them.
+Models are built as in a stage (halo/models/build.py), but their weights are random numbers, not those of a checkpoint's
+files. No checkpoint is written. It prints the medians of metrics.jsonl, over the steps after the warm-up but the last.
 """
 
 import argparse
@@ -35,10 +34,10 @@ from halo.distributed import device, on_rank0, rank, world_size
 from halo.models import build
 from halo.plan.load import PUBLISHED
 from halo.preset import load_config
-from halo.ranks import Split, split_ranks
+from halo.ranks import RankLayout, split_ranks
 from halo.run import StageFolder
 from halo.stages.distill import logits_form, options_of, teacher_of
-from halo.teacher.colocated import Asked, Teacher
+from halo.teacher.colocated import Teacher, TeacherSource
 from halo.teacher.dedicated import serve
 from halo.training import trainer
 from halo.training.engine import Engine, placement, read_ds_config, split_batch, whole_size
@@ -88,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["align", "distill", "finetune"], required=True)
     parser.add_argument("--teacher", choices=TEACHERS, required=True)
-    parser.add_argument("--layers", type=int, help="so many of the teacher's layers, the first (default: all)")
-    parser.add_argument("--micro_batch", type=int, help="sequences a rank takes at once (default: the preset's)")
+    parser.add_argument("--layers", type=int, help="use the teacher's first LAYERS layers (default: all)")
+    parser.add_argument("--micro_batch", type=int, help="sequences of a rank's micro-batch (default: the preset's)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default: 1)")
     parser.add_argument("--seq_len", type=int, help="(default: the preset's)")
     parser.add_argument("--ds_config", default="ds_configs/zero1.json")
@@ -99,17 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--offload", action="store_true", help="keep checkpointed activations in host memory")
     parser.add_argument("--sequence_parallel", type=int, default=1, help="ranks that share a sequence (default: 1)")
-    parser.add_argument("--emulate", type=int, help="be the first of so many ranks, the others of which are not there")
-    parser.add_argument("--steps", type=int, default=12, help="with those that warm up (default: 12)")
-    parser.add_argument("--warm_up", type=int, default=4, help="steps that are not counted (default: 4)")
+    parser.add_argument("--emulate", type=int, help="be the first of this many ranks, without the others")
+    parser.add_argument("--steps", type=int, default=12, help="including the warm-up (default: 12)")
+    parser.add_argument("--warm_up", type=int, default=4, help="first steps that are not counted (default: 4)")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step that take the most time")
-    parser.add_argument("--folder", help="for the data and what is measured (default: the system's temporary one)")
+    parser.add_argument("--folder", help="for the data and the metrics (default: the system's temporary folder)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def preset_settings(args: argparse.Namespace, preset: Any, ranks: int) -> Distill:
-    """The preset's, as far as the command line says no other. Stages 1 and 3 have no more than stage 2."""
+    """The preset's settings, changed by the command line. Stage 2 has all settings of stages 1 and 3."""
     chosen = {"micro_batch": args.micro_batch, "seq_len": args.seq_len, "activation_checkpointing": args.checkpointing}
     chosen |= {"sequence_parallel": args.sequence_parallel, "activation_offload": args.offload}
     chosen |= {"teacher_placement": args.placement, "teacher_ranks": args.teacher_ranks, "steps": args.steps}
@@ -121,9 +120,9 @@ def preset_settings(args: argparse.Namespace, preset: Any, ranks: int) -> Distil
 
 
 def emulate(size: int) -> None:
-    """Have this process be the first of many ranks, on its own: what it is to receive, it copies from what it sends.
+    """Make this process the first of many ranks, without the others: it receives a copy of what it sends.
 
-    So its memory is true, and its time is that without waiting for the others.
+    So its memory is that of a real run, and its time that without communication.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -133,7 +132,7 @@ def emulate(size: int) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     trainer.waits_of_at_most = lambda limit: nullcontext()  # nothing is waited for
-    dist.all_to_all_single = exchange  # the backend's own leaves what it is to write as it is
+    dist.all_to_all_single = exchange  # the backend's own does not write its output
 
 
 class Drawn(Mapping[str, Tensor]):
@@ -155,7 +154,7 @@ class Drawn(Mapping[str, Tensor]):
 
 
 def write_teacher(args: argparse.Namespace, folder: Path) -> Path:
-    """A teacher's folder that holds no weights: where they are read, they are drawn."""
+    """A teacher's folder without weights: random ones are drawn when they are read."""
     config = Qwen3Config(**PUBLISHED[TEACHERS[args.teacher]], rope_theta=1e6)
     config.num_hidden_layers = args.layers or config.num_hidden_layers
     config.layer_types = config.layer_types[: config.num_hidden_layers]
@@ -172,8 +171,8 @@ def write_teacher(args: argparse.Namespace, folder: Path) -> Path:
     return folder / "teacher"
 
 
-def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: Split) -> None:
-    """Train for some steps, and print what they took."""
+def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: RankLayout) -> None:
+    """Train for some steps, and print their time and memory."""
     ds_config = read_ds_config(args.ds_config)
     stage = StageFolder(teacher.parent / args.stage, {})
     shards = teacher.parent / f"shards-{training.batch}-{training.seq_len}"
@@ -192,11 +191,11 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
     Engine.parameters_on_rank0 = lambda engine: {}  # type: ignore
     form = logits_form(training, PUBLISHED[TEACHERS[args.teacher]]["vocab_size"])
     shapes = nullcontext(SimpleNamespace(model=build.empty_teacher(teacher)))
-    asked: Any
-    with shapes if args.stage == "finetune" else teacher_of(training, teacher, split, form) as asked:
-        objective = objective_of(args, training, teacher, asked, ds_config)
+    source: Any
+    with shapes if args.stage == "finetune" else teacher_of(training, teacher, split, form) as source:
+        objective = objective_of(args, training, teacher, source, ds_config)
         trained = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in asked.model.parameters() if not p.is_meta)
+        frozen = sum(p.numel() for p in source.model.parameters() if not p.is_meta)
         if args.profile:
             training = Distill(**vars(training) | {"profile_from": args.steps - 2, "profile_steps": 1})
         train(objective, training, shards=shards, folder=stage, ds_config=ds_config)
@@ -209,16 +208,16 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: S
 
 
 def objective_of(
-    args: argparse.Namespace, training: Distill, teacher: Path, asked: Asked, ds_config: dict[str, Any]
+    args: argparse.Namespace, training: Distill, teacher: Path, source: TeacherSource, ds_config: dict[str, Any]
 ) -> Objective:
-    config, place = asked.model.config, placement(ds_config, training)
+    config, place = source.model.config, placement(ds_config, training)
     if args.stage == "align":
-        assert isinstance(asked, Teacher)
-        return Alignment(build.build_mixers(teacher, hybrid_config(config, []), place), asked)
+        assert isinstance(source, Teacher)
+        return Alignment(build.build_mixers(teacher, hybrid_config(config, []), place), source)
     kept = [layer for layer in KEPT[args.teacher] if layer < config.num_hidden_layers]
     student = build.build_student(teacher, hybrid_config(config, kept), teacher / MIXERS, place)
     if args.stage == "distill":
-        return Distillation(student, asked, **options_of(training))
+        return Distillation(student, source, **options_of(training))
     return NextToken(student, **options_of(training))
 
 
@@ -230,7 +229,7 @@ def report(
     frozen: int,
     ds_config: dict[str, Any],
 ) -> None:
-    """Medians over the steps but the last, which draws no more, and the memory that the state does not explain."""
+    """Print medians over the steps but the last, which prefetches nothing, and the memory beyond that of the state."""
     of = {name: median(line[name] for line in lines) for name in lines[0] if lines[0][name] is not None}
     stage = ds_config["zero_optimization"]["stage"]
     whole = {1: 2 + 14 / world_size(), 2: 2 + 14 / world_size(), 3: 16 / world_size()}[stage]

@@ -7,7 +7,7 @@ from typing import Any
 from halo.config import Config
 from halo.errors import UserError
 from halo.graph import INPUTS, LAUNCHERS, stages_to
-from halo.ranks import Split
+from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.tables import config_table
 
@@ -34,7 +34,7 @@ class Context:
     fingerprint: str
     """The teacher's."""
     ds_config: dict[str, Any]
-    split: Split | None = None
+    split: RankLayout | None = None
     """Which ranks are a dedicated teacher's. None: there are no other ranks."""
     _checked: set[str] = field(default_factory=set)
 

@@ -1,4 +1,4 @@
-"""The few collectives that HALO needs beside DeepSpeed's own. Every function also works in one plain process."""
+"""The few collectives that HALO needs beside DeepSpeed's. Every function also works in one process without ranks."""
 
 import os
 import traceback
@@ -16,12 +16,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=24)
-"""How long a rank waits for another where work is uneven: rank 0 alone downloads, tokenizes and writes."""
+"""How long a rank waits for another where their work differs: rank 0 alone downloads, tokenizes and writes."""
 STEP_LIMIT = timedelta(minutes=5)
-"""How long a rank waits for another within a training step: what takes longer hangs. Enough for a file system that
-stalls, or a rank that writes a trace. A rank that dies is noticed at once, by its connections and its launcher."""
+"""How long a rank waits for another within a training step: a rank that takes longer hangs. It is enough for a file
+system that stalls, and for a rank that writes a trace. A rank that dies is noticed at once, by its connections and its
+launcher."""
 SLOW_LIMIT = timedelta(hours=1)
-"""The same where training is slow for once: a first step, which compiles, and checkpoints."""
+"""The same for the first step, which compiles, and for checkpoints."""
 
 
 def rank() -> int:
@@ -33,7 +34,7 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """This rank's device: its own GPU where there is one, else the CPU."""
+    """This rank's own GPU, or the CPU where there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -46,7 +47,7 @@ def barrier() -> None:
 
 @contextmanager
 def waits_of_at_most(limit: timedelta) -> Iterator[None]:
-    """Within, a collective of any group that waits longer than `limit` for a rank fails. Afterwards, PATIENCE."""
+    """Inside, a collective of any group fails if it waits longer than `limit` for a rank. Outside, PATIENCE counts."""
     _limit_waits(limit)
     try:
         yield
@@ -55,18 +56,18 @@ def waits_of_at_most(limit: timedelta) -> Iterator[None]:
 
 
 def _limit_waits(limit: timedelta) -> None:
-    # All groups: DeepSpeed makes one of its own and trains on that.
+    # All groups: DeepSpeed trains on a group that it makes.
     for group in dist.distributed_c10d._world.pg_map:
         for kind in group._device_types:
             group._get_backend(kind)._set_default_timeout(limit)
 
 
 def on_rank0(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `function` with these arguments on rank 0 alone and hand its result to every rank.
+    """Run `function` with these arguments on rank 0 alone. Returns its result on every rank.
 
     Raises:
         UserError: `function` raised it; on every rank, so that all end together.
-        RuntimeError: `function` raised anything else (in one plain process: that itself).
+        RuntimeError: `function` raised another exception; its traceback is the message. In one process: that exception.
     """
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if rank() == 0:
@@ -88,7 +89,7 @@ def on_rank0(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def from_rank0(value: T) -> T:
-    """The value that rank 0 has, on every rank; the others' counts for nothing."""
+    """The value that rank 0 has, on every rank; the other ranks' values are ignored."""
     return on_rank0(_same, value)
 
 
@@ -97,10 +98,10 @@ def _same(value: T) -> T:
 
 
 def on_every_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-    """Run `function` with these arguments on every rank and hand every rank's result to each, by rank.
+    """Run `function` with these arguments on every rank. Returns all results on every rank, in the order of ranks.
 
     Raises:
-        UserError: `function` raised it on some rank; the first such, on every rank, so that all end together.
+        UserError: `function` raised it on some rank; the first of them, on every rank, so that all end together.
     """
     result: T | None = None
     failure: UserError | None = None
@@ -118,7 +119,7 @@ def on_every_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over all ranks, on every rank (a new tensor)."""
+    """The sum of `tensor` over all ranks, on every rank, as a new tensor on this rank's device."""
     total = tensor.to(device(), copy=True)
     if world_size() > 1:
         dist.all_reduce(total)
@@ -126,7 +127,7 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """Give `tensors`, on this rank's device, the values that rank 0 has."""
+    """Copy rank 0's values into `tensors`, which are on this rank's device."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)

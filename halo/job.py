@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from halo.config import Config
 
 if TYPE_CHECKING:
-    from halo.ranks import Split
+    from halo.ranks import RankLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +22,5 @@ class Job:
     taken_from: Path | None = None
     """Another run's folder, whose finished `taken_stages` this run takes over (--from)."""
     taken_stages: tuple[str, ...] = ()
-    split: "Split | None" = None
+    split: "RankLayout | None" = None
     """Which ranks are a dedicated teacher's. None: there are no other ranks."""

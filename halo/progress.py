@@ -1,4 +1,4 @@
-"""The one progress bar of long work, on rank 0."""
+"""The progress bar of long work, shown by rank 0."""
 
 import sys
 
@@ -10,11 +10,12 @@ from halo.distributed import rank
 def progress_bar(
     total: int | None, name: str, unit: str = "step", initial: int = 0, delay: float = 0.0, scale: bool = False
 ) -> tqdm:
-    """A bar, silent on every rank but 0. In a log it moves twice a minute.
+    """A bar that rank 0 alone shows. In a log file it prints twice a minute.
 
     Args:
-        delay: seconds of work before it shows.
-        scale: write 1.2M for 1,234,567.
+        total: how many units there are. None: not known.
+        delay: seconds before the bar appears.
+        scale: print 1.2M for 1,234,567.
     """
     return tqdm(
         total=total,

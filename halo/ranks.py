@@ -1,12 +1,12 @@
-"""Ranks of two kinds: a student's, which train, and a dedicated teacher's, which only answer them.
+"""Which ranks train (students), and which only answer them (a dedicated teacher's).
 
-Each kind has a default world of its own, since DeepSpeed runs its collectives over the whole default world. On each
-node the last ranks are the teacher's. What the kinds have to tell each other stands in the job's store:
+Students and teachers have a default world each, since DeepSpeed runs its collectives over the whole default world. The
+last ranks of each node are the teacher's. All ranks of a job share a store, through which they tell each other:
 
-    halo/order     what the teacher is to answer (halo/teacher/dedicated.py), from the first student
-    halo/leave     that nothing more comes, and the status to end with, from the first student
+    halo/order     what the teacher must supply (halo/teacher/dedicated.py), from the first student
+    halo/leave     nothing more comes, and the exit status, from the first student
     halo/errors    how many ranks met a user's mistake: all others end too
-    halo/left/R    that rank R ends; the first student, which may hold the store, waits for that
+    halo/left/R    rank R ends; the first student waits for that, since its process may hold the store
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from halo.distributed import PATIENCE
 from halo.errors import UserError
 
 ERRORS, ORDER, LEAVE, LEFT = "halo/errors", "halo/order", "halo/leave", "halo/left"
-LOOK_EVERY = 0.2
-"""Seconds between a waiting teacher's looks at the store."""
+POLL_EVERY = 0.2
+"""Seconds between two looks at the store of a waiting teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """Where a rank stands among all of a job. Ranks count node by node, and each node's as many.
+class RankLayout:
+    """The ranks of a job, node by node, and which of them this one is. Every node has the same number of ranks.
 
     Attributes:
-        store: which all ranks share.
-        rank, size: this rank among all, and how many there are.
-        per_node: of them on each node.
-        teachers: of those, how many are a dedicated teacher's; 0: there is none.
+        store: shared by all ranks.
+        rank, size: this rank among all, and the number of all.
+        per_node: ranks on each node.
+        teachers: how many of them are a dedicated teacher's; 0: there is none.
     """
 
     store: dist.Store
@@ -46,26 +46,30 @@ class Split:
 
     @property
     def students(self) -> int:
-        """Of each node."""
+        """On each node."""
         return self.per_node - self.teachers
 
     @property
     def all_teachers(self) -> int:
-        """Ranks of the dedicated teacher on all nodes."""
+        """Teacher ranks on all nodes."""
         return self.size // self.per_node * self.teachers
 
     @property
     def is_teacher(self) -> bool:
         return self.rank % self.per_node >= self.students
 
-    def asked_by(self) -> list[int]:
-        """A teacher's: the students that it answers, all of its node, by their rank among students."""
+    def answered_students(self) -> list[int]:
+        """The students on its node that this teacher rank answers, by their ranks among students."""
         node, place = divmod(self.rank, self.per_node)
         first = node * self.students
         return [first + i for i in range(self.students) if i % self.teachers == place - self.students]
 
     def join(self, timeout: timedelta = PATIENCE) -> None:
-        """Make the default world of this rank's kind, and have the environment say what DeepSpeed reads there."""
+        """Make the default world, of students or of teachers, and set the variables that DeepSpeed reads.
+
+        Args:
+            timeout: how long a collective waits for a rank.
+        """
         kind, rank, size = "students", self.rank, self.size
         if self.teachers:
             node, place = divmod(self.rank, self.per_node)
@@ -81,18 +85,18 @@ class Split:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = dist.PrefixStore(kind, self.store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        dist.barrier()  # NCCL's ranks meet here, within the rendezvous' limit, and not while rank 0 works alone
+        dist.barrier()  # NCCL connects at the first collective, and has a limit for that: not while rank 0 works alone
 
     def dismiss(self, status: int) -> None:
-        """A student's: tell the teacher's ranks to end with `status`, and see that they read it."""
+        """Of a student: tell the teacher ranks to end with `status`, and wait until they have read it."""
         if self.teachers and self.rank == 0:
             self.store.set(LEAVE, str(status))
             teachers = [r for r in range(self.size) if r % self.per_node >= self.students]
-            with contextlib.suppress(dist.DistError):  # one that is lost does not keep this one
+            with contextlib.suppress(dist.DistError):  # a rank that died must not hold this one
                 self.store.wait([f"{LEFT}/{r}" for r in teachers], timedelta(seconds=30))
 
     def leave(self) -> None:
-        """A teacher's: tell that it ends."""
+        """Of a teacher rank: tell that it ends."""
         self.store.set(f"{LEFT}/{self.rank}", "")
 
     def met_error(self) -> bool:
@@ -100,10 +104,10 @@ class Split:
         return self.store.add(ERRORS, 0) > 0
 
     def wait_for(self, *names: str) -> str:
-        """A teacher's: wait, for as long as it takes, until one of the names is in the store; which.
+        """Of a teacher rank: wait, without a limit, until one of the names is in the store. Returns that name.
 
         Raises:
-            UserError: a rank met one.
+            UserError: another rank met a user's mistake.
             DistError: the store is gone, and with it the first student.
         """
         while True:
@@ -112,43 +116,46 @@ class Split:
             for name in names:
                 if self.store.check([name]):
                     return name
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_EVERY)
 
 
-def split_ranks(store: dist.Store, rank: int, size: int, distill: Distill | None) -> Split:
-    """The ranks of a job, a dedicated teacher's among them if there is one.
+def split_ranks(store: dist.Store, rank: int, size: int, distill: Distill | None) -> RankLayout:
+    """The layout of a job's ranks, with those of a dedicated teacher if the settings ask for one.
 
     Args:
-        distill: the settings of stage 2; None where the job does not run it.
+        distill: the settings of stage 2. None: the job does not run it.
 
     Raises:
-        UserError: the ranks cannot be split so.
+        UserError: the ranks cannot be divided in this way.
     """
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     teachers = distill.teacher_ranks if distill else 0
     if distill and teachers:
-        students = per_node - teachers
-        if size % per_node:
-            raise UserError(f"a dedicated teacher needs as many ranks on every node, not {per_node} of {size} here")
-        if students < 1:
-            raise UserError(
-                f"distill.teacher_ranks = {teachers} leaves no student among the {per_node} ranks of a node: "
-                "start more ranks, or take fewer for the teacher"
-            )
-        if teachers > students:
-            raise UserError(
-                f"distill.teacher_ranks = {teachers} are more than the {students} ranks of a node that are left to ask "
-                f"them, and some would be idle: take at most {per_node // 2}"
-            )
-        if distill.teacher_sharded and students % teachers:
-            fit = min(
-                (n for n in range(2, per_node // 2 + 1) if per_node % n == 0),
-                key=lambda n: abs(n - teachers),
-                default=None,
-            )
-            instead = "teacher_sharded = false" if fit is None else f"teacher_ranks = {fit}"
-            raise UserError(
-                f"a teacher sharded over {teachers} ranks answers {teachers} students at a time, which do not divide "
-                f"the {students} of a node: set distill.{instead}"
-            )
-    return Split(store=store, rank=rank, size=size, per_node=per_node, teachers=teachers)
+        _check_teacher_ranks(distill, per_node, size)
+    return RankLayout(store=store, rank=rank, size=size, per_node=per_node, teachers=teachers)
+
+
+def _check_teacher_ranks(distill: Distill, per_node: int, size: int) -> None:
+    teachers, students = distill.teacher_ranks, per_node - distill.teacher_ranks
+    if size % per_node:
+        raise UserError(
+            f"a dedicated teacher needs the same number of ranks on every node, not {per_node} of {size} here"
+        )
+    if students < 1:
+        raise UserError(
+            f"distill.teacher_ranks = {teachers} leaves no student among the {per_node} ranks of a node: "
+            "start more ranks, or give the teacher fewer"
+        )
+    if teachers > students:
+        raise UserError(
+            f"distill.teacher_ranks = {teachers} is more than the {students} students of a node, and some teacher "
+            f"ranks would be idle: use at most {per_node // 2}"
+        )
+    if distill.teacher_sharded and students % teachers:
+        fit = [n for n in range(2, per_node // 2 + 1) if per_node % n == 0]
+        nearest = min(fit, key=lambda n: abs(n - teachers), default=None)
+        instead = "teacher_sharded = false" if nearest is None else f"teacher_ranks = {nearest}"
+        raise UserError(
+            f"a teacher sharded over {teachers} ranks answers {teachers} students at a time, which do not divide "
+            f"the {students} of a node: set distill.{instead}"
+        )

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1 ask a training run to stop: it finishes the step, saves and ends. So do stages that measure.
+"""SIGTERM and SIGUSR1 ask a run to stop: a training stage finishes its step, saves and ends; so do measuring stages.
 
-One rank's signal is enough, since the ranks tell each other in a collective that each step has anyway. Elsewhere there
-is nothing to save, and the signals end the process as ever.
+It is enough if one rank gets the signal: the ranks tell each other in a collective that each step has anyway. In all
+other work there is nothing to save, and the signals end the process as usual.
 """
 
 import signal
@@ -16,24 +16,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within, the signals end nothing. Yields a function that says whether one came to this rank."""
+    """Inside, the signals end nothing. Yields a function that says whether this rank got one."""
     came: list[int] = []
     before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
     try:
         yield lambda: bool(came)
     except Stopped:
-        raise  # the run is ending, and another signal must not cut that short
+        raise  # the run is ending: another signal must not interrupt that
     except BaseException:
         _restore(before)
         raise
     _restore(before)
-    if came:  # after the last step's look: it is saved, and what follows was not asked for
+    if came:  # after the last step has asked: all is saved, and the signal ends the work that follows
         signal.raise_signal(came[-1])
 
 
 @contextmanager
 def ignoring_stop_requests() -> Iterator[None]:
-    """Within, the signals do nothing: for a rank that ends when others do."""
+    """Inside, the signals do nothing: for a rank that ends when others do."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield

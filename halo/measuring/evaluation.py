@@ -31,7 +31,7 @@ from halo.models.fuse import fuse
 from halo.models.loading import unpadded
 from halo.parallel.activations import tile_mlps
 from halo.parallel.sequence import SequenceGroup, parallelize
-from halo.training.objectives import next_tokens
+from halo.teacher.batch import next_tokens
 from hypenet.losses import IGNORE
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 

@@ -16,7 +16,7 @@ from halo.errors import UserError
 from halo.parallel.sequence import check_degree
 from halo.plan.dry_run import Work
 from halo.plan.load import BF16, Load, Models, load_of
-from halo.training.engine import ALONE, split_batch
+from halo.training.engine import SINGLE_RANK_ZERO, split_batch
 from halo.training.gpus import GPU
 
 GIB = 2**30
@@ -140,7 +140,7 @@ class Zero:
         Raises:
             UserError: there is no such ZeRO stage.
         """
-        zero = ds_config.get("zero_optimization", {}) | (ALONE if ranks == 1 else {})
+        zero = ds_config.get("zero_optimization", {}) | (SINGLE_RANK_ZERO if ranks == 1 else {})
         stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3):
             raise UserError(f"the DeepSpeed config says zero_optimization.stage = {stage}: it is 0, 1, 2 or 3")

@@ -19,10 +19,10 @@ from halo.errors import UserError
 from halo.models.build import build_student, build_teacher
 from halo.models.loading import load_model_config
 from halo.parallel.sequence import SequenceGroup
-from halo.ranks import Split
+from halo.ranks import RankLayout
 from halo.run import StageFolder, atomic_folder
 from halo.stages.align import MIXERS
-from halo.teacher.colocated import Asked, Teacher, teacher_group
+from halo.teacher.colocated import Teacher, TeacherSource, teacher_group
 from halo.teacher.dedicated import DedicatedTeacher, Order
 from halo.teacher.logits import LogitsForm
 from halo.training.engine import placement, split_batch
@@ -60,7 +60,9 @@ def run(context: Context) -> None:
     on_rank0(lambda: save_hybrid(folder, student, result))
 
 
-def teacher_of(training: Distill, source: Path, split: Split | None, form: LogitsForm) -> AbstractContextManager[Asked]:
+def teacher_of(
+    training: Distill, source: Path, split: RankLayout | None, form: LogitsForm
+) -> AbstractContextManager[TeacherSource]:
     """The teacher where the settings place it, for as long as it is asked.
 
     Raises:

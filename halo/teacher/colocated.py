@@ -1,10 +1,10 @@
-"""The frozen teacher, apart from the student's engine.
+"""The frozen teacher beside the student on the same ranks, outside of the student's engine.
 
-It has no gradients, no optimizer state, and enters no checkpoint. It runs forward only. Each rank that holds it holds
-the whole, or (sharded) a share: then it has a process group of its own, the ranks of one node; every decoder layer is
-cut over them (FSDP2) and gathered just before its forward, over the teacher's own communicator.
+It runs forward only: it has no gradients and no optimizer state, and no checkpoint holds it. A rank holds the whole
+teacher or, if it is sharded, a part. Then the ranks of a node are a process group: every decoder layer is cut over them
+(FSDP2), and gathered just before its forward over a communicator that only the teacher uses.
 
-What it supplies is its logits, in one of the forms of halo/teacher/logits.py (docs/design.md).
+It supplies its logits in one of the forms of halo/teacher/logits.py (docs/design.md).
 """
 
 import os
@@ -17,33 +17,41 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from halo.distributed import device, world_size
+from halo.distributed import world_size
 from halo.errors import UserError
 from halo.models.fuse import fuse
 from halo.models.loading import frozen_states, never_looks
 from halo.parallel.sequence import SequenceGroup, parallelize
+from halo.teacher.batch import Batch, keep_for_current_stream
 from halo.teacher.logits import LogitsForm, TeacherLogits
 
 
-class Asked(Protocol):
-    """A teacher that answers, wherever it is: `Teacher`, or `halo.teacher.dedicated.DedicatedTeacher`."""
+class TeacherSource(Protocol):
+    """Supplies a teacher's logits, one micro-batch after the other: `Teacher`, or `DedicatedTeacher` on other ranks."""
 
     model: PreTrainedModel
-    """Its shapes: with weights only where they are here."""
+    """The teacher's shapes; its weights only where this rank holds them."""
     ranks: int
-    """How many ranks hold it and nothing else."""
+    """How many ranks hold the teacher and nothing else."""
 
-    def ask(self, input_ids: Tensor) -> Callable[[], TeacherLogits]: ...
+    def prefetch(self, batch: Batch) -> None:
+        """Begin to make the logits of a micro-batch, in the current stream. Nothing waits for them."""
+
+    def next(self) -> TeacherLogits:
+        """The logits of the micro-batch that was prefetched, for the current stream. Call it before the next prefetch.
+
+        If another stream makes them, the current one must wait for it first.
+        """
 
 
 class Teacher:
     """A frozen causal language model on this rank.
 
     Args:
-        model: as `halo.models.build.build_teacher` gives it: whole, or cut over the ranks of `teacher_group`.
-        form: in which it supplies its logits.
-        sequence: the ranks that share each sequence with this one: it answers for this rank's chunk. None: there are
-            none. A group `apart`, where it works beside a student.
+        model: from `halo.models.build.build_teacher`: whole, or cut over the ranks of `teacher_group`.
+        form: the form of its logits.
+        sequence: the ranks that share each sequence with this one; the logits are those of this rank's chunk. None:
+            sequences are not shared. Beside a student, it must be a group `apart`.
     """
 
     ranks = 0
@@ -53,6 +61,7 @@ class Teacher:
         self._form = form or LogitsForm()
         self.sequence = sequence or SequenceGroup()
         self._recorded: dict[torch.Size, _Recording] = {}
+        self._prefetched: TeacherLogits | None = None
         fuse(self.model)
         parallelize([layer.get_submodule("self_attn") for layer in self.layers], self.sequence)
 
@@ -66,14 +75,13 @@ class Teacher:
         return self.model.lm_head.weight
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T] -> final hidden states after the last norm, [B, T, E], or [B, C, E] of this rank's chunk."""
+        """input_ids [B, T] -> the hidden states after the last norm, [B, T, E], or [B, C, E] of this rank's chunk."""
         rows = self.sequence.begin(input_ids)
         return frozen_states(self.model, rows.of_chunk(input_ids), rows.first)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> TeacherLogits:
-        """input_ids [B, T] -> the logits of its B x T tokens, or of this rank's chunk of them."""
-        input_ids = input_ids.to(device(), non_blocking=True)
+        """input_ids [B, T] on this rank's device -> the logits of its B x T tokens, or of this rank's chunk of them."""
         if self._can_be_recorded(input_ids):
             if input_ids.shape not in self._recorded:
                 self._recorded[input_ids.shape] = _Recording(self.hidden_states, input_ids)
@@ -83,26 +91,31 @@ class Teacher:
         return self._form.supply(hidden.flatten(0, 1), self.head)
 
     def _can_be_recorded(self, input_ids: Tensor) -> bool:
-        """Not where the forward waits for the host, nor where it exchanges weights with other ranks."""
-        cut = isinstance(self.layers[0], FSDPModule)
-        cut = cut or self.sequence.degree > 1
-        return input_ids.is_cuda and not cut and never_looks(self.model, input_ids.shape[1])
+        """Not if the forward waits for the host, nor if it communicates with other ranks."""
+        communicates = isinstance(self.layers[0], FSDPModule) or self.sequence.degree > 1
+        return input_ids.is_cuda and not communicates and never_looks(self.model, input_ids.shape[1])
 
-    def ask(self, input_ids: Tensor) -> Callable[[], TeacherLogits]:
-        """Begin the forward of [B, T] tokens on the host, in the current stream. Call the result for their logits, in
-        a stream that waits for this one."""
-        logits = self.logits(input_ids)
-        return lambda: used_here(logits)
+    def prefetch(self, batch: Batch) -> None:
+        """As `TeacherSource` has it."""
+        assert self._prefetched is None, "one micro-batch at a time"
+        self._prefetched = self.logits(batch.input_ids)
+
+    def next(self) -> TeacherLogits:
+        """As `TeacherSource` has it."""
+        assert self._prefetched is not None, "nothing was prefetched"
+        logits, self._prefetched = self._prefetched, None
+        keep_for_current_stream(logits.parts)
+        return logits
 
 
 class _Recording:
-    """A forward of one shape as a CUDA graph. The host issues it in one call, and is free for the student's work."""
+    """A forward of one shape as a CUDA graph. The host launches it in one call, and is free for the student's work."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor], input_ids: Tensor):
         self._input_ids = input_ids.clone()
-        forward(self._input_ids)  # what is compiled or chosen at the first call, before it is recorded
+        forward(self._input_ids)  # a first call compiles and tunes kernels, which cannot be recorded
         self._graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls matter: those of NCCL's watchdog may go on.
+        # Thread-local: NCCL's watchdog thread may make CUDA calls meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._hidden = forward(self._input_ids)
 
@@ -112,25 +125,21 @@ class _Recording:
         return self._hidden.clone()  # the next replay writes into the same memory
 
 
-def used_here(logits: TeacherLogits) -> TeacherLogits:
-    """Keep the memory of what another stream made until the current one is done with it."""
-    for part in logits.parts:
-        if part.is_cuda:
-            part.record_stream(torch.cuda.current_stream())
-    return logits
-
-
 def teacher_group(sharded: bool) -> dist.ProcessGroup | None:
-    """The ranks that share a teacher with this one, or None: this rank holds a whole one. Every rank must call this."""
+    """The ranks that share a teacher with this one. None: this rank holds a whole one. Every rank must call this.
+
+    Raises:
+        UserError: the nodes have different numbers of ranks.
+    """
     return _node_group() if sharded and world_size() > 1 else None
 
 
 def _node_group() -> dist.ProcessGroup:
-    """A new group of the ranks of this node. Every rank creates every node's group, in the same order."""
+    """A new group of the ranks of this node."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     if world_size() % per_node:
         raise UserError(
             f"a sharded teacher needs the same number of ranks on every node, not {per_node} of {world_size()} here"
         )
-    mine, _ = dist.new_subgroups(per_node)
-    return mine
+    group, _ = dist.new_subgroups(per_node)  # every rank creates every node's group, in the same order
+    return group

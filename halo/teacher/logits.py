@@ -1,10 +1,10 @@
-"""The teacher's logits in the forms in which it may supply them, for the loss (halo/losses/linear_kl.py) to read.
+"""The forms in which a teacher supplies its logits to the loss (halo/losses/linear_kl.py).
 
     factored   final hidden states and the frozen head: exact, and E numbers a token (the default)
-    full       the logits themselves, rounded to the precision of training: V numbers a token
-    top_k      the k largest, and what the others come to together: 2 k + 2 numbers a token, a lower bound of the KL
+    full       the logits themselves, rounded to the training precision: V numbers a token
+    top_k      the k largest, and one sum over all others: 2 k + 2 numbers a token; the KL is then a lower bound
 
-Shapes: N tokens, V words, E teacher width, k largest.
+Shapes: N tokens, V words of the vocabulary, E teacher width, k largest logits.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from hypenet.losses import exact_logits
 
-ROWS = 256
-"""Tokens whose logits live at a time while the k largest are sought."""
+TOP_K_ROWS = 256
+"""The k largest logits are found for this many tokens at a time."""
 
-Kind = Literal["factored", "full", "top_k"]
+LogitsKind = Literal["factored", "full", "top_k"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class FactoredLogits:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """What there is of each token."""
+        """The tensors that differ from token to token, [N, ...] each."""
         return (self.hidden,)
 
     def rows(self, begin: int, end: int, out: Tensor) -> Tensor:
-        """The logits of tokens `begin` to `end` into `out`, [end - begin, words], of as many words as that has."""
+        """Write the logits of tokens `begin` to `end` into `out`, [end - begin, W]: those of the first W words."""
         return exact_logits(self.hidden[begin:end], self.head[: out.shape[1]], out)
 
 
@@ -64,15 +64,15 @@ class FullLogits:
 
 @dataclass(frozen=True)
 class TopKLogits:
-    """The k largest logits of each token, and of the other words what a KL with one bucket for them needs.
+    """The k largest logits of each token, and what a KL needs that counts all other words as one.
 
     Attributes:
         values: [N, k] float32, the largest first.
         indices: [N, k] int32, their words.
-        log_rest: [N] float32, log sum exp(t / T) over the other words; minus infinity where there are none.
+        log_rest: [N] float32, log sum exp(t / T) over the other words; minus infinity if there are none.
         entropy: [N] float32, of the whole distribution at T, in nats.
         temperature: T.
-        words: among how many they are the largest: the words that teacher and student both have.
+        words: how many words were compared: those that teacher and student both have.
     """
 
     values: Tensor
@@ -87,7 +87,7 @@ class TopKLogits:
         return self.values, self.indices, self.log_rest, self.entropy
 
     def part(self, begin: int, end: int) -> "TopKLogits":
-        """Those of tokens `begin` to `end`."""
+        """The same of tokens `begin` to `end`."""
         values, indices, log_rest, entropy = (x[begin:end] for x in self.parts)
         return TopKLogits(values, indices, log_rest, entropy, self.temperature, self.words)
 
@@ -97,29 +97,29 @@ TeacherLogits = FactoredLogits | FullLogits | TopKLogits
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsForm:
-    """In which form a teacher supplies its logits.
+    """The form in which a teacher supplies its logits.
 
     Attributes:
-        words: full and top_k are of the first so many words: those that the student has too.
-        top_k, temperature: for top_k.
+        words: `full` and `top_k` have the logits of this many first words: those that the student has too.
+        top_k, temperature: k and T of `top_k`.
     """
 
-    kind: Kind = "factored"
+    kind: LogitsKind = "factored"
     words: int = 0
     top_k: int = 0
     temperature: float = 1.0
 
     def supply(self, hidden: Tensor, head: Tensor) -> TeacherLogits:
-        """hidden [N, E] and the head [V, E], neither with a gradient -> the logits in this form."""
+        """hidden [N, E] and the head [V, E], both without gradient -> the logits in this form."""
         if self.kind == "factored":
             return FactoredLogits(hidden, head)
         if self.kind == "full":
             return FullLogits(hidden @ head[: self.words].T)
-        rows = [self._largest(part, head[: self.words]) for part in hidden.split(ROWS)]
+        rows = [self._largest(part, head[: self.words]) for part in hidden.split(TOP_K_ROWS)]
         return self.assemble([torch.cat(column) for column in zip(*rows, strict=True)])
 
     def _largest(self, hidden: Tensor, head: Tensor) -> tuple[Tensor, ...]:
-        """The `parts` of a few tokens' TopKLogits."""
+        """hidden [n, E] -> the `parts` of TopKLogits."""
         logits = exact_logits(hidden, head)
         values, indices = logits.topk(self.top_k)
         logits /= self.temperature
@@ -129,10 +129,10 @@ class LogitsForm:
         return values, indices.int(), log_rest, entropy
 
     def empty(self, tokens: int, like: Tensor) -> list[Tensor]:
-        """Room for the `parts` of so many tokens' logits, on the device of `like`.
+        """Uninitialised `parts` of the logits of N = `tokens` tokens.
 
         Args:
-            like: the teacher's head, [V, E].
+            like: has the width, the dtype and the device of the teacher's head, [any, E].
         """
         if self.kind == "factored":
             return [like.new_empty(tokens, like.shape[1])]
@@ -144,7 +144,7 @@ class LogitsForm:
         return [largest, torch.empty_like(largest, dtype=torch.int32), *rest]
 
     def assemble(self, parts: Sequence[Tensor], head: Tensor | None = None) -> TeacherLogits:
-        """The logits of such parts; those in factored form with the teacher's head."""
+        """The logits that have these `parts`; the factored form needs the teacher's head, [V, E], too."""
         if self.kind == "factored":
             (hidden,) = parts
             assert head is not None

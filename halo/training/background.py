@@ -1,7 +1,7 @@
-"""A checkpoint's files are written beside training: a thread of each rank brings them to the disk, with checksums.
+"""Writing a checkpoint's files beside training: a thread of each rank writes them to the disk, with checksums.
 
-Hashing, writing and fsync release Python's lock, so training goes on meanwhile. The thread takes part in no
-collective; the ranks tell each other in one that each step has anyway that they are done (halo/training/trainer.py).
+Hashing, writing and fsync release Python's lock, so training continues meanwhile. The thread makes no collective: that
+a rank has written, the others learn in one that each step has anyway (halo/training/trainer.py).
 """
 
 import hashlib
@@ -19,14 +19,14 @@ Files = dict[str, dict[str, Any]]
 
 
 class Writing:
-    """One rank's files of a checkpoint, which a thread writes from now on.
+    """A thread that writes one rank's files of a checkpoint. It starts at once.
 
-    A rank that ends with an error does not wait for the thread: what it writes is of no use then.
+    A rank that ends with an error does not wait for it: its files are of no use then.
 
     Args:
-        folder: what the names in the list of files are relative to. The files' folders exist.
-        contents: path -> what torch.save takes, which nobody else changes any more. Emptied on the way, which frees
-            the memory.
+        folder: the checkpoint's folder. The folders of all files exist.
+        contents: path -> content for torch.save, which nobody changes any more. Each is removed when it is written,
+            which frees its memory.
     """
 
     def __init__(self, folder: Path, contents: dict[Path, Any]):
@@ -38,12 +38,14 @@ class Writing:
         self._thread.start()
 
     def is_over(self) -> bool:
-        """Whether all is on the disk, or a failure has ended it."""
+        """Whether all files are on the disk, or a failure has ended the writing."""
         return not self._thread.is_alive()
 
     def wait(self) -> tuple[Files, float]:
-        """Returns:
-            What was written, and the seconds that it took.
+        """Wait until it is over.
+
+        Returns:
+            The files, named relative to the folder, and the seconds that writing them took.
 
         Raises:
             OSError: the file system could not write.
@@ -59,16 +61,16 @@ class Writing:
             while self._contents:
                 path, content = self._contents.popitem()
                 self._files[path.relative_to(self._folder).as_posix()] = write_tensors(content, path)
-        except Exception as failure:  # `wait` raises it, in the thread that can end the run
+        except Exception as failure:  # `wait` raises it in the main thread, which can end the run
             self._failure = failure
         self._seconds = time.perf_counter() - began
 
 
 def write_tensors(content: Any, path: Path) -> dict[str, Any]:
-    """torch.save to the disk. Returns the file's {"bytes", "sha256"}, taken while writing: it is not read again.
+    """torch.save to the disk. Returns the file's {"bytes", "sha256"}, hashed while it is written.
 
     Raises:
-        OSError: the file system's own error (torch's would name a place in the zip).
+        OSError: the file system's own error (torch's error names a position in the zip file instead).
     """
     try:
         with _HashedFile(path) as file:

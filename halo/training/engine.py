@@ -25,24 +25,26 @@ from torch import nn
 from halo.config import Training
 from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
+from halo.teacher.batch import Batch
 from halo.training.gradients import Gradients, by_layer
 
 deepspeed_logger.setLevel(logging.WARNING)
-# On a CPU, DeepSpeed would compile a collective of its own at the first start, which needs a compiler. Gloo does.
+# On a CPU, DeepSpeed would compile a collective of its own at the first start. Gloo has it, and needs no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-OURS = ("optimizer", "scheduler", "fp16", "amp", "activation_checkpointing", "tensorboard")
+PRESET_KEYS = ("optimizer", "scheduler", "fp16", "amp", "activation_checkpointing", "tensorboard")
+"""Keys that a JSON file must not have: the preset decides them."""
 
-ALONE = {"overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
-"""Of ZeRO where there is nobody to exchange with: overlap has the host wait for the GPU, and copies of gradients that
-are made to be exchanged take memory."""
+SINGLE_RANK_ZERO = {"overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
+"""ZeRO settings for a single rank: overlap makes the host wait; bucket copies waste memory."""
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        UserError: the file is missing, is not JSON, sets what the preset sets, or no ZeRO that can skip a step.
+        UserError: the file is missing, is not JSON, sets a key that the preset decides, or has no ZeRO stage that can
+            skip a step.
     """
     try:
         config = json.loads(Path(path).read_text())
@@ -50,7 +52,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no DeepSpeed config at {path}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    for key in OURS:
+    for key in PRESET_KEYS:
         if key in config:
             raise UserError(f"{path} sets '{key}', which HALO's preset decides: remove it")
     zero = config.get("zero_optimization", {})
@@ -64,10 +66,10 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def split_batch(training: Training, ranks: int | None = None) -> tuple[int, int]:
-    """How a batch is taken: (sequences a rank, or a group that shares them, takes at once, times it does so a step).
+    """(sequences of a micro-batch, micro-batches of a step): those of a rank, or of a group of ranks that share them.
 
     Args:
-        ranks: how many there are. None: as many as run here.
+        ranks: the number of ranks. None: those that run here.
 
     Raises:
         UserError: the ranks, or their groups, do not divide the batch.
@@ -86,10 +88,14 @@ def split_batch(training: Training, ranks: int | None = None) -> tuple[int, int]
 
 
 def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, Any]:
-    """The JSON's settings with the preset's batch, clipping and precision filled in."""
+    """The JSON's settings with the preset's batch, clipping and precision filled in.
+
+    Raises:
+        UserError: the JSON contradicts the preset, or the ranks do not divide the batch.
+    """
     micro_batch, accumulation = split_batch(training)
     ours = {
-        "train_batch_size": micro_batch * accumulation * world_size(),  # it counts a rank's part of a sample as one
+        "train_batch_size": micro_batch * accumulation * world_size(),  # a rank's part of a sample counts as one
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.clip,
@@ -103,14 +109,15 @@ def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, 
                 f"the DeepSpeed config says {key} = {config[key]}, the preset {value}: remove it from the JSON"
             )
     zero = config.get("zero_optimization", {})
-    alone = ALONE if world_size() == 1 else {}
-    return {**config, **ours, "zero_optimization": zero | alone}
+    single = SINGLE_RANK_ZERO if world_size() == 1 else {}
+    return {**config, **ours, "zero_optimization": zero | single}
 
 
 def placement(ds_config: dict[str, Any], training: Training) -> Callable[[nn.Module], None]:
-    """What takes a new piece of the model, with its values on rank 0, and leaves each rank what it is to hold of it.
+    """A function that distributes a new piece of the model, whose values rank 0 has, over the ranks.
 
-    Under ZeRO-3 that is the rank's partition, where `offload_param` says; else the whole piece. Buffers stay.
+    Under ZeRO-3 each rank keeps its partition of the parameters (where `offload_param` says), else all of them. Buffers
+    stay as they are.
     """
     settings = complete_ds_config(ds_config, training)
     if settings["zero_optimization"]["stage"] < 3:
@@ -119,9 +126,9 @@ def placement(ds_config: dict[str, Any], training: Training) -> Callable[[nn.Mod
 
     def partition(piece: nn.Module) -> None:
         if not partitioned:
-            deepspeed.init_distributed()  # it takes the number of ranks from there
+            deepspeed.init_distributed()  # Init reads the number of ranks from there
             Init(module=piece, config_dict_or_path=settings)
-        else:  # as `deepspeed.initialize` does what is left: one Init has one set of groups and buffers
+        else:  # as `deepspeed.initialize` does with the rest of a model: every Init makes groups and buffers of its own
             partitioned[0].convert_to_zero_parameters(list(piece.parameters()))
         partitioned.extend(piece.parameters())
 
@@ -134,7 +141,7 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 
 def whole_size(parameter: nn.Parameter) -> int:
-    """The number of elements of a parameter, also where ZeRO-3 has partitioned it."""
+    """The number of elements of a parameter, also if ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -142,12 +149,13 @@ class Engine:
     """A module, its AdamW and ZeRO's partitions of both.
 
     Args:
-        module: what is trained, whole on every rank, or placed by `placement` with the same settings. Its forward
-            returns `(loss, metrics)`.
+        module: the module to train, whole on every rank, or distributed by `placement` with the same settings. Its
+            forward takes a Batch and returns `(loss, metrics)`.
         training: batch, optimizer and clipping.
-        ds_config: as read from JSON.
-        external: parameters that a module's forward reads though a child owns them (a fused loss and its head).
-        clip_apart: whether each layer's gradient is clipped by its own norm, not all by the norm of all.
+        ds_config: as `read_ds_config` gives it.
+        external: (module, parameter) pairs where a module's forward reads a parameter that a child owns (a fused loss
+            and its head).
+        clip_apart: whether each layer's gradient is clipped by its own norm, not by the norm of all.
     """
 
     def __init__(
@@ -162,7 +170,7 @@ class Engine:
         self.module = module.to(device())
         layers = by_layer(module)
         optimizer = torch.optim.AdamW(
-            # A group a layer: ZeRO makes float32 gradients of one group at a time.
+            # One group for each layer: ZeRO makes float32 gradients of one group at a time.
             [{"params": layer} for layer in layers.values()],
             lr=0.0,
             betas=training.betas,
@@ -171,15 +179,15 @@ class Engine:
         )
         settings = complete_ds_config(ds_config, training)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        for layer in layers_of(module):  # ZeRO-3 gathers a layer at once: looking at each module of it takes the host
-            set_z3_leaf_module(layer, True)  # longer than the GPU has work
+        for layer in layers_of(module):  # ZeRO-3 gathers a whole layer: hooks of each module in it would keep the host
+            set_z3_leaf_module(layer, True)  # busy for longer than the GPU has work
         self._engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
-        # DeepSpeed casts buffers with the weights: RoPE's frequencies in bf16 are off by radians at long context.
+        # DeepSpeed casts buffers with the weights: in bf16, RoPE's angles are wrong by radians at long context.
         for name, buffer in self.module.named_buffers():
             buffer.data = buffers[name]
         self._gradients = Gradients(self._engine.optimizer, layers, training.clip, apart=clip_apart)
         self._snapshots = self._engine.checkpoint_engine = _Snapshots()
-        # Copies of its conversion scripts: they would be written apart from all the rest.
+        # It would write copies of its conversion scripts beside our checkpoint files.
         self._engine._copy_recovery_script = lambda folder: None
         self._sharded = self._engine.zero_optimization_partition_weights()
         if self._sharded:
@@ -190,29 +198,29 @@ class Engine:
     def zero_stage(self) -> int:
         return int(self._engine.zero_optimization_stage())
 
-    def accumulate(self, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Forward and backward of one micro-batch. Returns its loss and metrics, detached."""
-        loss, metrics = self._engine(**inputs)
-        # A loss that is not finite makes its gradients so: they alone decide on every rank (`step`).
+    def accumulate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward and backward of one micro-batch. Returns its loss and metrics, scalars without gradient."""
+        loss, metrics = self._engine(batch)
+        # If the loss is not finite, no gradient is: every rank then sees it in the gradient norm (`step`).
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
         return loss.detach(), metrics
 
     def step(self, lr: float) -> None:
-        """Take the optimizer's step if this micro-batch completes the batch.
+        """Make the optimizer's step if this micro-batch completes the batch.
 
-        Where the global gradient norm is not finite, ZeRO (of each stage, in each precision) drops the gradients and
-        leaves weights and optimizer as they are. The norm is a sum over the ranks, so all of them do.
+        If the global gradient norm is not finite, ZeRO (in every stage and precision) drops the gradients and leaves
+        weights and optimizer unchanged. The norm is a sum over the ranks, so all ranks do the same.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
 
     def skipped(self) -> bool:
-        """Whether the step that completed the last batch was left out: a loss or gradient was not finite."""
+        """Whether the last step was skipped: a loss or gradient was not finite."""
         return not self._engine.was_step_applied()
 
     def gradient_norms(self) -> dict[str, float]:
-        """Before clipping, of the last step: `gradient_norm` of all, `gradient_norm/<layer>` of each layer."""
+        """The last step's norms before clipping: `gradient_norm` of all, `gradient_norm/<layer>` of each layer."""
         norms = self._gradients.norms()
         return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 
@@ -229,26 +237,26 @@ class Engine:
         """Copy this rank's shards to host memory. Every rank must call this. Nothing is written.
 
         Returns:
-            Path in `folder` -> what torch.save shall write there, for `load`.
+            Path in `folder` -> the content that torch.save must write there for `load`.
         """
         self._engine.save_checkpoint(
             str(folder.parent),
             tag=folder.name,
-            client_state={UNIVERSAL_CHECKPOINT_INFO: {}},  # what allows `convert` of ZeRO 1 and 2
+            client_state={UNIVERSAL_CHECKPOINT_INFO: {}},  # `convert` needs it under ZeRO 1 and 2
             save_latest=False,
             exclude_frozen_parameters=True,
         )
         return self._snapshots.take()
 
     def load(self, folder: Path, *, converted: bool = False) -> None:
-        """Restore a snapshot's files, written on as many ranks, or what `convert` made of it."""
+        """Load a snapshot that the same number of ranks wrote, or what `convert` made of one."""
         self._engine._config.load_universal_checkpoint = converted
         path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
         if path is None:
             raise FileNotFoundError(f"no checkpoint of DeepSpeed in {folder}")
         if converted:
             for parameter, state in self._engine.optimizer.optimizer.state.items():
-                # DeepSpeed hands one tensor, on the CPU, to all: each would count every parameter group's steps.
+                # DeepSpeed gives all parameters the same tensor: it would count the steps of every parameter group.
                 state["step"] = state["step"].to(parameter.device, copy=True)
 
     @staticmethod
@@ -258,7 +266,7 @@ class Engine:
         Raises:
             OSError: it could not be read or written.
         """
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]  # a process: it forks workers
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]  # in a new process: it forks workers
         command += ["--input_folder", str(folder), "--output_folder", str(into)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -270,7 +278,7 @@ class Engine:
 
 
 class _Snapshots(TorchCheckpointEngine):
-    """Takes what DeepSpeed would write, as it is now: training goes on changing the originals."""
+    """Copies what DeepSpeed would write: training continues to change the originals."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,13 +296,13 @@ class _Snapshots(TorchCheckpointEngine):
 
 
 def _on_host(value: Any) -> Any:
-    """A deep copy whose tensors are in host memory. Two that are one (tied weights) stay one.
+    """A deep copy with all tensors in host memory. Tensors that share memory (tied weights) share it in the copy too.
 
-    Not in pinned memory: torch would round each tensor up to a power of two, and keep it for the rest of the run.
+    Not in pinned memory: torch would round each tensor's size up to a power of two, and keep the memory until the end.
     """
-    memo: dict[int, Any] = {}  # deepcopy's: what stands for the object with an id
+    memo: dict[int, Any] = {}  # of deepcopy: the id of an object -> its copy
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
-    for tensor in _tensors(value):
+    for tensor in _tensors_in(value):
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if place not in copies:
             copies[place] = tensor.detach().to("cpu", copy=True)
@@ -302,12 +310,12 @@ def _on_host(value: Any) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _tensors(part)
+            yield from _tensors_in(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from _tensors_in(part)

@@ -1,6 +1,6 @@
-"""What is known of GPUs: the rates and sizes behind MFU and `plan`. Of a GPU that is not here nothing is guessed.
+"""The rates and sizes of GPUs, for MFU and `plan`. For a GPU that is not in this table, nothing is guessed.
 
-Peaks, bandwidths and links are the data sheets' (bf16 with fp32 accumulation, without sparsity).
+Peaks (bf16 with fp32 accumulation, without sparsity), bandwidths and links are those of the data sheets.
 """
 
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from halo.tables import suggest
 @dataclass(frozen=True, kw_only=True)
 class GPU:
     name: str
-    """As a command line has it."""
+    """Its name on a command line."""
     device: str
     """The name that its driver reports."""
     peak: float
     """FLOP/s of dense bf16 matrix products."""
     reached: float | None = None
-    """FLOP/s of a large bf16 matrix product, where it was measured (docs/benchmarks.md)."""
+    """FLOP/s of a large bf16 matrix product, if it was measured (docs/benchmarks.md)."""
     memory: float
     """GiB that torch reports."""
     bandwidth: float
     """Bytes/s of its memory."""
     link: float
-    """Bytes/s that it receives from the other GPUs of its node: NVLink's where it has one, else PCIe's."""
+    """Bytes/s that it receives from the other GPUs of its node: over NVLink if it has that, else over PCIe."""
     network: float
-    """Bytes/s that it receives from other nodes, in machines as they are sold: an adapter for each GPU."""
+    """Bytes/s that it receives from other nodes, in usual machines with one network adapter for each GPU."""
 
 
 _GPUS = (
@@ -124,5 +124,5 @@ def find_gpu(name: str) -> GPU:
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
-    """The GPU that a driver calls `device_name`, or None: unknown. A slice of one (MIG) is unknown too."""
+    """The GPU that a driver calls `device_name`, or None: not known. Nor is a slice of a GPU (MIG)."""
     return next((gpu for gpu in _GPUS if gpu.device == device_name), None)

@@ -1,10 +1,10 @@
-"""Gradient norms by layer, and clipping: what stands for DeepSpeed's own between backward and the optimizer.
+"""Gradient norms by layer, and clipping, in place of DeepSpeed's own.
 
-DeepSpeed widens each gradient to float64 for its norm, looks through all of them again for what is not finite, and
-multiplies all by the clipping factor: three more passes over memory, and ten kernels for each parameter. Here the norms
-are one pass, by which what is not finite shows too, and the optimizer's kernel applies the factor.
+DeepSpeed converts each gradient to float64 for its norm, reads all gradients again to find what is not finite, and
+multiplies all of them by the clipping factor: three more passes over memory, and ten kernels for each parameter. Here
+one pass makes the norms, which also show what is not finite, and the optimizer's kernel applies the factor.
 
-The norm of a layer is that of the mean gradient over all ranks and micro-batches, whatever ZeRO holds where.
+A layer's norm is that of the mean gradient over all ranks and micro-batches, in every ZeRO stage.
 """
 
 import re
@@ -21,7 +21,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|mixers)\.(\d+)\.")
 
 
 def by_layer(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters of each layer, by its index; of what is in no layer, by the module's name."""
+    """The trained parameters of each layer, by its index; those outside of the layers, by their module's name."""
     layers: dict[str, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -32,13 +32,13 @@ def by_layer(module: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 class Gradients:
-    """Measures and clips the gradients of a DeepSpeed optimizer, in the place of its own methods.
+    """Measures and clips the gradients of a DeepSpeed optimizer: it replaces the optimizer's own methods.
 
     Args:
         zero: DeepSpeed's ZeRO optimizer, of stage 1, 2 or 3, around a fused AdamW.
-        layers: as `by_layer` gives them; the optimizer's parameter groups.
+        layers: as `by_layer` gives them; they are the optimizer's parameter groups.
         clip: the largest norm; 0 turns clipping off.
-        apart: whether each layer is clipped by its own norm.
+        apart: whether each layer is clipped by its own norm, not by the norm of all.
     """
 
     def __init__(self, zero: Any, layers: Mapping[str, list[nn.Parameter]], clip: float, *, apart: bool):
@@ -50,7 +50,7 @@ class Gradients:
         self._index_of: dict[int, Tensor] = {}
         self._norms = torch.zeros(len(layers), device=device())
         self._factors: Tensor | None = None
-        # What it does not find, the norm does.
+        # The norm shows what this check would find.
         zero.check_overflow = lambda *_, **__: None
         if self._three:
             zero._get_norm_groups = lambda: [self._measure()]
@@ -60,12 +60,12 @@ class Gradients:
         self._plain_step, zero._optimizer_step = zero._optimizer_step, self._step
 
     def norms(self) -> dict[str, Tensor]:
-        """Before clipping, of the last step: `gradient_norm` of all, `gradient_norm/<layer>` of each."""
+        """The last step's norms before clipping: `gradient_norm` of all, `gradient_norm/<layer>` of each layer."""
         norms = {f"gradient_norm/{name}": norm for name, norm in zip(self._names, self._norms, strict=True)}
         return {"gradient_norm": torch.linalg.vector_norm(self._norms)} | norms
 
     def _measure(self) -> Tensor:
-        """The global norm, on the device; not finite where a gradient is not."""
+        """The global norm, a scalar on the device; not finite if a gradient is not."""
         squares = torch.zeros(len(self._names), device=device())
         for index, norms in self._shares():
             squares.index_add_(0, index, norms.to(squares).square())
@@ -75,22 +75,22 @@ class Gradients:
         if self._clip:
             norms = self._norms if self._apart else total.expand(1)
             factors = ((norms + 1e-6) / self._clip).clamp(min=1.0)
-            # An optimizer on the host must not read them before they are there; torch would not wait.
+            # An optimizer on the host reads them at once; torch would not wait for the GPU.
             self._factors = factors.cpu() if self._offloaded else factors
         return total
 
     def _shares(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of this rank's share of the gradients: the layer and the norm of each."""
+        """For each group of this rank's share of the gradients: the layers' indices and the norms, [n] both."""
         zero = self._zero
         for group, parameters in enumerate(zero.fp16_groups if self._three else zero.params_in_partition):
-            if self._offloaded:  # measured as they left the GPU
+            if self._offloaded:  # DeepSpeed has measured them when they left the GPU
                 norms = [(p, zero.norm_for_param_grads.get(zero.get_param_id(p))) for p in parameters]
                 found = [(self._index[id(p)], float(norm)) for p, norm in norms if norm is not None]
                 if found:
                     yield torch.tensor([i for i, _ in found], device=device()), torch.tensor([n for _, n in found])
                 continue
             gradients = [g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
-            if group not in self._index_of:  # once: the copy to the GPU makes the host wait
+            if group not in self._index_of:  # once: the host waits for this copy to the GPU
                 index = [self._index[id(p)] for p, _ in zip(parameters, gradients, strict=False)]
                 self._index_of[group] = torch.tensor(index, dtype=torch.long, device=device())
             count = len(self._index_of[group])
@@ -99,7 +99,7 @@ class Gradients:
                 yield self._index_of[group], torch.stack(each)
 
     def _step(self, group: int) -> None:
-        """One group's step of the optimizer; of a group's part, under ZeRO-3."""
+        """The optimizer's step for one group; under ZeRO-3, for a part of a group."""
         if self._factors is not None:
             layer = getattr(self._zero, "sub_group_to_group_id", {}).get(group, group) if self._apart else 0
             self._zero.optimizer.grad_scale = self._factors[layer]

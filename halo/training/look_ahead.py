@@ -1,79 +1,85 @@
-"""One micro-batch ahead of the student: drawn, on its way to the GPU, and the teacher asked about it.
+"""One micro-batch ahead of the student: it is drawn, copied to the GPU, and the teacher begins to work on it.
 
-    ask    begins what the teacher has to say of the next micro-batch, while the GPU still works on the student's last
-    take   hands both to the student
+    prefetch    begins all that for the next micro-batch, while the GPU still works on the student's last one
+    next        gives that micro-batch, with the teacher's logits, to the student
 
-On a GPU all of that runs in a stream of its own, which waits for nothing of the student's: the teacher's forward and
-the student's work share the GPU. Only `take` makes the student's stream wait, for what is not there yet.
+On a GPU this runs in a stream of its own, which never waits for the student: the teacher's forward and the student's
+work share the GPU. Only `next` makes the student's stream wait, for what is not ready yet.
 
-The stream's position that a checkpoint holds is the one before what was drawn ahead: a run that goes on asks again.
+A checkpoint holds the stream's position before the micro-batch that was prefetched: a run that resumes draws it again.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from halo.data.stream import TokenStream
 from halo.distributed import device
+from halo.teacher.batch import Batch
+from halo.teacher.colocated import TeacherSource
 from halo.training.metrics import Metrics
-
-Answer = Callable[[], dict[str, Any]]
-"""What the loss needs from the teacher, as its keywords. Call it in the student's stream, which then waits for it."""
 
 
 @dataclass(frozen=True)
-class _Asked:
-    input_ids: Tensor
-    answer: Answer
+class _Prefetched:
+    batch: Batch
     position: dict[str, Any]
-    """Of the stream, before it."""
+    """The stream's, before the batch was drawn."""
 
 
-class LookAhead:
-    """The micro-batches of a stream with the teacher's answers.
+class LookAhead(Iterator[Batch]):
+    """The micro-batches of a stream, on this rank's device.
 
     Args:
-        stream: of int64 [B, T] tokens.
-        ask: [B, T] tokens on the host -> the answer (`Objective.ask`).
+        stream: of [B, T] int64 tokens on the host.
+        metrics: where the seconds of waiting go: `data_wait_s` and `teacher_wait_s`.
+        teacher: supplies each batch's `teacher_logits`. None: they stay None.
+        separator: the token that ends a document, where documents are isolated. None: they are not.
     """
 
-    def __init__(self, stream: TokenStream, ask: Callable[[Tensor], Answer]):
-        self._tokens, self._ask = stream, ask
-        self._asked: _Asked | None = None
-        self._aside = torch.cuda.Stream() if torch.cuda.is_available() else None
-        if self._aside is not None:
-            self._aside.wait_stream(torch.cuda.current_stream())  # the teacher's weights are on their way
+    def __init__(
+        self,
+        stream: TokenStream,
+        metrics: Metrics,
+        teacher: TeacherSource | None = None,
+        separator: int | None = None,
+    ):
+        self._stream, self._metrics = stream, metrics
+        self._teacher, self._separator = teacher, separator
+        self._prefetched: _Prefetched | None = None
+        self._side_stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        if self._side_stream is not None:
+            self._side_stream.wait_stream(torch.cuda.current_stream())  # the teacher's weights are still being copied
 
     def position(self) -> dict[str, Any]:
-        """Where the stream stands for a run that goes on from here."""
-        return self._tokens.state_dict() if self._asked is None else self._asked.position
+        """The stream's position for a run that resumes from here."""
+        return self._stream.state_dict() if self._prefetched is None else self._prefetched.position
 
-    def ask(self, metrics: Metrics) -> None:
-        """Draw the next micro-batch and ask the teacher about it. Nothing waits for the answer."""
-        position = self._tokens.state_dict()
-        with metrics.waiting("data"):
-            on_host = next(self._tokens)
-            if self._aside is not None:
-                on_host = on_host.pin_memory()
-        with metrics.waiting("teacher"), self._in_stream():
-            input_ids = on_host.to(device(), non_blocking=True)
-            self._asked = _Asked(input_ids, self._ask(on_host), position)
+    def prefetch(self) -> None:
+        """Draw the next micro-batch and begin the teacher's work on it. Nothing waits for that."""
+        position = self._stream.state_dict()
+        with self._metrics.waiting("data"):
+            batch = Batch.on_host(next(self._stream), self._separator)
+        with self._metrics.waiting("teacher"), self._in_side_stream():
+            batch = batch.to(device())
+            if self._teacher is not None:
+                self._teacher.prefetch(batch)
+        self._prefetched = _Prefetched(batch, position)
 
-    def take(self, metrics: Metrics) -> dict[str, Any]:
-        """The objective's arguments for the next micro-batch: its tokens, and what the teacher says of them."""
-        if self._asked is None:
-            self.ask(metrics)
-        assert self._asked is not None
-        asked, self._asked = self._asked, None
-        with metrics.waiting("teacher"):
-            if self._aside is not None:
-                torch.cuda.current_stream().wait_stream(self._aside)
-                asked.input_ids.record_stream(torch.cuda.current_stream())
-            return {"input_ids": asked.input_ids, **asked.answer()}
+    def __next__(self) -> Batch:
+        """The next micro-batch, in the current stream."""
+        if self._prefetched is None:
+            self.prefetch()
+        assert self._prefetched is not None
+        batch, self._prefetched = self._prefetched.batch, None
+        with self._metrics.waiting("teacher"):
+            if self._side_stream is not None:
+                torch.cuda.current_stream().wait_stream(self._side_stream)
+                batch.keep_for_current_stream()
+            return batch if self._teacher is None else replace(batch, teacher_logits=self._teacher.next())
 
-    def _in_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._aside is None else torch.cuda.stream(self._aside)
+    def _in_side_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._side_stream is None else torch.cuda.stream(self._side_stream)

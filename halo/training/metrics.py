@@ -1,17 +1,17 @@
-"""What one watches: a progress bar on rank 0, TensorBoard, a line a step in metrics.jsonl, and a profiler's trace.
+"""The record of a training stage: a progress bar, TensorBoard, one line a step in metrics.jsonl, a profiler's trace.
 
-A line holds what the trainer hands over (the loss and its parts, the learning rate, the gradient norm) and
+A line has the values that the trainer gives (the loss and its parts, the learning rate, the gradient norms), and
 
-    tokens                  so far, all ranks together
+    tokens                  trained so far, by all ranks
     step_s                  wall-clock seconds of the step, with all waiting, without `pause`
     tokens_per_s            of the step; tokens_per_s_gpu: of one GPU
-    mfu                     useful FLOPs (halo/training/flops.py) over the GPUs' bf16 peak (halo/training/gpus.py); left
-                            out where that is not known, as on a CPU
-    data_wait_s, ...        seconds of the step inside of `waiting("data")`, ...: of the rank that waited longest
-    peak_gib                most memory ever allocated: of the GPU, else of the process; the fullest rank
-    reserved_gib            most memory ever held by torch's allocator; the fullest GPU
+    mfu                     useful FLOPs (halo/training/flops.py) over the GPUs' bf16 peak (halo/training/gpus.py);
+                            absent if one of them is not known, as on a CPU
+    data_wait_s, ...        seconds of the step in `waiting("data")`, ...: of the rank that waited longest
+    peak_gib                most memory allocated so far: of the GPU, else of the process; of the fullest rank
+    reserved_gib            most memory that torch's allocator has held so far; of the fullest GPU
     checkpoint_s, ...       seconds in `pause("checkpoint")`, ... since the step before
-    checkpoint_write_s      seconds of writing a checkpoint beside training, if one was published since then
+    checkpoint_write_s      seconds of writing a checkpoint beside training, if one was published since the step before
 """
 
 import json
@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -45,7 +46,7 @@ def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """The greatest of each number over all ranks, in one collective."""
+    """The maximum of each number over all ranks, in one collective."""
     if world_size() == 1:
         return values
     names = sorted(values)
@@ -55,7 +56,7 @@ def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def memory() -> dict[str, float]:
-    """The most memory this process ever had, in GiB: the GPU's where there is one, else its own."""
+    """The most memory that this process has used so far, in GiB: the GPU's if there is one, else the host's."""
     if torch.cuda.is_available():
         return {
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -71,20 +72,20 @@ def peak_flops() -> float | None:
 
 
 class Metrics:
-    """A training stage's record. Every rank must call `log` at every step; rank 0 writes.
+    """The record of a training stage. Every rank must call `log` at every step; rank 0 writes.
 
     Args:
         folder: the stage's folder; TensorBoard's files go into `tensorboard/` in it.
         name: the bar's title.
-        steps: the stage's length.
-        step: where it starts, after a resume; what was recorded from there on is dropped.
-        ranks: how many GPUs are at work, those of a teacher alone among them. None: those of the ranks that record.
-        flops_per_token: useful ones, for MFU; 0: unknown, and MFU is left out.
-        profile_from, profile_steps: rank 0 traces `profile_steps` steps, the first of them the 0-based `profile_from`,
-            for TensorBoard and Chrome, into `tensorboard/`. 0 steps: none.
+        steps: how many steps the stage has.
+        step: the first step, after a resume; records of this step and of later ones are dropped.
+        ranks: how many GPUs work on the stage, those of a dedicated teacher included. None: those that train.
+        flops_per_token: useful FLOPs, for MFU; 0: not known, and MFU is left out.
+        profile_from, profile_steps: rank 0 traces `profile_steps` steps from the 0-based `profile_from` on, for
+            TensorBoard and Chrome, into `tensorboard/`. 0 steps: no trace.
 
     Raises:
-        UserError: nothing can be written there; on every rank.
+        UserError: the folder cannot be written to; on every rank.
     """
 
     def __init__(
@@ -99,22 +100,38 @@ class Metrics:
         profile_from: int = 0,
         profile_steps: int = 0,
     ):
-        self._folder = folder
+        self._folder, self._name, self._steps = folder, name, steps
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops()
         self._ranks = world_size() if ranks is None else ranks
+        self._profiled = range(profile_from, profile_from + profile_steps)
         self._waits: dict[str, list[Callable[[], float]]] = defaultdict(list)
         self._pauses: dict[str, float] = defaultdict(float)
-        self._bar = progress_bar(steps, name, initial=step)
         self._writer: SummaryWriter | None = None
         self._lines: TextIO | None = None
         self._trace: _Trace | None = None
         self._failure: OSError | None = None
         self._excepthook = threading.excepthook
-        self._guarded(lambda: self._open(step, profile_from, profile_steps))
+        self._begin(step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of `step` and of later steps; `step` is the next one. Every rank must call this.
+
+        Raises:
+            UserError: something could not be written; on every rank.
+        """
+        self.close()
+        self.check()
+        self._waits.clear()
+        self._pauses.clear()
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._bar = progress_bar(self._steps, self._name, initial=step)
+        self._guarded(partial(self._open, step))
         self.check()
         self._clock = time.perf_counter()
 
-    def _open(self, step: int, profile_from: int, profile_steps: int) -> None:
+    def _open(self, step: int) -> None:
         tensorboard = self._folder / "tensorboard"
         tensorboard.mkdir(parents=True, exist_ok=True)
         path = self._folder / "metrics.jsonl"
@@ -123,14 +140,14 @@ class Metrics:
         with atomic(path) as partial:
             partial.write_text("".join(before))
         self._lines = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
-        threading.excepthook = _but_tensorboards
+        threading.excepthook = _all_but_tensorboard
         self._writer = SummaryWriter(str(tensorboard), purge_step=step)
-        if profile_steps:
-            self._trace = _Trace(tensorboard, profile_from, profile_from + profile_steps)
+        if self._profiled:
+            self._trace = _Trace(tensorboard, self._profiled)
             self._trace.before(step)
 
     def _guarded(self, write: Callable[[], None]) -> None:
-        """Call `write` on rank 0. What the file system refuses waits for `check`: the other ranks must hear of it."""
+        """Call `write` on rank 0. If the file system refuses, `check` raises that on all ranks: they end together."""
         if rank() == 0:
             try:
                 write()
@@ -145,23 +162,22 @@ class Metrics:
         """Raises:
         UserError: something could not be written; on every rank.
         """
+        on_rank0(self._check)
 
-        def check() -> None:
-            if self._failure is not None:
-                raise UserError(
-                    f"the metrics cannot be written to {self._folder} ({self._failure.strerror or self._failure}): "
-                    "mend that, and the same command goes on from the latest checkpoint"
-                ) from self._failure
-
-        on_rank0(check)
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise UserError(
+                f"the metrics cannot be written to {self._folder} ({self._failure.strerror or self._failure}): "
+                "mend that, and the same command resumes from the latest checkpoint"
+            ) from self._failure
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Count what happens inside as `<what>_wait_s` of this step.
+        """Count the time inside as `<what>_wait_s` of this step.
 
-        On a GPU it is the time by which the current stream comes later to what follows: what runs in it inside, and
-        what it stands still for. A host that waits while the GPU has work left costs nothing. Two events mark it, and
-        nothing waits for them. On a CPU it is the wall-clock time.
+        On a GPU it is the time by which the current stream is delayed: the work inside, and its waiting. A host that
+        waits while the GPU still has work costs nothing. Two events measure it, and nothing waits for them. On a CPU it
+        is the wall-clock time.
         """
         stop = _device_timer() if torch.cuda.is_available() else _host_timer()
         yield
@@ -169,7 +185,7 @@ class Metrics:
 
     @contextmanager
     def pause(self, what: str) -> Iterator[None]:
-        """What happens inside belongs to no step; the next line has it as `<what>_s`."""
+        """The time inside belongs to no step; the next line has it as `<what>_s`."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -177,15 +193,15 @@ class Metrics:
         self._clock += seconds
 
     def note(self, name: str, value: float) -> None:
-        """The next line has `value` under `name`."""
+        """Add `value` to the next line, as `name`."""
         self._pauses[name] = value
 
     def log(self, step: int, values: dict[str, float], *, tokens: int) -> None:
-        """Record the 0-based step that just ended. Call it when its loss has been read: the step is over then.
+        """Record the 0-based step that just ended. Call it after the loss was read: then the step is over.
 
         Args:
-            values: scalars, `loss` among them; all are recorded.
-            tokens: of this step, over all ranks. Every step has as many.
+            values: scalars to record, `loss` among them.
+            tokens: of this step, over all ranks; the same in every step.
         """
         seconds = time.perf_counter() - self._clock
         self._clock += seconds
@@ -203,7 +219,7 @@ class Metrics:
         self._pauses.clear()
         self._bar.update()
         self._bar.set_postfix_str(_in_short(values), refresh=False)
-        self._guarded(lambda: self._record(step, values))
+        self._guarded(partial(self._record, step, values))
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         assert self._writer is not None and self._lines is not None
@@ -214,7 +230,7 @@ class Metrics:
             self._trace.before(step + 1)
 
     def close(self) -> None:
-        """Write what is left. A failure is `check`'s to raise."""
+        """Write the rest. `check` raises a failure."""
         self._bar.close()
         for part in (self._trace, self._writer, self._lines):
             if part is not None:
@@ -222,14 +238,14 @@ class Metrics:
         threading.excepthook = self._excepthook
 
 
-def _but_tensorboards(failed: threading.ExceptHookArgs) -> None:
-    """Print what ends a thread, but not an OSError of TensorBoard's, which the next `add_scalar` raises."""
+def _all_but_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """Print the exception that ends a thread, but not TensorBoard's OSError: the next `add_scalar` raises it."""
     if not (type(failed.thread).__module__.startswith("tensorboard.") and isinstance(failed.exc_value, OSError)):
         threading.__excepthook__(failed)
 
 
 def _step_of(line: str) -> float:
-    """The step that a line of metrics.jsonl records; infinity where a power cut left half of it."""
+    """The step of a line in metrics.jsonl; infinity if a power cut left half of the line."""
     try:
         return json.loads(line)["step"]
     except json.JSONDecodeError:
@@ -237,23 +253,23 @@ def _step_of(line: str) -> float:
 
 
 class _Trace:
-    """A profiler's trace of the steps from `first` to before `last`. A start after `first` traces nothing."""
+    """A profiler's trace of some steps. A run that starts or resumes after the first of them has no trace."""
 
-    def __init__(self, folder: Path, first: int, last: int):
-        self._path = folder / f"steps-{first}-{last - 1}.pt.trace.json.gz"  # the name that TensorBoard's plugin reads
-        self._first, self._last = first, last
+    def __init__(self, folder: Path, steps: range):
+        self._path = folder / f"steps-{steps[0]}-{steps[-1]}.pt.trace.json.gz"  # TensorBoard's plugin needs this suffix
+        self._steps = steps
         self._profiler: profile | None = None
 
     def before(self, step: int) -> None:
-        if step == self._first:
+        if step == self._steps[0]:
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]
             self._profiler = profile(activities=activities)
             self._profiler.start()
-        if step == self._last:
+        if step == self._steps.stop:
             self.close()
 
     def close(self) -> None:
-        """Write what was traced; once."""
+        """Write the trace, once."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self._path))
@@ -261,7 +277,7 @@ class _Trace:
 
 
 def _host_timer() -> Callable[[], Callable[[], float]]:
-    """Start now; call it to stop; call what that gives for the seconds between."""
+    """A timer that starts now. Call it to stop it, and call the result to read the seconds between."""
     began = time.perf_counter()
 
     def stop() -> Callable[[], float]:
@@ -272,7 +288,7 @@ def _host_timer() -> Callable[[], Callable[[], float]]:
 
 
 def _device_timer() -> Callable[[], Callable[[], float]]:
-    """`_host_timer` in the current stream's time. Reading it waits for the stream to pass the end."""
+    """As `_host_timer`, in the time of the current stream. Reading it waits until the stream has passed the stop."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
 
@@ -289,7 +305,7 @@ def _device_timer() -> Callable[[], Callable[[], float]]:
 
 
 def _in_short(values: dict[str, float]) -> str:
-    """What the bar shows."""
+    """The text beside the bar."""
     parts = [f"loss={values['loss']:.4f}", f"tokens/s/GPU={values['tokens_per_s_gpu']:,.0f}"]
     if not torch.cuda.is_available():
         parts[1] = f"tokens/s={values['tokens_per_s']:,.0f}"

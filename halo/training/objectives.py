@@ -4,27 +4,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halo.distributed import world_size
 from halo.losses.linear_kl import linear_kl
 from halo.losses.squared_error import squared_error
 from halo.parallel.activations import checkpoint_activations
 from halo.parallel.sequence import SequenceGroup, parallelize
-from halo.teacher.colocated import Asked, Teacher
+from halo.teacher.batch import Batch
+from halo.teacher.colocated import Teacher, TeacherSource
 from halo.training.flops import align_flops, distill_flops, next_token_flops
-from halo.training.look_ahead import Answer
 from halo.training.trainer import Objective
-from hypenet.losses import IGNORE, handed_out, linear_cross_entropy
+from hypenet.losses import handed_out, linear_cross_entropy
 
 
 class Alignment(Objective):
-    """Stage 1 (Sec. 4.2): every RNN layer learns to give what its attention layer gives, on the teacher's states.
+    """Stage 1 (Sec. 4.2): every RNN layer learns the output of its attention layer, on the teacher's hidden states.
 
-    Each layer's regression is done, with its gradients, as the teacher's forward passes the layer: the activations of
-    one layer live at a time, however many there are.
+    A layer's loss and gradients are made while the teacher's forward passes the layer. So the activations of only one
+    layer are in memory at a time.
 
     Args:
         mixers: layer index -> the RNN layer that may replace it.
@@ -38,18 +36,19 @@ class Alignment(Objective):
         parallelize(mixers.values(), teacher.sequence)
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
         self.regressions = nn.ModuleDict({name: _Regression(mixer) for name, mixer in self.mixers.items()})
-        self._teacher = [teacher]  # in a list: not a submodule
+        self._teacher = teacher
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self.regressions[name], p) for name, mixer in self.mixers.items() for p in mixer.parameters()]
 
     def flops_per_token(self, seq_len: int) -> float:
-        return align_flops(self.mixers.values(), self._teacher[0].model.model, seq_len)
+        return align_flops(self.mixers.values(), self._teacher.model.model, seq_len)
 
-    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the layers' losses (Eq. 7): each layer's gradient is its own.
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the layers' losses (Eq. 7): a layer's gradient depends on no other layer.
 
-        Logs each layer's loss in units of its target's mean square (1: no better than silence), and their mean.
+        Logs `relative/<layer>`, a layer's loss over its target's mean square (1: no better than an output of zeros),
+        and `relative`, their mean.
         """
         losses: dict[str, Tensor] = {}
         relative: dict[str, Tensor] = {}
@@ -65,13 +64,13 @@ class Alignment(Objective):
 
             return hook
 
-        layers = self._teacher[0].layers
+        layers = self._teacher.layers
         handles = [
             layers[int(name)].get_submodule("self_attn").register_forward_hook(regress(name), with_kwargs=True)
             for name in self.mixers
         ]
         try:
-            self._teacher[0].hidden_states(input_ids)
+            self._teacher.hidden_states(batch.input_ids)
         finally:
             for handle in handles:
                 handle.remove()
@@ -81,7 +80,7 @@ class Alignment(Objective):
 
 
 class _Regression(nn.Module):
-    """One layer's loss, whose backward hands out gradients that forward has made."""
+    """One layer's loss. Forward makes the gradients too, and backward hands them out."""
 
     def __init__(self, mixer: nn.Module):
         super().__init__()
@@ -90,7 +89,7 @@ class _Regression(nn.Module):
     def forward(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """hidden and target [B, T, hidden] -> the mean squared error, and the target's mean square."""
+        """hidden and target [B, T, D] -> the mean squared error, and the target's mean square; scalars."""
         (mixer,) = self._mixer
         output, _ = mixer(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None)
         loss, silence = squared_error(output, target)
@@ -99,7 +98,7 @@ class _Regression(nn.Module):
 
 
 class _Made(torch.autograd.Function):
-    """A loss whose gradients to `parameters` are made already."""
+    """A scalar loss, with gradients of `parameters` that exist already."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
@@ -112,11 +111,11 @@ class _Made(torch.autograd.Function):
 
 
 class _Headed(Objective):
-    """A causal language model whose loss reads the head in place of applying it.
+    """A causal language model whose loss applies the head, chunk by chunk.
 
     Args:
-        sequence: the ranks that share each sequence with this one: it trains on a chunk. None: there are none.
-        activation_checkpointing, activation_offload: as halo/parallel/activations.py has them.
+        sequence: the ranks that share each sequence with this one, which trains on its chunk. None: not shared.
+        activation_checkpointing, activation_offload: see halo/parallel/activations.py.
     """
 
     def __init__(
@@ -140,101 +139,69 @@ class _Headed(Objective):
     def flops_per_token(self, seq_len: int) -> float:
         return next_token_flops(self.student, seq_len)
 
-    def states_and_labels(self, input_ids: Tensor, bounds: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-        """[B, T] tokens -> of the N tokens of this rank's chunk the final hidden states, [N, D], and the next tokens,
-        [N]; and what a sum over these is to be divided by, for the mean over the ranks to be that over all tokens.
+    def states_and_labels(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
+        """What the loss needs of the N tokens of this rank's chunk.
 
-        Args:
-            bounds: [documents + 1] on the host, where packed documents begin in the B x T tokens, and the end.
+        Returns:
+            The final hidden states, [N, D]; the labels, [N]; and the number to divide a sum over the labels by, so that
+            the mean over the ranks is the mean over all tokens.
         """
-        labels = next_tokens(input_ids, bounds)
-        rows = self.sequence.begin(input_ids, bounds)
-        hidden = self.student.model(**self.sequence.arguments(self.student, input_ids)).last_hidden_state
-        batch, tokens = input_ids.shape
-        count = batch * (tokens - 1) / self.sequence.degree
-        return hidden.flatten(0, 1), rows.of_chunk(labels).flatten(), count
+        rows = self.sequence.begin(batch.input_ids, batch.document_bounds)
+        hidden = self.student.model(**self.sequence.arguments(self.student, batch.input_ids)).last_hidden_state
+        sequences, tokens = batch.input_ids.shape
+        count = sequences * (tokens - 1) / self.sequence.degree
+        return hidden.flatten(0, 1), rows.of_chunk(batch.labels).flatten(), count
 
 
 class Distillation(_Headed):
     """Stage 2 (Sec. 4.4): the hybrid learns the teacher's distribution over every next token.
 
     Args:
-        teacher: this rank's, or one on ranks of its own.
-        temperature, cross_entropy: as `linear_kl` takes them.
+        teacher: supplies the logits: this rank's own, or one on other ranks.
+        temperature, cross_entropy: see `linear_kl`.
         options: those of every model with a head.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: Asked,
+        teacher: TeacherSource,
         *,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
         **options: Any,
     ):
         super().__init__(student, **options)
-        self._teacher = [teacher]
+        self.teacher = teacher
         self._terms: dict[str, Any] = {"temperature": temperature, "cross_entropy": cross_entropy}
 
     def flops_per_token(self, seq_len: int) -> float:
-        return distill_flops(self.student, self._teacher[0].model, seq_len)
+        assert self.teacher is not None
+        return distill_flops(self.student, self.teacher.model, seq_len)
 
-    def ask(self, input_ids: Tensor) -> Answer:
-        logits = self._teacher[0].ask(input_ids)
-        return lambda: {"teacher": logits()}
-
-    def ranks(self) -> int:
-        return world_size() + self._teacher[0].ranks
-
-    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logs the KL, the teacher's entropy, top-1 agreement and the student's cross entropy, all in nats."""
-        hidden, labels, count = self.states_and_labels(input_ids)
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logs the KL, the teacher's entropy, top-1 agreement and the student's cross entropy; the others in nats."""
+        assert batch.teacher_logits is not None
+        hidden, labels, count = self.states_and_labels(batch)
         head = self.student.lm_head.weight
-        return linear_kl(hidden, head, taught["teacher"], labels=labels, label_count=count, **self._terms)
+        return linear_kl(hidden, head, batch.teacher_logits, labels=labels, label_count=count, **self._terms)
 
 
 class NextToken(_Headed):
     """Stage 3 (Sec. 4.5) and training from scratch: next-token cross entropy.
 
-    Every target weighs the same, in whichever row, chunk or micro-batch: their sum is divided by the places that can
-    have one, all but the last of each row.
+    Every target has the same weight, whatever its sequence, chunk or micro-batch: the sum is divided by the number of
+    positions that can have a target, all but the last of each sequence.
 
     Args:
-        separator: the token that ends a document, where a token is to see its own document alone. None: it sees all
-            that stands before it.
+        separator: the token that ends a document, to isolate documents from each other. None: they see each other.
         options: those of every model with a head.
     """
 
     def __init__(self, student: PreTrainedModel, *, separator: int | None = None, **options: Any):
         super().__init__(student, **options)
-        self._separator = separator
+        self.separator = separator
 
-    def ask(self, input_ids: Tensor) -> Answer:
-        """No teacher: where the documents begin, which is known on the host."""
-        if self._separator is None:
-            return super().ask(input_ids)
-        bounds = document_bounds(input_ids, self._separator)
-        return lambda: {"bounds": bounds}
-
-    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, labels, count = self.states_and_labels(input_ids, taught.get("bounds"))
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden, labels, count = self.states_and_labels(batch)
         return linear_cross_entropy(hidden, self.student.lm_head.weight, labels, count=count), {}
-
-
-def next_tokens(input_ids: Tensor, bounds: Tensor | None = None) -> Tensor:
-    """[B, T] -> [B, T], the token after each; IGNORE after the last of a row, or of a document where they are apart."""
-    labels = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
-    if bounds is not None:
-        last = bounds[1:].long() - 1
-        labels = labels.flatten().index_fill(0, last.to(labels.device), IGNORE).view_as(labels)
-    return labels
-
-
-def document_bounds(input_ids: Tensor, separator: int) -> Tensor:
-    """[B, T] -> [documents + 1] in int32: where documents begin in the B x T tokens, which end with `separator` or with
-    a row, and the end."""
-    begins = torch.ones_like(input_ids, dtype=torch.bool)
-    begins[:, 1:] = input_ids[:, :-1] == separator
-    starts = begins.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([input_ids.numel()])]).int()

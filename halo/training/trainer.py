@@ -1,12 +1,13 @@
-"""The one training loop. A stage is an objective (a model and a loss); this runs it.
+"""The one training loop. A stage is an objective (a model and a loss); `train` runs it.
 
-objective.ask(input_ids)       what the frozen teacher says of a micro-batch, outside the engine, one ahead
-objective(input_ids, ...)      the loss, inside the engine
+A step: forward and backward of each micro-batch, while the teacher already works on the next one (look_ahead.py); the
+optimizer; one collective for the metrics and what the ranks must agree on; the record.
 """
 
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,35 +22,35 @@ from halo.distributed import SLOW_LIMIT, STEP_LIMIT, device, rank, waits_of_at_m
 from halo.errors import Stopped, UserError
 from halo.run import StageFolder
 from halo.stop import stop_requests
-from halo.training.checkpoint import Checkpoints, Progress
+from halo.teacher.batch import Batch
+from halo.teacher.colocated import TeacherSource
+from halo.training.checkpoint import Checkpoints, TrainingState
 from halo.training.engine import Engine, split_batch, whole_size
-from halo.training.look_ahead import Answer, LookAhead
+from halo.training.look_ahead import LookAhead
 from halo.training.metrics import Metrics, mean_over_ranks
 
 MAX_RETURNS = 3
-"""How often a run goes back to one checkpoint, for losses and gradients that are not finite, before it gives up."""
+"""How often a run returns to one checkpoint, because losses or gradients are not finite, before it ends."""
 
 
 class Objective(nn.Module):
-    """What a stage trains. Its parameters are the trained ones; a frozen teacher must not be registered on it."""
+    """What a stage trains: a model and a loss. Its parameters are those to train; no frozen teacher is a submodule."""
 
     clip_apart: ClassVar[bool] = False
-    """Whether `clip` is of each layer's gradient norm, not of all layers' together."""
+    """Whether each layer's gradient is clipped by its own norm, not by the norm of all."""
 
-    def ask(self, input_ids: Tensor) -> Answer:
-        """Ask the teacher about [B, T] tokens on the host. Call the result for forward's keywords, without gradient."""
-        return dict
+    teacher: TeacherSource | None = None
+    """Supplies the `teacher_logits` of each batch. None: the loss needs none."""
 
-    def ranks(self) -> int:
-        """How many ranks work on it: those that train, and those that hold its teacher alone."""
-        return world_size()
+    separator: int | None = None
+    """The token that ends a document, if documents are isolated from each other. None: they are not."""
 
-    def forward(self, input_ids: Tensor, **taught: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """[B, T] tokens -> the mean loss (a scalar), and scalars to log."""
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a micro-batch, and values to log; scalars."""
         raise NotImplementedError
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Useful FLOPs of one token of a sequence (halo/training/flops.py); 0: not known."""
+        """Useful FLOPs for one token of a sequence (halo/training/flops.py); 0: not known."""
         return 0.0
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
@@ -59,7 +60,7 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a stage's training cost, and its outcome."""
+    """The outcome of a stage's training, and its cost."""
 
     weights: dict[str, Tensor]
     """The trained parameters, whole, on rank 0 (empty elsewhere)."""
@@ -68,7 +69,7 @@ class Result:
     seconds: float
     loss: float
     skipped: int
-    """Steps left out, their loss or gradient not being finite."""
+    """Steps that were skipped, because a loss or gradient was not finite."""
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -81,7 +82,7 @@ class Result:
 
 
 def learning_rate(training: Training, step: int) -> float:
-    """The LR of 0-based `step`: linear warm-up from 0, then the schedule (Appendix B, Table 12)."""
+    """The learning rate of the 0-based `step`: linear warm-up from 0, then the schedule (Appendix B, Table 12)."""
     t = training
     if step < t.warmup:
         return t.lr * (step + 1) / t.warmup
@@ -97,167 +98,225 @@ def learning_rate(training: Training, step: int) -> float:
 def train(
     objective: Objective, training: Training, *, shards: str | Path, folder: StageFolder, ds_config: dict[str, Any]
 ) -> Result:
-    """Train `objective` on the samples in `shards`, from the last checkpoint in `folder` or from the start.
+    """Train `objective` on the samples in `shards`, from the latest checkpoint in `folder`, or else from the start.
 
     Raises:
-        UserError: settings that do not fit the ranks or the data, a checkpoint that cannot be read or written, metrics
-            that cannot be written, losses or gradients that stay other than finite.
+        UserError: settings that do not fit the ranks or the data; a checkpoint that cannot be read or written; metrics
+            that cannot be written; losses or gradients that are not finite, again and again.
         Stopped: a signal asked for it (halo/stop.py), and the state is saved.
     """
-    micro_batch, accumulation = split_batch(training)
-    degree = training.sequence_parallel  # ranks that share a sequence read the same samples
-    stream = TokenStream(
-        shards,
-        micro_batch=micro_batch,
-        seed=training.seed,
-        rank=rank() // degree,
-        world_size=world_size() // degree,
-        cache=cache_in(training.shards_cache, training.shards_cache_gb),
-    )
-    torch.manual_seed(training.seed)
-    parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
-    with waits_of_at_most(SLOW_LIMIT):
-        external = objective.external_parameters()
-        engine = Engine(objective.train(), training, ds_config, external, clip_apart=objective.clip_apart)
-        checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
-        progress = checkpoints.resume(engine) or Progress(stream=stream.state_dict())
-    stream.load_state_dict(progress.stream)
-    ahead = LookAhead(stream, objective.ask)
-    metrics = _metrics(folder, training, progress, objective)
-    began = time.perf_counter() - progress.seconds
-    returns: Counter[int] = Counter()
-    limit = SLOW_LIMIT  # the first step compiles
+    loop = _Loop(objective, training, shards=shards, folder=folder, ds_config=ds_config)
     try:
-        with stop_requests() as asked_to_stop:
-            while progress.step < training.steps:
-                lr = learning_rate(training, progress.step)
-                with waits_of_at_most(limit):
-                    last = progress.step == training.steps - 1
-                    values = _batch(engine, ahead, accumulation, lr, metrics, last=last)
-                    values |= _flags(
-                        stop=asked_to_stop(), written=checkpoints.is_written(), unrecorded=metrics.has_failed()
+        with stop_requests() as stop_requested:
+            while not loop.is_done():
+                agreed = loop.train_step(stop_requested)
+                if agreed.checkpoint_written or agreed.metrics_failed:
+                    loop.publish_checkpoint()
+                if agreed.metrics_failed:
+                    loop.check_metrics()
+                returned = loop.must_return()
+                if returned:
+                    loop.return_to_checkpoint()
+                # After a return, only the data's position differs from a checkpoint: it is saved if the run stops.
+                if agreed.must_stop or (loop.is_checkpoint_due() and not returned):
+                    loop.save_checkpoint()
+                if agreed.must_stop or loop.is_done():
+                    loop.publish_checkpoint()
+                if agreed.must_stop:
+                    raise Stopped(
+                        f"{folder.name}: stopped after {loop.state.step} of {training.steps} steps, and saved"
                     )
-                    means = mean_over_ranks(values)
-                    stop, written, unrecorded = (means.pop(name) for name in ("stop", "written", "unrecorded"))
-                    progress = progress.after(
-                        loss=means["loss"],
-                        skipped=engine.skipped(),
-                        seconds=time.perf_counter() - began,
-                        stream=ahead.position(),
-                    )
-                    means |= {"lr": lr, "skipped": progress.skipped} | engine.gradient_norms()
-                    metrics.log(progress.step - 1, means, tokens=training.batch * training.seq_len)
-                limit = STEP_LIMIT
-                if written == 1 or unrecorded:
-                    _publish(checkpoints, metrics)
-                if unrecorded:
-                    metrics.check()
-                if progress.skipped_in_a_row > training.max_skipped:
-                    progress = _go_back(checkpoints, engine, progress, returns, folder.name)
-                    metrics.close()
-                    metrics.check()
-                    metrics = _metrics(folder, training, progress, objective)
-                    due = stop  # where the data stands now is not yet in a checkpoint
-                else:
-                    due = stop or _is_due(training, progress)
-                if due:
-                    _save(checkpoints, engine, progress, metrics)
-                if stop or progress.step == training.steps:
-                    _publish(checkpoints, metrics)
-                if stop:
-                    raise Stopped(f"{folder.name}: stopped after {progress.step} of {training.steps} steps, and saved")
-            metrics.close()
-            metrics.check()
-        if math.isnan(progress.loss):
-            raise UserError(f"{folder.name}: no step had a finite loss and gradient: lower the learning rate")
-        return Result(
-            weights=engine.parameters_on_rank0(),
-            tokens=training.steps * training.batch * training.seq_len,
-            parameters=parameters,
-            seconds=progress.seconds,
-            loss=progress.loss,
-            skipped=progress.skipped,
-        )
+            loop.close_metrics()
+        return loop.result()
     finally:
+        loop.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Agreed:
+    """What all ranks know after a step, from each rank's flags."""
+
+    must_stop: bool
+    """Some rank was asked to stop."""
+    checkpoint_written: bool
+    """All ranks have written their parts of the checkpoint that is not published yet."""
+    metrics_failed: bool
+    """Some rank could not write the metrics."""
+
+    @classmethod
+    def of_ranks(
+        cls, values: dict[str, Tensor], *, stop: bool, checkpoint_written: bool, metrics_failed: bool
+    ) -> tuple["_Agreed", dict[str, float]]:
+        """What the ranks agree on, and the mean of each value over the ranks, from one collective."""
+        # This rank's flags, averaged with the metrics: above 0 means some rank, 1 means all.
+        flags = {"stop": stop, "checkpoint_written": checkpoint_written, "metrics_failed": metrics_failed}
+        means = mean_over_ranks(
+            values | {name: torch.tensor(float(flag), device=device()) for name, flag in flags.items()}
+        )
+        agreed = cls(
+            must_stop=means.pop("stop") > 0,
+            checkpoint_written=means.pop("checkpoint_written") == 1,
+            metrics_failed=means.pop("metrics_failed") > 0,
+        )
+        return agreed, means
+
+
+class _Loop:
+    """The parts of a training loop, and how far it is. Every rank must call each method."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        training: Training,
+        *,
+        shards: str | Path,
+        folder: StageFolder,
+        ds_config: dict[str, Any],
+    ):
+        self._training, self._name = training, folder.name
+        micro_batch, self._accumulation = split_batch(training)
+        degree = training.sequence_parallel  # ranks that share a sequence read the same samples
+        stream = TokenStream(
+            shards,
+            micro_batch=micro_batch,
+            seed=training.seed,
+            rank=rank() // degree,
+            world_size=world_size() // degree,
+            cache=cache_in(training.shards_cache, training.shards_cache_gb),
+        )
+        torch.manual_seed(training.seed)
+        self._parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
+        with waits_of_at_most(SLOW_LIMIT):
+            external = objective.external_parameters()
+            self._engine = Engine(objective.train(), training, ds_config, external, clip_apart=objective.clip_apart)
+            self._checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
+            self.state = self._checkpoints.resume(self._engine) or TrainingState(stream=stream.state_dict())
+        stream.load_state_dict(self.state.stream)
+        teacher = objective.teacher
+        self._metrics = Metrics(
+            folder.path,
+            name=folder.name,
+            steps=training.steps,
+            step=self.state.step,
+            ranks=world_size() + (teacher.ranks if teacher is not None else 0),
+            flops_per_token=objective.flops_per_token(training.seq_len),
+            profile_from=training.profile_from,
+            profile_steps=training.profile_steps,
+        )
+        self._batches = LookAhead(stream, self._metrics, teacher, objective.separator)
+        self._began = time.perf_counter() - self.state.seconds
+        self._returns: Counter[int] = Counter()
+        """How often this process returned to a checkpoint, by its step."""
+        self._limit = SLOW_LIMIT  # the first step compiles
+
+    def is_done(self) -> bool:
+        return self.state.step >= self._training.steps
+
+    def train_step(self, stop_requested: Callable[[], bool]) -> _Agreed:
+        """Train on one batch, and record that."""
+        lr = learning_rate(self._training, self.state.step)
+        with waits_of_at_most(self._limit):
+            values = self._optimize(lr)
+            agreed, means = _Agreed.of_ranks(
+                values,
+                stop=stop_requested(),
+                checkpoint_written=self._checkpoints.is_written(),
+                metrics_failed=self._metrics.has_failed(),
+            )
+            self.state = self.state.after_step(
+                loss=means["loss"],
+                skipped=self._engine.skipped(),
+                seconds=time.perf_counter() - self._began,
+                stream=self._batches.position(),
+            )
+            means |= {"lr": lr, "skipped": self.state.skipped} | self._engine.gradient_norms()
+            tokens = self._training.batch * self._training.seq_len
+            self._metrics.log(self.state.step - 1, means, tokens=tokens)
+        self._limit = STEP_LIMIT
+        return agreed
+
+    def _optimize(self, lr: float) -> dict[str, Tensor]:
+        """Forward, backward, and the optimizer's step. Returns loss and metrics, means of this rank's micro-batches."""
+        is_last_step = self.state.step == self._training.steps - 1
+        total: dict[str, Tensor] = {}
+        for left in reversed(range(self._accumulation)):
+            loss, values = self._engine.accumulate(next(self._batches))
+            for name, value in ({"loss": loss} | values).items():
+                total[name] = total.get(name, 0) + value / self._accumulation
+            if left or not is_last_step:
+                self._batches.prefetch()  # while the GPU works on forward and backward; the step will wait for them
+            self._engine.step(lr)
+        return total
+
+    def publish_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written, if it is not published yet, and publish it."""
+        with self._metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
+            seconds = self._checkpoints.publish()
+        if seconds is not None:
+            self._metrics.note("checkpoint_write_s", seconds)
+
+    def is_checkpoint_due(self) -> bool:
+        """Not amid skipped steps: a run returns to a checkpoint from which training went well."""
+        due = self.state.step % self._training.save_every == 0 and not self.state.skipped_in_a_row
+        return due or self.is_done()
+
+    def save_checkpoint(self) -> None:
+        """Begin to write a checkpoint, after the one before is published."""
+        self.publish_checkpoint()
+        with self._metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
+            self._checkpoints.save(self._engine, self.state)
+
+    def must_return(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return self.state.skipped_in_a_row > self._training.max_skipped
+
+    def return_to_checkpoint(self) -> None:
+        """Return to the latest checkpoint, but not to its data: train on with the data after the skipped steps.
+
+        Raises:
+            UserError: there is no checkpoint, or the run has returned to it too often.
+        """
+        ended = f"{self._name}: {self.state.skipped_in_a_row} steps in a row had no finite loss and gradient"
+        self._checkpoints.publish()
+        saved = self._checkpoints.resume(self._engine)
+        if saved is None:
+            raise UserError(f"{ended}, the last of them step {self.state.step - 1}: lower the learning rate")
+        self._returns[saved.step] += 1
+        if self._returns[saved.step] > MAX_RETURNS:
+            raise UserError(f"{ended}, as after every return to step {saved.step}: lower the learning rate")
+        if rank() == 0:
+            print(f"{ended}: back to step {saved.step}, with the data that follows", flush=True)
+        self.state = replace(self.state, step=saved.step, loss=saved.loss, skipped_in_a_row=0)
+        self._metrics.rewind(saved.step)
+
+    def check_metrics(self) -> None:
+        """Raises:
+        UserError: the metrics could not be written; on every rank.
+        """
+        self._metrics.check()
+
+    def close_metrics(self) -> None:
+        """As `check_metrics`, after the rest of them is written."""
+        self._metrics.close()
+        self._metrics.check()
+
+    def result(self) -> Result:
+        """Raises:
+        UserError: no step had a finite loss and gradient.
+        """
+        if math.isnan(self.state.loss):
+            raise UserError(f"{self._name}: no step had a finite loss and gradient: lower the learning rate")
+        return Result(
+            weights=self._engine.parameters_on_rank0(),
+            tokens=self._training.steps * self._training.batch * self._training.seq_len,
+            parameters=self._parameters,
+            seconds=self.state.seconds,
+            loss=self.state.loss,
+            skipped=self.state.skipped,
+        )
+
+    def close(self) -> None:
         try:
-            metrics.close()
+            self._metrics.close()
         finally:
-            engine.close()
-
-
-def _metrics(folder: StageFolder, training: Training, progress: Progress, objective: Objective) -> Metrics:
-    return Metrics(
-        folder.path,
-        name=folder.name,
-        steps=training.steps,
-        step=progress.step,
-        ranks=objective.ranks(),
-        flops_per_token=objective.flops_per_token(training.seq_len),
-        profile_from=training.profile_from,
-        profile_steps=training.profile_steps,
-    )
-
-
-def _batch(
-    engine: Engine, ahead: LookAhead, accumulation: int, lr: float, metrics: Metrics, *, last: bool
-) -> dict[str, Tensor]:
-    """One optimizer step. Returns the loss and metrics, mean over the micro-batches of this rank.
-
-    Args:
-        last: nothing follows: the teacher is asked about nothing more.
-    """
-    total: dict[str, Tensor] = {}
-    for left in reversed(range(accumulation)):
-        loss, values = engine.accumulate(**ahead.take(metrics))
-        for name, value in ({"loss": loss} | values).items():
-            total[name] = total.get(name, 0) + value / accumulation
-        if left or not last:
-            ahead.ask(metrics)  # forward and backward are under way, and the step will wait for them
-        engine.step(lr)
-    return total
-
-
-def _flags(**values: bool) -> dict[str, Tensor]:
-    """What a rank tells the others of itself, beside the metrics: their mean is the share of ranks where it is so."""
-    return {name: torch.tensor(float(value), device=device()) for name, value in values.items()}
-
-
-def _save(checkpoints: Checkpoints, engine: Engine, progress: Progress, metrics: Metrics) -> None:
-    _publish(checkpoints, metrics)
-    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
-        checkpoints.save(engine, progress)
-
-
-def _publish(checkpoints: Checkpoints, metrics: Metrics) -> None:
-    """Wait until what was saved last is written, if it is not published yet, and make it the latest checkpoint."""
-    with metrics.pause("checkpoint"), waits_of_at_most(SLOW_LIMIT):
-        seconds = checkpoints.publish()
-    if seconds is not None:
-        metrics.note("checkpoint_write_s", seconds)
-
-
-def _is_due(training: Training, progress: Progress) -> bool:
-    """Whether to save. Not amid skipped steps: one goes back to a checkpoint from which training went well."""
-    due = progress.step % training.save_every == 0 and not progress.skipped_in_a_row
-    return due or progress.step == training.steps
-
-
-def _go_back(
-    checkpoints: Checkpoints, engine: Engine, progress: Progress, returns: Counter[int], name: str
-) -> Progress:
-    """To the last checkpoint, but with the stream where it stands: past the data that gave no finite loss.
-
-    Args:
-        returns: how often this process went back to a checkpoint, by its step.
-    """
-    ended = f"{name}: {progress.skipped_in_a_row} steps in a row had no finite loss and gradient"
-    checkpoints.publish()
-    saved = checkpoints.resume(engine)
-    if saved is None:
-        raise UserError(f"{ended}, the last of them step {progress.step - 1}: lower the learning rate")
-    returns[saved.step] += 1
-    if returns[saved.step] > MAX_RETURNS:
-        raise UserError(f"{ended}, as after every return to step {saved.step}: lower the learning rate")
-    if rank() == 0:
-        print(f"{ended}: back to step {saved.step}, with the data that follows", flush=True)
-    return replace(progress, step=saved.step, loss=saved.loss, skipped_in_a_row=0)
+            self._engine.close()

@@ -1,4 +1,4 @@
-"""What the tests of building run on each rank: importable functions with picklable arguments."""
+"""Functions that the tests of building run on each rank: importable, with picklable arguments."""
 
 import ctypes
 import threading
@@ -33,14 +33,14 @@ def place_by(zero: str) -> build.Place:
 
 
 def student(made: Path, place: build.Place) -> HypeNetForCausalLM:
-    """From files, with one seed."""
+    """A student from files, always with the same seed."""
     torch.manual_seed(1)
     config = hybrid_config(load_model_config(made / "teacher"), KEPT)
     return build_student(made / "teacher", config, made / "mixers.safetensors", place)
 
 
 def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers, put together on every rank."""
+    """All parameters and buffers, gathered on every rank."""
     tensors = {name: buffer.clone() for name, buffer in module.named_buffers()}
     for name, parameter in module.named_parameters():
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -50,7 +50,7 @@ def whole(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def every_model(made: Path, zero: str) -> dict[str, dict[str, torch.Tensor]]:
-    """What each stage builds, whole."""
+    """The models that each stage builds, gathered."""
     config = hybrid_config(load_model_config(made / "teacher"), [])
     place = place_by(zero)
     torch.manual_seed(1)
@@ -65,7 +65,7 @@ def every_model(made: Path, zero: str) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def every_model_in_memory(made: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The same, each made of a whole teacher."""
+    """The same models, each made from a whole teacher in memory."""
     teacher = load_teacher(made / "teacher")
     torch.manual_seed(1)
     mixers = new_mixers(teacher, "lightning-attn")
@@ -110,7 +110,7 @@ def in_bf16(made: Path) -> dict[str, set[torch.dtype]]:
 
 
 def pieces_whole_at_once(made: Path) -> list[tuple[int, int]]:
-    """As each piece is placed: bytes of the student's parameters on this rank before and after."""
+    """Bytes of the student's parameters on this rank, before and after each piece is distributed."""
     partition, placed = place_by("zero3.json"), []
     seen: list[tuple[int, int]] = []
 
@@ -131,7 +131,7 @@ def pieces_whole_at_once(made: Path) -> list[tuple[int, int]]:
 
 
 def growth(make: Callable[..., Any], *args: Any) -> float:
-    """MB by which this process's own memory, mapped files aside, grew at most while `make` ran."""
+    """MB by which this process's own memory, without mapped files, grew at most while `make` ran."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed is given back, not kept for later
     most, ended = own_memory(), threading.Event()
     began = most
@@ -178,7 +178,7 @@ def in_memory(made: Path) -> float:
 
 
 def refusals(made: Path) -> list[str]:
-    """What each builder is refused with, on this rank."""
+    """Each builder's UserError, on this rank."""
     told = []
     for make in (build_teacher, lambda folder: build_hybrid(folder, place_by("zero3.json"))):
         try:

@@ -1,4 +1,4 @@
-"""What the training tests run on each rank: importable functions with picklable arguments."""
+"""Functions that the training tests run on each rank: importable, with picklable arguments."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from halo.distributed import on_rank0, rank
 from halo.errors import Stopped, UserError
 from halo.models.build import build_hybrid, build_mixers, build_student, build_teacher
 from halo.models.loading import load_model_config
-from halo.ranks import Split
+from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.stages.align import new_mixers
 from halo.stages.distill import logits_form
+from halo.teacher.batch import Batch
 from halo.teacher.colocated import Teacher, teacher_group
 from halo.teacher.dedicated import DedicatedTeacher, Order
 from halo.training import engine, trainer
@@ -59,7 +61,7 @@ def make_student(teacher: Qwen3ForCausalLM):
 
 
 def files(folder: Path, **changes: Any) -> Path:
-    """A folder with what stages read: a teacher, the mixers that stage 1 made of it, the hybrid of stage 2."""
+    """A folder with the inputs of stages: a teacher, the mixers of stage 1, the hybrid of stage 2."""
     made = folder.with_name(f"{folder.name}-files")
 
     def write() -> None:
@@ -74,9 +76,18 @@ def files(folder: Path, **changes: Any) -> Path:
 
 
 def whole_mixers(teacher: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
-    """Of every layer, by the names of stage 1's file."""
+    """Every layer's mixer weights, with the names of stage 1's file."""
     mixers = new_mixers(teacher, "lightning-attn")
     return {f"{i}.{name}": weight for i, mixer in mixers.items() for name, weight in mixer.state_dict().items()}
+
+
+def batch_of(objective: Objective, input_ids: torch.Tensor) -> Batch:
+    """A batch of [B, T] tokens on the host, with what the objective's teacher supplies."""
+    batch = Batch.on_host(input_ids, objective.separator)
+    if objective.teacher is None:
+        return batch
+    objective.teacher.prefetch(batch)
+    return replace(batch, teacher_logits=objective.teacher.next())
 
 
 def training(**changes: Any) -> Distill:
@@ -115,8 +126,8 @@ def save_teacher(folder: Path, tied: bool = True) -> Path:
     return folder
 
 
-def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher: Path, split: Split) -> Result:
-    """The same where the teacher is on ranks of its own."""
+def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher: Path, split: RankLayout) -> Result:
+    """The same with a dedicated teacher."""
     micro_batch, _ = split_batch(settings)
     order = Order(
         teacher=str(teacher),
@@ -150,7 +161,7 @@ def finetune(shards: Path, folder: Path, zero: str, settings: Training) -> Resul
 
 
 def first_moments(job: Callable[..., Result], *args: Any) -> Result:
-    """`job`, with AdamW's first moments in the place of the weights: they show how large each gradient was."""
+    """`job`, but its result has AdamW's first moments as weights: they show each gradient's size."""
 
     class Watched(Engine):
         def parameters_on_rank0(self) -> dict[str, torch.Tensor]:
@@ -287,9 +298,9 @@ BAD = 63
 class Fragile(NextToken):
     gradient_alone = False
 
-    def forward(self, input_ids: torch.Tensor, **taught: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, metrics = super().forward(input_ids)
-        if (input_ids[:, 0] == BAD).any():
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, metrics = super().forward(batch)
+        if (batch.input_ids[:, 0] == BAD).any():
             # The square root is 0, and infinitely steep there.
             loss = loss + ((loss - loss.detach()).sqrt() if self.gradient_alone else torch.inf)
         return loss, metrics
@@ -346,8 +357,8 @@ def digest(built: Engine) -> str:
 class Noisy(NextToken):
     """A loss that draws random numbers, each rank other ones."""
 
-    def forward(self, input_ids: torch.Tensor, **taught: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, metrics = super().forward(input_ids)
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, metrics = super().forward(batch)
         return loss * (1 + torch.rand(rank() + 1)[-1]), metrics
 
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from halo.config import Distill
-from halo.ranks import Split, split_ranks
+from halo.ranks import RankLayout, split_ranks
 from halo.teacher.dedicated import serve
 
 # A server that has imported everything once forks the ranks: importing it takes longer than most jobs.
@@ -29,8 +29,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call `function(*args)` on every rank of a gloo world and return each rank's result, by rank.
 
-    With `split`, settings of stage 2, some ranks may be a dedicated teacher's: they serve it, and give None. The others
-    get their `Split` as one more argument.
+    `split`, settings of stage 2, may make some ranks a dedicated teacher's: they serve, and their result is None. The
+    others get their `RankLayout` as one more argument.
 
     `function` must be importable (a module's own), and arguments and results picklable.
 
@@ -109,8 +109,8 @@ def _rank(
     dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, port: int, timeout: timedelta, settings: Distill | None = None) -> Split:
-    """Make this process a rank of a gloo world whose store is at `port`, or of one of two if the settings say so."""
+def join(rank: int, world_size: int, port: int, timeout: timedelta, settings: Distill | None = None) -> RankLayout:
+    """Make this process a rank of a gloo world with its store at `port`; a dedicated teacher makes it two worlds."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared between processes, and missed where one is killed
     os.environ.update(

@@ -1,4 +1,4 @@
-"""What the tests of sequence parallelism run on each rank."""
+"""Functions that the tests of sequence parallelism run on each rank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from tests.distributed import jobs
 
 B, T, SEPARATOR = 2, 64, 63
 OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}, "ttt": {"mini_batch_size": 5}}
-"""Of mixers, so that a few tokens are many."""
+"""Options of mixers that make a few tokens many: short windows, few slots."""
 Gradients = dict[str, Tensor]
 
 
@@ -38,7 +38,7 @@ def tokens(packed: bool) -> Tensor:
 
 
 def student(mixer: str) -> HypeNetForCausalLM:
-    """Two layers of the mixer around one of attention, whose new weights and norms are not at their beginning."""
+    """Two layers of the mixer around one of attention. Norms are not at their initial values."""
     torch.manual_seed(1)
     options = {mixer: OPTIONS[mixer]} if mixer in OPTIONS else {}
     types = [mixer, "attn", mixer]
@@ -68,14 +68,14 @@ def distillation(mixer: str, degree: int) -> Distillation:
 
 def loss_and_gradients(objective: Objective, ids: Tensor, engine: Engine | None = None) -> tuple[Tensor, Gradients]:
     """The mean over the ranks of the loss and of each parameter's gradient, without ZeRO or as ZeRO gives it."""
-    asked = objective.ask(ids)()
+    batch = jobs.batch_of(objective, ids)
     if engine is None:
         objective.zero_grad()
-        loss, _ = objective.train()(ids, **asked)
+        loss, _ = objective.train()(batch)
         loss.backward()
         found = {name: all_sum(p.grad) / world_size() for name, p in objective.named_parameters()}
     else:
-        loss, _ = engine.accumulate(input_ids=ids, **asked)
+        loss, _ = engine.accumulate(batch)
         found = {name: safe_get_full_grad(p).clone() for name, p in objective.named_parameters()}
         engine.step(0.0)
     return all_sum(loss.detach()) / world_size(), found
@@ -97,13 +97,13 @@ def under(zero: str | None, objective: Objective) -> Iterator[Engine | None]:
 def of_mixers(
     mixers: list[str], zero: str | None, dtype: torch.dtype = torch.float32
 ) -> dict[tuple[str, str], tuple[Tensor, Gradients]]:
-    """`loss_and_gradients` of stage 3 with each mixer, on whole rows and packed ones, all ranks sharing each row."""
+    """`loss_and_gradients` of stage 3 with each mixer, on whole rows and on packed ones; all ranks share each row."""
     found = {}
     for mixer in mixers:
         objective = next_token(mixer, world_size(), packed=False).to(dtype)
         with under(zero, objective) as engine:
             found[mixer, "whole"] = loss_and_gradients(objective, tokens(packed=False), engine)
-            objective._separator = SEPARATOR
+            objective.separator = SEPARATOR
             found[mixer, "packed"] = loss_and_gradients(objective, tokens(packed=True), engine)
     return found
 
@@ -115,7 +115,7 @@ def of_stages(mixer: str) -> dict[str, tuple[Tensor, Gradients]]:
 
 
 def in_tiles(zero: str | None) -> tuple[Tensor, Gradients]:
-    """Stage 3 with everything that spares memory, on packed rows."""
+    """Stage 3 with everything that saves memory, on packed rows."""
     objective = next_token(
         "lightning-attn", world_size(), packed=True, activation_checkpointing=True, activation_offload=True
     )
@@ -124,7 +124,7 @@ def in_tiles(zero: str | None) -> tuple[Tensor, Gradients]:
 
 
 def with_a_wrong_exchange(what: str, mixer: str) -> tuple[Tensor, Gradients]:
-    """`of_mixers`, but what the ranks send each other is not what they should."""
+    """`loss_and_gradients`, but the ranks exchange wrong tensors."""
     gather, exchange = SequenceGroup.gather, SequenceGroup.exchange
     wrong = {
         "states of other ranks": ("gather", lambda group, x: gather(group, x).roll(1, dims=0)),
@@ -136,7 +136,7 @@ def with_a_wrong_exchange(what: str, mixer: str) -> tuple[Tensor, Gradients]:
 
 
 def _kept_whole(gathered: Tensor) -> Tensor:
-    """As if no chunk forgot anything."""
+    """As if no chunk's state decayed."""
     gathered[..., -1] = 1
     return gathered
 
@@ -162,19 +162,19 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def bytes_received(mixers: list[str], length: int) -> dict[str, dict[str, int]]:
-    """By mixer, in forward and backward of one layer of it over rows of `length` tokens."""
+    """By mixer: the bytes for forward and backward of one layer, over rows of `length` tokens."""
     found = {}
     for mixer in mixers:
         model = HypeNetForCausalLM(HypeNetConfig(**jobs.SHAPE | {"num_hidden_layers": 1, "mixer_types": [mixer]}))
         objective = NextToken(model, sequence=SequenceGroup(world_size()))
         with counted() as received:
-            objective(torch.zeros(B, length, dtype=torch.long))[0].backward()
+            objective(jobs.batch_of(objective, torch.zeros(B, length, dtype=torch.long)))[0].backward()
         found[mixer] = received
     return found
 
 
 def answers(prompts: list[list[int]]) -> list[NeedleSample]:
-    """The two tokens with which the hybrid goes on, but after every third prompt others."""
+    """The two tokens that the hybrid continues a prompt with; for every third prompt, other tokens."""
     model, samples = scaled_hybrid(), []
     for i, prompt in enumerate(prompts):
         ids = list(prompt)

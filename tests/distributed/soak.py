@@ -2,12 +2,12 @@
 
     python -m tests.distributed.soak --steps 60 --kills 20
 
-Stage 2 of a tiny hybrid on two ranks under ZeRO-3. At random moments of a run (while it starts or goes on, in a step,
-in each part of saving) one rank or both get SIGKILL; a rank that is left must end by itself, with an error, within a
-minute. The same command then goes on. In the end every loss in metrics.jsonl and every weight must be those of a run
-that nobody killed, bit for bit.
+Stage 2 of a tiny hybrid on two ranks under ZeRO-3. At random moments of a run (while it starts or resumes, in a step,
+in each part of saving) one rank or both get SIGKILL. A rank that is left must end by itself, with an error, within a
+minute. Then the same command resumes the run. In the end every loss in metrics.jsonl and every weight must be, bit for
+bit, those of a run that was not killed.
 
-So small a model is saved in no time: every part of it begins with a moment's sleep, so that kills meet it.
+Such a small model is saved in no time. So each part of saving begins with a short sleep, and some kills hit it.
 """
 
 import argparse
@@ -39,11 +39,11 @@ from tests.distributed.ranks import CONTEXT, join
 RANKS = 2
 SECONDS_TO_END = 60.0
 TRIES = 10
-"""Runs that may end, on a busy machine, before the moment of a kill is noticed."""
+"""How many runs in a row may end before the moment of a kill is noticed, on a busy machine."""
 SLEEP = 0.05
-"""Seconds by which each part of saving is longer. Writing has one part a file, three a rank, beside training."""
+"""Seconds by which each part of saving is longer. Each file that is written is a part: three on each rank."""
 LONGEST_DELAY = {"start": 1.0, "step": 0.15, "snapshot": SLEEP, "write": 3 * SLEEP, "publish": SLEEP}
-"""About as many seconds as a start, a step, and each part of saving take."""
+"""The seconds that a start, a step, and each part of saving take, roughly."""
 SAVING = ("snapshot", "write", "publish")
 
 
@@ -52,19 +52,19 @@ class Kill:
     """When which ranks are killed: `delay` seconds after `moment`."""
 
     moment: str
-    """`start` (of going on), the end of step `step`, or when a part of saving begins after it, on rank 0."""
+    """`start` (of resuming), the end of step `step`, or the beginning of a part of saving after it, on rank 0."""
     step: int
     delay: float
     victims: tuple[int, ...]
 
     def __str__(self) -> str:
-        when = {"start": "it began to go on", "step": f"step {self.step}"}
+        when = {"start": "it began to resume", "step": f"step {self.step}"}
         when |= {part: f"the beginning of a {part} after step {self.step}" for part in SAVING}
         return f"rank {' and '.join(map(str, self.victims))} {self.delay:.2f} s after {when[self.moment]}"
 
 
 def plan(steps: int, kills: int, seed: int) -> list[Kill]:
-    """All moments in turn, in random steps that grow: the run gets on between them."""
+    """All moments in turn, at random steps in rising order: the run makes progress between them."""
     choose = random.Random(seed)
     moments = cycle(("step", "write", "start", "publish", "snapshot"))
     victims = cycle(((0, 1), (0,), (1,)))
@@ -110,9 +110,9 @@ def soak(folder: Path, *, steps: int, kills: int, seed: int, save_every: int = 3
 
 
 def _compare(whole: Path, killed: Path, statuses: Iterable[int | None]) -> int:
-    """Compare a run that is over with the one that was not killed; how many weights they have."""
+    """Compare a finished run with the one that was not killed. Returns the number of weights."""
     for ended in statuses:
-        assert ended == 0, f"the run could not go on: see {killed / 'rank-*.log'}"
+        assert ended == 0, f"the run could not resume: see {killed / 'rank-*.log'}"
     assert jobs.losses(killed) == jobs.losses(whole), "other losses"
     weights = [torch.load(run / "weights.pt") for run in (whole, killed)]
     assert weights[0].keys() == weights[1].keys()
@@ -195,7 +195,7 @@ def _after(path: Path, began: float) -> bool:
 
 
 def _wait(processes: list[BaseProcess], seconds: float | None = None) -> Iterator[int | None]:
-    """How each ended. A run that goes well may take its time; what is left of one that was killed has a minute."""
+    """The exit codes. A run may take its time; ranks beside a killed one have `seconds` to end."""
     for process in processes:
         process.join(seconds)
         assert process.exitcode is not None, f"process {process.pid} did not end"

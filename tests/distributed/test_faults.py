@@ -63,10 +63,10 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, zero, bf16):
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-def test_after_too_many_skipped_steps_the_run_goes_back_and_on_past_the_data(tmp_path, zero):
-    """From the checkpoint of step 3, as a run that never met the bad batches 4 to 6 (nor 3) goes on from there.
+def test_after_too_many_skipped_steps_the_run_returns_to_a_checkpoint_and_skips_the_data(tmp_path, zero):
+    """From the checkpoint of step 3 on, it is a run that never saw the bad batches 4 to 6 (nor batch 3).
 
-    That checkpoint is not written yet when the run goes back to it.
+    That checkpoint is not written yet when the run returns to it.
     """
     settings = replace(SETTINGS, steps=7, max_skipped=2)
     shards = bad_shards(tmp_path / "shards", 4, 5, 6)
@@ -104,7 +104,7 @@ def test_metrics_that_cannot_be_written_end_all_ranks(tmp_path, shards, pattern,
     told = run_ranks(2, jobs.with_no_room_for, pattern, 4, *job)
     assert told == [
         f"the metrics cannot be written to {run} (File too large): "
-        "mend that, and the same command goes on from the latest checkpoint"
+        "mend that, and the same command resumes from the latest checkpoint"
     ] * 2  # fmt: skip
     assert "Traceback" not in capfd.readouterr().err
     assert len(run_ranks(2, *job)) == 2
@@ -140,7 +140,7 @@ def _short_and_long_waits() -> list[str]:
 
 
 def test_only_training_steps_are_impatient():
-    """Rank 0 alone may work for long; within a step, a late rank is given up, in whatever group."""
+    """Rank 0 alone may work for long; within a step a late rank is an error, in every group."""
     told = run_ranks(2, _short_and_long_waits)
     assert told[0] == ["ready", "Timed out waiting 1000ms for recv operation to complete"]
     assert told[1][0] == "ready"

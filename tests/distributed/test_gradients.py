@@ -39,7 +39,7 @@ def plain(
     for step in range(settings.steps):
         input_ids = next(stream)
         optimizer.zero_grad()
-        objective(input_ids, **objective.ask(input_ids)())[0].backward()
+        objective(jobs.batch_of(objective, input_ids))[0].backward()
         norm = {name: torch.nn.utils.get_total_norm([p.grad for p in layer]) for name, layer in layers.items()}
         total = torch.linalg.vector_norm(torch.stack(list(norm.values())))
         norms.append({f"gradient_norm/{name}": float(n) for name, n in norm.items()} | {"gradient_norm": float(total)})

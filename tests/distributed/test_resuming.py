@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if it had not been: exactly, on any number of ranks, from what is whole."""
+"""An interrupted run resumes as if it had not been interrupted: exactly, on any number of ranks, from whole files."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Six steps of stage 2 on two ranks under ZeRO-3, not interrupted: losses and weights."""
+    """Losses and weights of six steps of stage 2 on two ranks under ZeRO-3, without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
     weights = run_ranks(2, jobs.distill, shards, folder, "zero3.json", SETTINGS)[0].weights
     return jobs.losses(folder), weights
@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tuple[list[
 
 @pytest.fixture(scope="module")
 def stopped_at_5(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """The same run, ended as step 5 began: its checkpoints are those of steps 2 and 4."""
+    """The same run, interrupted as step 5 began: it has the checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("stopped")
     interrupt(5, 2, jobs.distill, shards, folder)
     return folder
@@ -54,15 +54,15 @@ def stopped(stopped_at_5: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stopped_at_5, tmp_path / "stage")
 
 
-def test_an_interrupted_run_goes_on_exactly(stopped, shards, whole):
+def test_an_interrupted_run_resumes_exactly(stopped, shards, whole):
     assert checkpoints(stopped) == ["latest", "step-000000002", "step-000000004"]
     weights = run_ranks(2, jobs.distill, shards, stopped, "zero3.json", SETTINGS)[0].weights
     assert jobs.losses(stopped) == whole[0]
     assert_equal(whole[1], weights)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, shards, whole):
-    """The one of step 2 until that of step 4 is saved, of which the end of the process leaves nothing whole."""
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, shards, whole):
+    """The checkpoint of step 2 is written until step 4 is saved; that one is not whole when the process ends."""
     with pytest.raises(RuntimeError, match="stopped"):
         run_ranks(2, jobs.interrupted_amid_writing, 5, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
     assert len(jobs.losses(tmp_path)) >= 4  # rank 0 may be ended before it has recorded the last
@@ -75,8 +75,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, shards, whole)
 
 
 @pytest.mark.parametrize("zero", ["zero1.json", "zero2.json", "zero3.json"])
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, shards, whole, zero):
-    """2 -> 1 -> 2, where ZeRO-3 steps its weights in several parts, as it does those of large models."""
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path, shards, whole, zero):
+    """2 -> 1 -> 2. ZeRO-3 steps the weights in several parts, as those of large models."""
     config = json.loads((jobs.DS_CONFIGS / zero).read_text())
     config["zero_optimization"]["sub_group_size"] = 3000
     zero = str(tmp_path / zero)
@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, shards, whole, zer
 
 
 @pytest.mark.parametrize("zero", ["zero1.json", "zero3.json"])
-def test_stage_1_goes_on_with_another_number_of_ranks(tmp_path, shards, zero):
+def test_stage_1_resumes_on_another_number_of_ranks(tmp_path, shards, zero):
     """Its optimizer has a parameter group for each layer."""
     weights = run_ranks(2, jobs.align, shards, tmp_path / "whole", zero, SETTINGS)[0].weights
     interrupt(3, 2, jobs.align, shards, tmp_path / "parts", zero)
@@ -103,7 +103,7 @@ def test_stage_1_goes_on_with_another_number_of_ranks(tmp_path, shards, zero):
 
 
 def test_each_rank_keeps_its_random_state(tmp_path, shards):
-    """ZeRO-1 writes what it is given of rank 0 alone."""
+    """ZeRO-1 writes rank 0's client state alone."""
     run_ranks(2, jobs.noisy, shards, tmp_path / "whole", "zero1.json", SETTINGS)
     interrupt(3, 2, jobs.noisy, shards, tmp_path / "parts", "zero1.json")
     run_ranks(2, jobs.noisy, shards, tmp_path / "parts", "zero1.json", SETTINGS)
@@ -155,20 +155,20 @@ def refusal(folder: Path, shards: Path, zero: str = "zero3.json", **changes) -> 
     return str(error.value)
 
 
-def test_a_checkpoint_goes_on_only_with_its_own_settings(stopped, shards):
+def test_a_checkpoint_is_resumed_only_with_its_own_settings(stopped, shards):
     latest, before = stopped / "checkpoints" / "step-000000004", checkpoints(stopped)
     assert refusal(stopped, shards, lr=0.5) == (
-        f"{latest} was made with another lr (0.001, now 0.5): go on with the same, "
+        f"{latest} was made with another lr (0.001, now 0.5): resume with the same, "
         f"or remove {latest.parent} to start the stage again"
     )
     assert f"{latest} was made with another ZeRO stage (3, now 1)" in refusal(stopped, shards, "zero1.json")
     assert checkpoints(stopped) == before
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(stopped, shards, whole):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(stopped, shards, whole):
     latest, earlier = stopped / "checkpoints" / "step-000000004", stopped / "checkpoints" / "step-000000002"
     before = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
-    onward = ": remove it to go on from step-000000002"
+    onward = ": remove it to resume from step-000000002"
     shard = next(latest.rglob("*rank_1*optim_states.pt"))
     intact = shard.read_bytes()
     name = shard.relative_to(latest)
@@ -200,7 +200,7 @@ def test_a_lone_damaged_checkpoint(stopped, shards):
 
 
 def test_what_a_killed_run_leaves_behind_is_no_checkpoint(stopped, shards, whole):
-    """Half of a checkpoint, half of a conversion, a checkpoint that `latest` does not name yet."""
+    """Half of a checkpoint, half of a conversion, and a checkpoint that `latest` does not name yet."""
     folder = stopped / "checkpoints"
     (folder / "step-000000006.partial").mkdir()
     (folder / "step-000000004.converted").mkdir()
@@ -212,7 +212,7 @@ def test_what_a_killed_run_leaves_behind_is_no_checkpoint(stopped, shards, whole
 
 
 @pytest.mark.parametrize(
-    ("full_from", "lost", "kept"), [(3, 4, 2), (5, 6, 4)], ids=["while training goes on", "at the end"]
+    ("full_from", "lost", "kept"), [(3, 4, 2), (5, 6, 4)], ids=["while training continues", "at the end"]
 )
 def test_a_full_disk_ends_all_ranks_and_spoils_nothing(tmp_path, shards, whole, full_from, lost, kept):
     told = run_ranks(2, jobs.on_a_full_disk, full_from, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
@@ -221,7 +221,7 @@ def test_a_full_disk_ends_all_ranks_and_spoils_nothing(tmp_path, shards, whole, 
         told
         == [
             f"the checkpoint of step {lost} cannot be written to {folder} (File too large): "
-            f"mend that, and the same command goes on from step-{kept:09d}"
+            f"mend that, and the same command resumes from step-{kept:09d}"
         ]
         * 2
     )

@@ -50,7 +50,7 @@ def wait_for_steps(run: Path, number: int, command: subprocess.Popen[str]) -> No
 
 
 def saved(run: Path) -> int:
-    """The step that the run's next start goes on from; all that metrics.jsonl has was done before."""
+    """The step that the run resumes from: the number of lines in metrics.jsonl."""
     latest = (run / "align" / "checkpoints" / "latest").read_text().strip()
     state = json.loads((run / "align" / "checkpoints" / latest / "state.json").read_text())
     assert state["progress"]["step"] == steps(run)

@@ -1,4 +1,4 @@
-"""A teacher on ranks of its own gives a training what the teacher on its own ranks does."""
+"""Training with a dedicated teacher is training with a colocated one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +72,8 @@ def test_each_form_of_the_logits_is_the_same_from_either_place(tmp_path, shards,
         assert here[0][:same] == pytest.approx(alone[0][:same], rel=1e-5)
 
 
-def test_a_run_with_a_dedicated_teacher_goes_on_exactly(tmp_path, shards, teacher):
-    """The checkpoint's place in the data is the one before what the teacher was asked ahead."""
+def test_a_run_with_a_dedicated_teacher_resumes_exactly(tmp_path, shards, teacher):
+    """The checkpoint's position in the data is the one before the prefetched batch."""
     settings = dedicated(1, steps=6, save_every=2)
     whole = run(tmp_path / "whole", shards, teacher, 2, settings)
     with pytest.raises(RuntimeError, match="stopped"):

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from triton.runtime.autotuner import Autotuner
 
 from halo.parallel.sequence import SequenceGroup
+from halo.teacher.batch import Batch
 from halo.training.objectives import NextToken
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 
@@ -41,8 +42,8 @@ def gradients(mixer: str, packed: bool, degree: int, dtype: torch.dtype = torch.
     ids = torch.randint(0, SEPARATOR, (B, T))
     ids[:, [100, 255, 400]] = SEPARATOR
     objective = NextToken(model, separator=SEPARATOR if packed else None, sequence=SequenceGroup(degree))
-    asked = objective.ask(ids)()
-    loss, _ = objective(ids.cuda(), **asked)
+    batch = Batch.on_host(ids, objective.separator).to(torch.device("cuda"))
+    loss, _ = objective(batch)
     loss.backward()
     found = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
     found = {name: x.float().cpu() for name, x in found.items()}

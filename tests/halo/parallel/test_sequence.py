@@ -6,7 +6,7 @@ from torch import nn
 
 from halo.errors import UserError
 from halo.parallel.sequence import Rows, check_degree, parallelize, repeats
-from halo.training.objectives import document_bounds, next_tokens
+from halo.teacher.batch import document_bounds, next_tokens
 from hypenet import HypeNetConfig
 from hypenet.losses import IGNORE
 from hypenet.mixers import build_mixer

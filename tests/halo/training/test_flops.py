@@ -17,7 +17,7 @@ from hypenet import HypeNetForCausalLM
 from hypenet.linear_attention import linear_attention_chunked
 from hypenet.mixers import MIXERS
 from hypenet.transfer import hybrid_config
-from tests.distributed.jobs import SHAPE, make_student, make_teacher
+from tests.distributed.jobs import SHAPE, batch_of, make_student, make_teacher
 from tests.halo.teachers import teacher_config
 
 B, T = 2, 64
@@ -76,7 +76,7 @@ def test_the_chunked_form_of_a_recurrence():
 def test_stage_3():
     model = make_student(make_teacher()).train()
     objective = NextToken(model)
-    count = counted(lambda: objective(tokens())[0].backward())
+    count = counted(lambda: objective(batch_of(objective, tokens()))[0].backward())
     differences = 3 * attention(model) + 3 * chunks(model) + ANGLES
     assert count == pytest.approx(next_token_flops(model, T) + differences)
 
@@ -84,7 +84,7 @@ def test_stage_3():
 def test_stage_2():
     teacher = make_teacher()
     objective = Distillation(make_student(teacher).train(), Teacher(teacher))
-    count = counted(lambda: objective(tokens(), **objective.ask(tokens())())[0].backward())
+    count = counted(lambda: objective(batch_of(objective, tokens()))[0].backward())
     differences = 3 * attention(objective.student) + 3 * chunks(objective.student) + attention(teacher)
     differences += 2 * ANGLES
     assert count == pytest.approx(distill_flops(objective.student, teacher, T) + differences)
@@ -94,7 +94,7 @@ def test_stage_1():
     """The input of a mixer has no gradient: its projections' backward is half of that of others."""
     teacher = make_teacher()
     objective = Alignment(new_mixers(teacher, "lightning-attn"), Teacher(teacher))
-    count = counted(lambda: objective(tokens(), **objective.ask(tokens())())[0].backward())
+    count = counted(lambda: objective(batch_of(objective, tokens()))[0].backward())
     expected = align_flops(objective.mixers.values(), teacher.model, T)
     assert count == pytest.approx(expected + attention(teacher) + 3 * chunks(objective.mixers) + ANGLES)
     one = objective.mixers["0"]

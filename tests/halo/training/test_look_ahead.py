@@ -1,15 +1,19 @@
-"""The teacher is asked one micro-batch ahead, and what was asked does not count as seen."""
+"""Batches are prefetched one ahead, each gets its own logits, and a prefetched one does not count as seen."""
 
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 
+from halo.teacher.batch import Batch
+from halo.teacher.logits import FullLogits, TeacherLogits
 from halo.training.look_ahead import LookAhead
+from hypenet.losses import IGNORE
 
 
 class Counting:
-    """A stream of 0, 1, 2, ..."""
+    """A stream of batches full of 0, 1, 2, ..."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -27,36 +31,62 @@ class Untimed:
         return nullcontext()
 
 
-def test_answers_belong_to_their_tokens_and_are_asked_for_ahead():
-    said: list[str] = []
+class Counted:
+    """A teacher whose logits are the batch's number."""
 
-    def ask(input_ids: torch.Tensor):
-        number = int(input_ids[0, 0])
-        said.append(f"asked {number}")
+    ranks = 0
 
-        def answer() -> dict[str, Any]:
-            said.append(f"answered {number}")
-            return {"teacher": number}
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.numbers: list[int] = []
 
-        return answer
+    def prefetch(self, batch: Batch) -> None:
+        self.numbers.append(int(batch.host_ids[0, 0]))
+        self.calls.append(f"prefetch {self.numbers[-1]}")
 
-    ahead, untimed = LookAhead(Counting(), ask), Untimed()
+    def next(self) -> TeacherLogits:
+        number = self.numbers.pop()
+        self.calls.append(f"next {number}")
+        return FullLogits(torch.full((1, 1), float(number)))
+
+
+def test_each_batch_gets_its_own_logits_which_are_prefetched():
+    teacher = Counted()
+    batches = LookAhead(Counting(), Untimed(), teacher)
     for number in range(3):
-        taken = ahead.take(untimed)
-        assert taken["input_ids"].tolist() == [[number, number]]
-        assert taken["teacher"] == number
+        batch = next(batches)
+        assert batch.input_ids.tolist() == batch.host_ids.tolist() == [[number, number]]
+        assert batch.teacher_logits.values.item() == number
         if number < 2:
-            ahead.ask(untimed)
-    assert said == [f"{what} {number}" for number in range(3) for what in ("asked", "answered")]
+            batches.prefetch()
+    assert teacher.calls == [f"{what} {number}" for number in range(3) for what in ("prefetch", "next")]
 
 
-def test_the_position_is_that_before_what_was_asked_ahead():
-    stream, untimed = Counting(), Untimed()
-    ahead = LookAhead(stream, lambda input_ids: dict)
-    assert ahead.position() == {"drawn": 0}
-    ahead.take(untimed)
-    assert ahead.position() == {"drawn": 1}
-    ahead.ask(untimed)
-    assert (ahead.position(), stream.drawn) == ({"drawn": 1}, 2)
-    ahead.take(untimed)
-    assert ahead.position() == {"drawn": 2}
+def test_without_a_teacher_there_are_no_logits():
+    assert next(LookAhead(Counting(), Untimed())).teacher_logits is None
+
+
+def test_the_position_is_that_before_the_prefetched_batch():
+    stream = Counting()
+    batches = LookAhead(stream, Untimed())
+    assert batches.position() == {"drawn": 0}
+    next(batches)
+    assert batches.position() == {"drawn": 1}
+    batches.prefetch()
+    assert (batches.position(), stream.drawn) == ({"drawn": 1}, 2)
+    next(batches)
+    assert batches.position() == {"drawn": 2}
+
+
+@pytest.mark.parametrize(
+    ("separator", "bounds", "labels"),
+    [
+        (None, None, [[1, 9, 2, IGNORE], [3, 4, 5, IGNORE]]),
+        (9, [0, 3, 4, 5, 8], [[1, 9, IGNORE, IGNORE], [IGNORE, 4, 5, IGNORE]]),
+    ],
+    ids=["documents that see each other", "isolated documents"],
+)
+def test_the_labels_are_the_next_tokens_of_the_same_document(separator, bounds, labels):
+    batch = Batch.on_host(torch.tensor([[0, 1, 9, 2], [9, 3, 4, 5]]), separator)
+    assert batch.labels.tolist() == labels
+    assert (None if batch.document_bounds is None else batch.document_bounds.tolist()) == bounds

@@ -1,4 +1,4 @@
-"""What one watches: the lines of metrics.jsonl, TensorBoard's files, the waits, MFU and the profiler's trace."""
+"""The record of a stage: lines of metrics.jsonl, TensorBoard's files, waits, MFU and the profiler's trace."""
 
 import gzip
 import json
@@ -53,6 +53,19 @@ def test_after_a_resume_later_lines_are_dropped_and_tokens_go_on(tmp_path):
     record(tmp_path, steps=3, first=2)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
     assert lines(tmp_path)[-1]["tokens"] == 3 * 128
+
+
+def test_after_a_rewind_later_lines_are_dropped_and_waits_are_forgotten(tmp_path):
+    metrics = Metrics(tmp_path, name="distill", steps=4)
+    for step in range(3):
+        metrics.log(step, {"loss": 2.0 - step}, tokens=128)
+    with metrics.waiting("data"):
+        pass
+    metrics.rewind(1)
+    metrics.log(1, {"loss": 9.0}, tokens=128)
+    metrics.close()
+    assert [(line["step"], line["loss"], line["tokens"]) for line in lines(tmp_path)] == [(0, 2.0, 128), (1, 9.0, 256)]
+    assert "data_wait_s" not in lines(tmp_path)[1]
 
 
 def test_whatever_the_trainer_adds_is_recorded_and_what_is_not_finite_is_null(tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from halo.stages.align import new_mixers
 from halo.teacher.colocated import Teacher
 from halo.training.objectives import Alignment, Distillation, NextToken
-from tests.distributed.jobs import make_student, make_teacher
+from tests.distributed.jobs import batch_of, make_student, make_teacher
 
 
 def tokens() -> torch.Tensor:
@@ -23,7 +23,7 @@ def alignment(teacher) -> Alignment:
 
 def backward(objective) -> torch.Tensor:
     ids = tokens()
-    loss, _ = objective(ids, **objective.ask(ids)())
+    loss, _ = objective(batch_of(objective, ids))
     loss.backward()
     return loss.detach()
 
@@ -54,7 +54,7 @@ def test_stage_1_is_the_mean_squared_error_of_each_layer_on_the_teachers_states(
     rope = teacher.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
     target, _ = layer.self_attn(inputs, position_embeddings=rope, attention_mask=None)
     output, _ = objective.mixers["2"](inputs, position_embeddings=rope)
-    loss, _ = only(ids, **only.ask(ids)())
+    loss, _ = only(batch_of(only, ids))
     torch.testing.assert_close(loss, F.mse_loss(output, target))
 
 
@@ -107,7 +107,7 @@ def test_stage_2_is_the_kl_of_the_two_models_logits():
     student = make_student(teacher)
     ids = tokens()
     objective = Distillation(student, Teacher(teacher))
-    loss, _ = objective(ids, **objective.ask(ids)())
+    loss, _ = objective(batch_of(objective, ids))
     p, q = (F.log_softmax(model(ids).logits.float(), dim=-1) for model in (teacher, student))
     expected = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
     torch.testing.assert_close(loss, expected)
@@ -116,7 +116,8 @@ def test_stage_2_is_the_kl_of_the_two_models_logits():
 def test_stage_3_is_the_shifted_next_token_loss():
     student = make_student(make_teacher())
     ids = tokens()
-    loss, _ = NextToken(student)(ids)
+    objective = NextToken(student)
+    loss, _ = objective(batch_of(objective, ids))
     torch.testing.assert_close(loss, student(ids, labels=ids).loss)
 
 
@@ -130,7 +131,7 @@ def test_stage_2_logs_what_one_watches():
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     objective = Distillation(student, Teacher(teacher), temperature=1.0, cross_entropy=0.25)
-    loss, metrics = objective(ids, **objective.ask(ids)())
+    loss, metrics = objective(batch_of(objective, ids))
     torch.testing.assert_close(metrics["kl"], kl)
     torch.testing.assert_close(metrics["cross_entropy"], nll)
     torch.testing.assert_close(loss, kl + 0.25 * nll)
