@@ -44,13 +44,18 @@ class DeltaNet(RNNMixer):
     Options = DeltaNetOptions
     options: DeltaNetOptions
     recurrence = staticmethod(delta_rule)
+    split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.b_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
+    def multiply_adds(self, seq_len: int) -> float:
+        """D^2 each to read k S, to write, and to read q S."""
+        return 3 * self.head_dim**2
+
     def log_decay(self, hidden_states: Tensor) -> Tensor | None:
-        """What the state forgets whichever its key: nothing, or as `delta_rule` takes it in mixers that derive."""
+        """The decay of the whole state, in the form of `delta_rule`: none here, one in mixers that derive."""
         return None
 
     def recur(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
-from .linear_attention import linear_attention, widen
+from .linear_attention import widen
 from .mixers import mixer
-from .rnn_mixer import RNNMixer, RNNOptions
+from .rnn_mixer import OuterProductMixer, RNNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,11 @@ class GLAOptions(RNNOptions):
 
 
 @mixer("gla")
-class GatedLinearAttention(RNNMixer):
+class GatedLinearAttention(OuterProductMixer):
     """GLA. `gate_down` is W_1, `gate_up` is W_2."""
 
     Options = GLAOptions
     options: GLAOptions
-    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

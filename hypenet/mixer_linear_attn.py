@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import State
-from .linear_attention import linear_attention
 from .mixers import mixer
-from .rnn_mixer import RNNMixer, RNNOptions
+from .rnn_mixer import OuterProductMixer, RNNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +34,17 @@ class LinearAttentionOptions(RNNOptions):
 
 
 @mixer("linear-attn")
-class LinearAttention(RNNMixer):
+class LinearAttention(OuterProductMixer):
     """Linear attention, with all that it has coming from the teacher's attention but for what Eq. 14 adds."""
 
     Options = LinearAttentionOptions
     options: LinearAttentionOptions
-    recurrence = staticmethod(linear_attention)
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(hidden_states)
+    def before_rope(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, None]:
+        """phi of queries and keys."""
         if self.options.feature_map == "elu":
             q, k = F.elu(q) + 1, F.elu(k) + 1
-        return q, k, v
+        return q, k, None
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any

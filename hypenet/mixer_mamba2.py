@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
-from .linear_attention import linear_attention, widen
+from .linear_attention import widen
 from .mixers import mixer
-from .rnn_mixer import RNNMixer, RNNOptions
+from .rnn_mixer import OuterProductMixer, RNNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,10 @@ class Mamba2Options(RNNOptions):
 
 
 @mixer("mamba2")
-class Mamba2(RNNMixer):
+class Mamba2(OuterProductMixer):
     """Multi-head Mamba2, with its names for what attention does not have: `A_log`, `dt_proj`, `dt_bias` and `D`."""
 
     Options = Mamba2Options
-    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

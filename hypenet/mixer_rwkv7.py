@@ -52,6 +52,7 @@ class RWKV7(RNNMixer):
     Options = RWKV7Options
     options: RWKV7Options
     recurrence = staticmethod(rwkv7)
+    split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -70,6 +71,10 @@ class RWKV7(RNNMixer):
         self.k_k = nn.Parameter(0.71 - 0.1 * across)
         self.k_a = nn.Parameter(torch.full([width], 1.02))
         self.r_k = nn.Parameter(torch.full([width], -0.04))
+
+    def multiply_adds(self, seq_len: int) -> float:
+        """D^2 each to read kappa S, to write that along kappa * rate, to write k~^T v, and to read r S."""
+        return 4 * self.head_dim**2
 
     def norm_and_gate(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         """The sigmoid of this gate is between its two factors, not behind them."""

@@ -18,7 +18,7 @@ from .mixers import mixer
 
 @dataclass(frozen=True, kw_only=True)
 class SWAOptions:
-    """What sliding-window attention can have or leave out.
+    """The options of sliding-window attention.
 
     Attributes:
         window: the tokens that a token sees, itself among them.

@@ -168,7 +168,7 @@ def ttt(
         cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
-        The output in q's dtype, and the state, or None where it was not asked for.
+        The output in q's dtype, and the state, or None unless `keep_state`.
     """
     if cu_seqlens is not None:
         inputs, options = (q, k, v, eta, weight, bias), {"eps": eps, "mini_batch": mini_batch}
@@ -188,6 +188,7 @@ class TTTLinear(RNNMixer):
     Options = TTTOptions
     options: TTTOptions
     recurrence = staticmethod(ttt)
+    split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -198,19 +199,21 @@ class TTTLinear(RNNMixer):
         self.lr_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.lr_bias = nn.Parameter(torch.zeros(self.heads))
 
+    def multiply_adds(self, seq_len: int) -> float:
+        """D^2 each to read k W, to write the step, and to read q W."""
+        return 3 * self.head_dim**2
+
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
     ) -> tuple[Tensor, State | None]:
         rate = self.options.base_lr / self.head_dim
         eta = rate * torch.sigmoid(widen(self.lr_proj(hidden_states)) + self.lr_bias)
-        if carried["state"] is None:
-            bounds = carried["cu_seqlens"]
-            carried["state"] = self._first(q, q.shape[0] if bounds is None else len(bounds) - 1)
         mini_batch, eps = self.options.mini_batch_size, self.config.rms_norm_eps
         ln = (self.ln_weight, self.ln_bias)
         return self.recurrence(q, k, v, eta, *ln, eps=eps, mini_batch=mini_batch, tokens=tokens, **carried)
 
-    def _first(self, q: Tensor, batch: int) -> Learned:
-        """The state before the first token, for so many rows or documents."""
+    def first_state(self, q: Tensor, batch: int) -> Learned:
+        """W_0 and b_0, no sums, and mini-batches without a token."""
         w, b = (widen(x).expand(batch, *x.shape).to(widen(q).dtype) for x in (self.W_0, self.b_0))
-        return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=q.device)
+        device = "cpu" if q.is_meta else q.device  # how full a mini-batch is decides what runs, so it needs a value
+        return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=device)

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from halo.distributed import device, world_size
 from halo.errors import UserError
-from halo.models.fuse import fuse
 from halo.models.loading import frozen_states, never_looks
-from halo.parallel.sequence import SequenceGroup, parallelize
+from halo.parallel.prepare import prepare_model
+from halo.parallel.sequence import SequenceGroup
 from halo.teacher.logits import LogitsForm, TeacherLogits
 
 
@@ -53,8 +53,7 @@ class Teacher:
         self._form = form or LogitsForm()
         self.sequence = sequence or SequenceGroup()
         self._recorded: dict[torch.Size, _Recording] = {}
-        fuse(self.model)
-        parallelize([layer.get_submodule("self_attn") for layer in self.layers], self.sequence)
+        prepare_model(self.model, fused=True, sequence=self.sequence)
 
     @property
     def layers(self) -> nn.ModuleList:
