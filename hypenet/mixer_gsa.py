@@ -115,12 +115,12 @@ def gsa(
     if q.shape[1] == 1 and cu_seqlens is None:
         output, final = gsa_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):
-        s = -torch.expm1(log_decay)
+        s = -torch.expm1(log_decay).to(k.dtype)
         output, final = kernel("gsa.chunk_gsa", state=s.shape[-1] * (q.shape[-1] + v.shape[-1]))(
             q,
             k,
             v,
-            s.to(k.dtype),
+            s,
             log_decay,
             scale=scale,
             initial_state=state,
@@ -129,7 +129,7 @@ def gsa(
         )
     else:
         output, final = gsa_chunked(q, k, v, log_decay, scale=scale, state=state)
-    return output, tuple(final) if keep_state else None
+    return output, (final[0], final[1]) if keep_state else None
 
 
 def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

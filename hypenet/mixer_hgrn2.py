@@ -72,9 +72,10 @@ class HGRN2(OuterProductMixer):
         hidden_states: Tensor,
         tokens: Tensor | None,
         *,
-        gates: Tensor,
+        gates: Tensor | None = None,
         **carried: Any,
     ) -> tuple[Tensor, State | None]:
         """With the gates log f_t, [B, T, KV heads, D]."""
+        assert gates is not None  # from before_rope
         decay = gates.repeat_interleave(self.queries_per_key, dim=2)
         return self.recurrence(q, k, v, decay, scale=self.scaling, **carried)

@@ -128,6 +128,7 @@ class RNNMixer(Mixer):
         hidden_states: Tensor,
         tokens: Tensor | None,
         *,
+        gates: Tensor | None = None,
         state: State | None,
         keep_state: bool,
         cu_seqlens: Tensor | None,
@@ -138,11 +139,10 @@ class RNNMixer(Mixer):
             q, k, v: [B, T, H, D], normed and rotated; k and v are zero at padding.
             hidden_states: [B, T, hidden], the layer's input, zero at padding.
             tokens: [B, T], true at tokens and false at padding, or None: no padding.
+            gates: [B, T, KV heads, ...], zero at padding: those of `before_rope`; given only if it makes any.
             state: the state that the last call returned; at the beginning `first_state`'s.
             keep_state: whether to return the state after the last token.
             cu_seqlens: [documents + 1], where packed documents begin and the last one ends; then B is 1.
-
-        A mixer whose `before_rope` makes gates also has the keyword `gates`, [B, T, KV heads, ...], zero at padding.
 
         Returns:
             The output [B, T, H, D], and the state if `keep_state`, else None.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration_hypenet import ATTENTION, LIGHTNING, HypeNetConfig
-from .mixers import build_mixer
+from .mixers import Mixer, build_mixer
 from .modeling_hypenet import HypeNetDecoderLayer, HypeNetForCausalLM, HypeNetRotaryEmbedding
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -168,7 +168,7 @@ def mixer_from_attention(attention: nn.Module, config: HypeNetConfig, layer_idx:
     return mixer
 
 
-def _new_mixer(config: HypeNetConfig, layer_idx: int, *, like: Tensor) -> nn.Module:
+def _new_mixer(config: HypeNetConfig, layer_idx: int, *, like: Tensor) -> Mixer:
     """A mixer as in any new HypeNet, with the dtype and device of `like`."""
     with torch.device(like.device):
         mixer = build_mixer(config, layer_idx).to(like.dtype)

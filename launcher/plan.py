@@ -15,8 +15,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, when it is imported
 from halo.config import load_config
 from halo.errors import UserError
 from halo.plan.advice import advice
+from halo.plan.cluster import Cluster, Setup, Zero
 from halo.plan.load import build_models
-from halo.plan.stage import Cluster, Setup, Zero, plan_stage, stages_of
+from halo.plan.stage import plan_stage, stages_of
 from halo.plan.text import assumptions, heading, table, verdict
 from halo.tables import suggest
 from halo.training.engine import read_ds_config
