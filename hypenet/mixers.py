@@ -8,7 +8,7 @@ from torch import nn
 
 from .configuration_hypenet import HypeNetConfig
 
-Split = Literal["states", "heads", "attention", "no"]
+SplitBy = Literal["states", "heads", "attention", "no"]
 """How ranks can share a sequence (halo/parallel/exchanges.py replaces a method of the mixer):
 
 states: each rank keeps its tokens, and the states that they leave are added up. `recurrence` is `linear_attention`.
@@ -27,7 +27,7 @@ class Mixer(nn.Module):
     """
 
     heads: int
-    split: ClassVar[Split]
+    split: ClassVar[SplitBy]
 
     def multiply_adds(self, seq_len: int) -> float:
         """Multiply-adds of one head for one token that mix it with the tokens before it, in a sequence of `seq_len`.

@@ -1,6 +1,6 @@
 """What ranks that share sequences exchange: a method of each mixer is replaced, from outside of the model.
 
-A mixer says how it can be split (`hypenet.mixers.Split`):
+A mixer says how it can be split (`hypenet.mixers.SplitBy`):
 
     attention   `Ulysses`        all-to-all: all tokens for a share of the heads, and back
     states      `ChunkStates`    all-gather of the state that each chunk leaves: its size does not grow with T

@@ -7,8 +7,8 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrain
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hypenet import HypeNetForCausalLM, HypeNetModel
+from hypenet.inputs import layer_masks
 from hypenet.mixer_lightning import LightningAttention
-from hypenet.modeling_hypenet import layer_masks
 
 ALL_RNN = ["lightning-attn"] * 4
 
