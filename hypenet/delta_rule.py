@@ -78,7 +78,7 @@ def delta_rule_chunked(
 
     so that each u_i is linear in S and in the u_j before it: a unit lower triangular system, which is solved for all
     chunks at once (the WY form of Yang et al., 2025). Only G_i - G_j with i >= j are exponentiated, which are never
-    positive, so nothing overflows however strong the decay. With one a channel they are [C, C, K] a chunk, hence its
+    positive, so nothing overflows however strong the decay. With one per channel they are [C, C, K] a chunk, hence its
     small chunks.
 
     Returns:
@@ -127,7 +127,7 @@ def delta_rule(
     keep_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """DeltaNet without a decay, GDN with one a head, KDA with one a channel, by the fastest form.
+    """DeltaNet without a decay, GDN with one per head, KDA with one per channel, by the fastest form.
 
     That is one step for one token, fla's kernel for half precision on a GPU, else chunks.
 
@@ -176,7 +176,7 @@ def rwkv7(
     keep_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The general form with RWKV-7's decay, one a channel, by the fastest form.
+    """The general form with RWKV-7's decay, one per channel, by the fastest form.
 
     Args:
         log_decay: [B, T, H, K], from `RWKV7_STRONGEST_DECAY` to 0: with stronger ones the kernel would overflow.

@@ -1,11 +1,11 @@
-"""What stands between a layer's matrix products, each as one kernel on a GPU and as plain torch elsewhere.
+"""The operations between a layer's matrix products, each as one kernel on a GPU and as plain torch elsewhere.
 
     turn(x, w, rope)      RoPE(RMSNorm(x) w), head by head: queries and keys (Eq. 12 and 18)
     gated(x, w, z)        RMSNorm(x) w * sigmoid(z): the output gate (Eq. 14 and 17)
     swiglu(g, u)          silu(g) u: the MLP
     scale_(x, factor)     x factor, in place
 
-A kernel rounds once, where torch's operations round after each; it keeps its inputs for backward and nothing else.
+A kernel rounds once, while torch rounds after each operation; it keeps only its inputs for backward.
 
 Shapes: B batch, T tokens, H heads, D their width, W any width.
 """
@@ -36,7 +36,7 @@ REDUCTION_PROGRAMS = 1056
 LANES = 2048
 """Elements per program of an elementwise kernel."""
 LARGE = 2**24
-"""Elements from which on moving them takes longer than a launch."""
+"""A tensor with more elements takes longer to move than to launch a kernel."""
 WIDEST = 16_384
 """The widest row that one program holds."""
 
@@ -47,7 +47,7 @@ def fused_kernel_serves(x: Tensor) -> bool:
 
 
 def turn(x: Tensor, weight: Tensor | None, eps: float, rope: Rope | None) -> Tensor:
-    """[B, T, H, D] -> the same, normed where there is a `weight` [D], and turned where there is a `rope`."""
+    """[B, T, H, D] -> the same, normed if there is a `weight` [D], and turned if there is a `rope`."""
     half = x.shape[-1] // 2
     if fused_kernel_serves(x) and half & (half - 1) == 0 and (weight is not None or rope is not None):
         return _Turn.apply(x, weight, eps, *(rope or (None, None)))
@@ -59,7 +59,7 @@ def turn(x: Tensor, weight: Tensor | None, eps: float, rope: Rope | None) -> Ten
 
 
 def gated(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor) -> Tensor:
-    """[..., W], its norm where there is a `weight` [W], times the sigmoid of `gate`, [..., W]."""
+    """[..., W], normed if there is a `weight` [W], times the sigmoid of `gate`, [..., W]."""
     if fused_kernel_serves(x) and x.shape[-1] <= WIDEST:
         return _Gated.apply(x, weight, eps, gate)
     if weight is not None:

@@ -66,7 +66,7 @@ def _run_kernel(operation: str, state: int, *args: Any, **kwargs: Any) -> Any:
     if _stand_in is not None:
         return _stand_in(operation, state, *args, **kwargs)
     module, _, name = operation.partition(".")
-    # Imported by name: transformers takes every import statement in exported model code for a hard requirement.
+    # Imported by name: transformers treats every import statement in exported model code as a hard requirement.
     return getattr(importlib.import_module(f"fla.ops.{module}"), name)(*args, **kwargs)
 
 

@@ -2,8 +2,8 @@
 
     S_t = diag(exp(g_t)) S_(t-1) + k_t^T v_t        o_t = scale q_t S_t
 
-What the log-decay g is makes the mixer: nothing (linear attention), a number a head (RetNet, Lightning), a number a
-head and token (Mamba2), or one a channel (GLA, HGRN-2).
+The log-decay g makes the mixer: none (linear attention), one per head (RetNet, Lightning), one per head and token
+(Mamba2), or one per channel (GLA, HGRN-2).
 
 Three forms of one function: `linear_attention_recurrence` reads as the equation and serves one-token decoding,
 `linear_attention_chunked` is plain torch that trains on any device, and `linear_attention` picks the fastest.
@@ -52,7 +52,7 @@ def linear_attention_chunked(
     """In chunks of C tokens: within a chunk as a masked matrix product, between chunks as a recurrence.
 
     Only differences G_i - G_j of cumulated log-decays with i >= j are exponentiated, which are never positive, so
-    nothing overflows however strong the decay or long the sequence. With one a channel they are [C, C, K] a chunk,
+    nothing overflows however strong the decay or long the sequence. With one per channel they are [C, C, K] a chunk,
     hence its small chunks.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The attention mixer: softmax attention with HyPE, NoPE and scaled logits, and an output gate (paper Eq. 17)."""
+"""The attention mixer: softmax attention without RoPE (HyPE), with scaled logits and an output gate (paper Eq. 17)."""
 
 import math
 from itertools import pairwise
@@ -88,14 +88,14 @@ class HypeNetAttention(Mixer, Qwen3Attention):
 
         Args:
             hidden_states: [B, T, hidden].
-            attention_mask: what `config._attn_implementation` takes, e.g. [B, 1, T, S].
+            attention_mask: in the form of `config._attn_implementation`, e.g. [B, 1, T, S].
             position_ids: [B, T] or [1, T], needed for the scaling of logits.
 
         Returns:
-            The output, [B, T, hidden], and the attention weights where the implementation gives them.
+            The output, [B, T, hidden], and the attention weights if the implementation returns them.
 
         Raises:
-            ValueError: logits are to be scaled and there are no positions.
+            ValueError: logits must be scaled and there are no positions.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
@@ -138,11 +138,11 @@ class HypeNetAttention(Mixer, Qwen3Attention):
         Args:
             q: [B, H, T, D].
             k, v: [B, KV heads, S, D].
-            attention_mask: what `config._attn_implementation` takes.
+            attention_mask: in the form of `config._attn_implementation`.
             kwargs: among them `cu_seq_lens_q`, [documents + 1], the bounds of documents packed into the B x T tokens.
 
         Returns:
-            The output, [B, T, H, D], and the attention weights where the implementation gives them.
+            The output, [B, T, H, D], and the attention weights if the implementation returns them.
         """
         bounds = kwargs.get("cu_seq_lens_q")
         if bounds is None or attention_mask is not None or self.implementation != "sdpa":
@@ -161,7 +161,7 @@ class HypeNetAttention(Mixer, Qwen3Attention):
     def attend_rows(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """`attend`, of rows that are one sequence each unless the mask says otherwise."""
+        """`attend` of rows: each is one sequence unless the mask says otherwise."""
         attention = (
             eager_attention_forward if self.implementation == "eager" else ALL_ATTENTION_FUNCTIONS[self.implementation]
         )

@@ -1,6 +1,6 @@
 """DeltaNet (Yang et al., 2025c): a new value replaces what the state holds for its key (paper Table 10).
 
-    beta_t = sigmoid(x_t W_b)        one a head
+    beta_t = sigmoid(x_t W_b)        one per head
     S_t = (I - beta_t k_t^T k_t) S_(t-1) + beta_t k_t^T v_t        o_t = q_t S_t / sqrt(D)
 
 Keys have length one, so F_t has the eigenvalue 1 - beta_t along k_t and one elsewhere.

@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al., 2024): a decay a token and channel, made from the input (paper Table 11).
+"""Gated linear attention (Yang et al., 2024): a decay per token and channel, made from the input (paper Table 11).
 
     S_t = diag(alpha_t) S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)
     alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/16)

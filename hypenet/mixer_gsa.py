@@ -1,6 +1,6 @@
 """Gated slot attention (Zhang et al., 2024): softmax attention to M slots that forget (paper Table 10).
 
-    g_t = logsigmoid(x_t W_f) / 8        s_t = 1 - exp(g_t)        one a head and slot
+    g_t = logsigmoid(x_t W_f) / 8        s_t = 1 - exp(g_t)        one per head and slot
     K_t = K_(t-1) diag(exp(g_t)) + k_t^T s_t        the slots' keys
     V_t = diag(exp(g_t)) V_(t-1) + s_t^T v_t        the slots' values
     o_t = softmax(q_t K_t / sqrt(D)) V_t
@@ -43,7 +43,7 @@ class GSAOptions(RNNOptions):
     """RNNOptions, and:
 
     Attributes:
-        slots: M, slots a head.
+        slots: M, slots per head.
         gate_logit_normalizer: what the log-decay is divided by.
     """
 

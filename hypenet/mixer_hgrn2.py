@@ -3,7 +3,7 @@
     k_t = (1 - beta) sigmoid(x_t W_k)        f_t = 1 - k_t        q_t = silu(x_t W_q)
     S_t = diag(f_t) S_(t-1) + RoPE(k_t)^T v_t        o_t = RoPE(q_t) S_t / sqrt(D)
 
-So the teacher's W_k is the start of the forget gate. The lower bound beta of f is learnt, one a channel. HGRN-2 ties
+So the teacher's W_k is the start of the forget gate. The lower bound beta of f is learnt, one per channel. HGRN-2 ties
 the bounds of all layers to one another, so that they grow with depth. HALO trains each layer alone: here each has its
 own, which begins at (l + 1) / (L + 1) in layer l = 0..L-1.
 """
@@ -44,7 +44,7 @@ class HGRN2Options(RNNOptions):
 
 @mixer("hgrn2")
 class HGRN2(OuterProductMixer):
-    """HGRN-2. `lower_bound` are the logits of beta, one a channel of `k_proj`."""
+    """HGRN-2. `lower_bound` are the logits of beta, one per channel of `k_proj`."""
 
     Options = HGRN2Options
     options: HGRN2Options

@@ -1,4 +1,4 @@
-"""Lightning Attention, HypeNet's own RNN mixer: one fixed decay a head (paper Eq. 18 and 19).
+"""Lightning Attention, HypeNet's own RNN mixer: one fixed decay per head (paper Eq. 18 and 19).
 
 S_t = gamma_h S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)
 """

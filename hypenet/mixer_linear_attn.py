@@ -2,8 +2,7 @@
 
     S_t = S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)        q, k = RoPE(phi(Norm(x W))), phi(x) = elu(x) + 1
 
-There is no denominator: the output norm of Eq. 14 takes its place, in that the output does not grow with the number of
-tokens.
+There is no denominator: thanks to the output norm of Eq. 14 the output does not grow with the number of tokens.
 """
 
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class LinearAttentionOptions(RNNOptions):
 
 @mixer("linear-attn")
 class LinearAttention(OuterProductMixer):
-    """Linear attention, with all that it has coming from the teacher's attention but for what Eq. 14 adds."""
+    """Linear attention. All its weights come from the teacher's attention, except those that Eq. 14 adds."""
 
     Options = LinearAttentionOptions
     options: LinearAttentionOptions

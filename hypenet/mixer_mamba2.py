@@ -1,6 +1,6 @@
-"""Multi-head Mamba2 (Dao & Gu, 2024; paper App. G.1 and Table 11): a decay and a step size a token and head.
+"""Multi-head Mamba2 (Dao & Gu, 2024; paper App. G.1 and Table 11): a decay and a step size per token and head.
 
-    dt_t = softplus(x_t W_dt + b_dt)        one a head
+    dt_t = softplus(x_t W_dt + b_dt)        one per head
     S_t = exp(-dt_t A_h) S_(t-1) + dt_t k_t^T v_t        o_t = q_t S_t / sqrt(D) + D_h v_t
 
 q, k and v are Mamba2's C, B and x. Mamba2 shares C and B among its heads; here each head has its own, as the

@@ -1,4 +1,4 @@
-"""RetNet's retention (Sun et al., 2023): one fixed decay a head (paper Table 10).
+"""RetNet's retention (Sun et al., 2023): one fixed decay per head (paper Table 10).
 
 S_t = gamma_h S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)        gamma_h = 1 - 2^(-5-h), h = 0..H-1
 """

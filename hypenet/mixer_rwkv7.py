@@ -6,12 +6,12 @@
     o_t      = r_t S_t + (r_t (r_k * k~_t)^T) v_t
     z_t      = sigmoid(x_t G_1) G_2                                the output gate
 
-r is what the other mixers call q. All is one a channel, but for the lengths and products, which are one a head. r and
-k have had RoPE (HyPE) before any of this. RWKV-7 norms each head of r_t S_t and adds the second term of o_t after
-it; here the sum goes through the one output norm that all RNN layers have. Nothing is divided by sqrt(D), as there.
+r is q in the other mixers. Everything is per channel, except lengths and products, which are per head. RoPE (HyPE) is
+applied to r and k before all this. RWKV-7 norms each head of r_t S_t and then adds the second term of o_t; here the sum
+goes through the one output norm that all RNN layers have. As there, nothing is divided by sqrt(D).
 
-Two parts are left out. The value residual mixes in the first layer's values, and the token shift the token before:
-HALO's stage 1 trains each layer alone, to do what the teacher's attention does with x_t.
+Two parts are left out. The value residual mixes in the first layer's values, and the token shift the token before. But
+HALO's stage 1 trains each layer alone, to compute from x_t what the teacher's attention computes.
 
 w_0, a_0, k_k, k_a and r_k begin as in RWKV-7's own implementation.
 """

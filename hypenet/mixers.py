@@ -12,14 +12,14 @@ SplitBy = Literal["states", "heads", "attention", "no"]
 """How ranks can share a sequence (halo/parallel/exchanges.py replaces a method of the mixer):
 
 states: each rank keeps its tokens, and the states that they leave are added up. `recurrence` is `linear_attention`.
-heads: each rank takes all tokens for a part of the heads, in `recurrence`.
+heads: each rank computes all tokens for a part of the heads, in `recurrence`.
 attention: the same for softmax attention, in `attend`.
-no: not at all.
+no: they cannot.
 """
 
 
 class Mixer(nn.Module):
-    """What trainer, planner and benchmarks ask a mixer, in place of knowing it. `@mixer` refuses a class that lacks it.
+    """The facts that halo asks of a mixer. `@mixer` refuses a class that does not have them.
 
     Attributes:
         heads: H, the heads that mix tokens.
@@ -48,7 +48,7 @@ def mixer(name: str) -> Callable[[Registered], Registered]:
     """Register a class as the mixer `name`.
 
     Raises:
-        TypeError: the class does not say what `Mixer` asks.
+        TypeError: the class lacks a fact that `Mixer` names.
     """
 
     def register(cls: Registered) -> Registered:

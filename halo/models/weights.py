@@ -109,7 +109,7 @@ def check_shapes(tensors: Mapping[str, Tensor], model: PreTrainedModel, whose: s
         del expected[HEAD]
         if HEAD in tensors and EMBEDDING in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
             raise UserError(
-                f"{whose} has a head of its own ({HEAD}), but its configuration ties it to the embedding: "
+                f"{whose} has its own head ({HEAD}), but its configuration ties it to the embedding: "
                 "set tie_word_embeddings to false in its config.json"
             )
     if missing := expected.keys() - tensors.keys():

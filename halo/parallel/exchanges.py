@@ -45,7 +45,7 @@ class Ulysses:
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, H, C, D], k and v [B, KV heads, C, D] -> [B, C, H, D], and no weights."""
         if attention_mask is not None:
-            raise ValueError("Attention over a sequence that ranks share takes no mask: leave padding out.")
+            raise ValueError("Attention over a sequence that ranks share has no mask: leave padding out.")
         if self._repeats > 1:
             k, v = (x.repeat_interleave(self._repeats, dim=1) for x in (k, v))
         q, k, v = (self._group.exchange(x, cut=1, join=2) for x in (q, k, v))
@@ -111,7 +111,7 @@ class ChunkStates:
     def _kept(self, q: Tensor, log_decay: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """exp(G_C - G_t), [B or 1, n, H, K or 1], of the last n tokens of a chunk, and exp(G_C), [B or 1, H, K or 1].
 
-        n is C; with one fixed decay a head it is less: what earlier tokens leave has decayed to nothing in every head.
+        n is C. With one fixed decay per head it is less: what earlier tokens leave has decayed to nothing in all heads.
         """
         dtype = torch.promote_types(q.dtype, torch.float32)
         if log_decay is None:
@@ -201,7 +201,7 @@ class HeadParallel:
 
 def _check_no_cache(state: Any, keep_state: bool) -> None:
     if state is not None or keep_state:
-        raise ValueError("A sequence that ranks share takes no cache: pass use_cache=False.")
+        raise ValueError("A sequence that ranks share has no cache: pass use_cache=False.")
 
 
 _REPLACED: dict[str, tuple[str, Callable[[Any, SequenceGroup], Any]]] = {

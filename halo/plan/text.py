@@ -98,7 +98,7 @@ def assumptions(cluster: Cluster) -> str:
     lines = [
         f"Assumed: {'; '.join(rates)}.",
         f"Beside what is allocated: {assumed.CONTEXT / GIB:.0f} GiB for CUDA, {assumed.NCCL / GIB:.0f} GiB for NCCL "
-        f"where there is more than one GPU, {assumed.FRAGMENTATION:.0%} for fragmentation.",
+        f"if there is more than one GPU, {assumed.FRAGMENTATION:.0%} for fragmentation.",
         "Weights and gradients in bf16, weights and moments of the optimizer in fp32, laid out as DeepSpeed does; "
         "activations from a dry run of each kind of layer.",
         "Left out: the exchange of ranks that share a sequence (docs/long-context.md), reading data, saving "
