@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import header, milliseconds, peak_gib, table
+from halo.errors import first_line
 from hypenet import HypeNetConfig
 from hypenet.kernels import kernel
 from hypenet.linear_attention import linear_attention
@@ -68,7 +69,7 @@ def layers(names: list[str], heads: int, dim: int, lengths: list[int]) -> None:
             try:
                 cells.append(" / ".join(f"{t:.2f}" for t in layer(name, heads, dim, length)))
             except (RuntimeError, ImportError) as error:
-                cells.append(str(error).splitlines()[0][:60])
+                cells.append(first_line(error)[:60])
         print(table([], [cells]).splitlines()[-1], flush=True)
 
 

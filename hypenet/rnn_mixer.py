@@ -60,7 +60,8 @@ class RNNMixer(Mixer):
     A class that sets `recurrence` must also set `split` and `multiply_adds`: they are facts of the recurrence.
 
     Raises:
-        TypeError: at the definition of a class that sets `recurrence` alone.
+        TypeError: at the definition of a class that sets `recurrence` alone, or that learns its first state although
+            ranks exchange states, which begin with zeros.
     """
 
     Options: ClassVar[type[RNNOptions]] = RNNOptions
@@ -84,6 +85,8 @@ class RNNMixer(Mixer):
                 raise TypeError(
                     f"{cls.__name__} sets recurrence without {' and '.join(missing)}: see hypenet.mixers.Mixer."
                 )
+        if getattr(cls, "split", "no") == "states" and cls.first_state is not RNNMixer.first_state:
+            raise TypeError(f'{cls.__name__} learns its first state: set split to "heads" or "no".')
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()

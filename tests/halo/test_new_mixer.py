@@ -12,7 +12,7 @@ from torch import nn
 
 from hypenet.linear_attention import linear_attention
 from hypenet.mixers import MIXERS, Mixer, mixer
-from hypenet.rnn_mixer import RNNMixer
+from hypenet.rnn_mixer import OuterProductMixer, RNNMixer
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,6 +191,8 @@ def test_a_mixer_without_these_answers_cannot_be_defined():
         mixer("mine")(type("Mine", (Mixer,), {}))
     with pytest.raises(TypeError, match=r"^Mine lacks multiply_adds: see hypenet"):
         mixer("mine")(type("Mine", (RNNMixer,), {"split": "no"}))
+    with pytest.raises(TypeError, match=r'^Mine learns its first state: set split to "heads" or "no"'):
+        type("Mine", (OuterProductMixer,), {"first_state": lambda mixer, q, batch: None})
     assert "mine" not in MIXERS
 
 
