@@ -1,4 +1,4 @@
-"""The fused KL of stage 2 against what others offer: loss and both gradients at Qwen3's vocabulary.
+"""The fused KL of stage 2 against other implementations: loss and both gradients at Qwen3's vocabulary.
 
 python -m benchmarks.kl [--tokens 6144] [--words 151936] [--width 2048]
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import header, milliseconds_in_turn, peak_gib, table
+from halo.errors import first_line
 from halo.losses.linear_kl import linear_kl
 from halo.teacher.logits import FactoredLogits
 
@@ -39,7 +40,7 @@ def main() -> None:
         try:
             value, *gradients = (relative(x, y) for x, y in zip(run(), expected, strict=True))
         except (RuntimeError, ImportError) as error:
-            print(f"{name} does not run: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"{name} does not run: {type(error).__name__}: {first_line(error)}")
             continue
         checked[name] = (peak_gib(run), value, max(gradients))
         runs[name] = run
@@ -83,7 +84,7 @@ def loss_and_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Te
 
 
 def products(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> None:
-    """What no exact loss can do without: both logits, and the gradients of hidden states and head. In bf16."""
+    """The products that every exact loss needs: both logits, and the gradients of hidden states and head. In bf16."""
     with torch.no_grad():
         for h, w in zip(hidden.split(1024), teacher_hidden.split(1024), strict=True):
             w @ teacher_head.T

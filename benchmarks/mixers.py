@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import header, milliseconds, peak_gib, table
+from halo.errors import first_line
 from hypenet import HypeNetConfig
 from hypenet.kernels import kernel
 from hypenet.linear_attention import linear_attention
-from hypenet.mixer_lightning import log_decay
+from hypenet.mixer_lightning import lightning_log_decay
 from hypenet.mixers import MIXERS, build_mixer
 from hypenet.modeling_hypenet import HypeNetRotaryEmbedding
 
@@ -36,14 +37,14 @@ def lightning(heads: int, dim: int, length: int = 16_384) -> None:
     torch.manual_seed(0)
     draw = partial(torch.randn, 1, length, heads, dim, device="cuda", dtype=torch.bfloat16)
     q, k, v, grad = draw(requires_grad=True), draw(requires_grad=True), draw(requires_grad=True), draw()
-    decay = log_decay(heads, q.device)
+    decay = lightning_log_decay(heads, q.device)
 
     def ours() -> None:
         output, _ = linear_attention(q, k, v, decay, scale=dim**-0.5)
         torch.autograd.grad(output, (q, k, v), grad)
 
     def copies() -> None:
-        run = kernel("simple_gla.chunk_simple_gla")
+        run = kernel("simple_gla.chunk_simple_gla", state=dim * dim)
         output, _ = run(q.float(), k.float(), v.float(), g_gamma=decay, scale=dim**-0.5)
         torch.autograd.grad(output, (q, k, v), grad.float())
 
@@ -68,7 +69,7 @@ def layers(names: list[str], heads: int, dim: int, lengths: list[int]) -> None:
             try:
                 cells.append(" / ".join(f"{t:.2f}" for t in layer(name, heads, dim, length)))
             except (RuntimeError, ImportError) as error:
-                cells.append(str(error).splitlines()[0][:60])
+                cells.append(first_line(error)[:60])
         print(table([], [cells]).splitlines()[-1], flush=True)
 
 

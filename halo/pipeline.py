@@ -12,7 +12,7 @@ from halo.graph import stages_to
 from halo.job import Job
 from halo.models.build import check_teacher
 from halo.models.loading import check_architecture, find_teacher
-from halo.parallel.sequence import check_sequence_parallel
+from halo.parallel.checks import check_sequence_parallel
 from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.stages import align, csr, distill, export, finetune, niah, scaling, selection
 from halo.tables import suggest

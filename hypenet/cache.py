@@ -9,13 +9,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from .configuration_hypenet import ATTENTION, SLIDING_WINDOW, HypeNetConfig
 
 State = Tensor | tuple[Tensor, ...]
-"""What an RNN layer carries from call to call: one tensor or several, [B, ...] each."""
+"""The state of an RNN layer between calls: one tensor or several, [B, ...] each."""
 
 
 class StateLayer(CacheLayerMixin):
-    """What one RNN layer remembers: its `state`, or None before the first token.
+    """The cache of one RNN layer: its `state`, or None before the first token.
 
-    It counts the tokens it has seen, so that transformers may ask any layer for the length of the cache.
+    It counts the tokens, since transformers asks any layer for the length of the cache.
     """
 
     is_compileable = False
@@ -32,7 +32,7 @@ class StateLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def advance(self, state: State, tokens: int) -> None:
-        """Keep `state`, the one after `tokens` more tokens."""
+        """Keep `state`, which follows `tokens` more tokens."""
         self.state = tuple(_own(x) for x in state) if isinstance(state, tuple) else _own(state)
         self.length += tokens
         self.is_initialized = True
@@ -65,7 +65,7 @@ class StateLayer(CacheLayerMixin):
             self.state = change(self.state)
 
     def crop(self, *_: Any) -> None:
-        raise ValueError("The state of an RNN layer cannot be rolled back: it does not keep the tokens it has seen.")
+        raise ValueError("The state of an RNN layer cannot be rolled back: it does not keep past tokens.")
 
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing to prepare: the first state comes from the layer."""
@@ -75,7 +75,7 @@ class StateLayer(CacheLayerMixin):
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """What one sliding-window layer remembers: the keys and values of the last `window` - 1 tokens."""
+    """The cache of one sliding-window layer: the keys and values of the last `window` - 1 tokens."""
 
     keys: Tensor
     values: Tensor
@@ -119,5 +119,5 @@ class HypeNetCache(Cache):
 
 
 def _own(x: Tensor) -> Tensor:
-    """x with memory of its own: a view would keep alive all that it is a view of."""
+    """x with its own memory: a view would keep the whole tensor alive."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -1,4 +1,4 @@
-"""The configuration of a HypeNet model: Qwen3's, and which mixer each layer has."""
+"""The configuration of a HypeNet model: Qwen3's, and the mixer of each layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,7 +11,7 @@ ATTENTION = "attn"
 SLIDING_WINDOW = "swa"
 LIGHTNING = "lightning-attn"
 WINDOW = 512
-"""The window of sliding-window attention, where `mixer_options` has no other (Table 13)."""
+"""The window of sliding-window attention, unless `mixer_options` sets another (Table 13)."""
 
 Options = TypeVar("Options")
 
@@ -54,21 +54,21 @@ class HypeNetConfig(Qwen3Config):
 
     Attributes:
         mixer_types: one name of `MIXERS` a layer, e.g. "attn" or "lightning-attn". None: "attn" everywhere.
-        mixer_options: for a mixer's name, what is to differ from its defaults, e.g. {"gla": {"use_rope": False}}.
-            Lightning has the keys of the published configurations instead.
+        mixer_options: the options of a mixer, by its name, that differ from its defaults, e.g.
+            {"gla": {"use_rope": False}}. Lightning has the keys of the published configurations instead.
         attn_use_rope: RoPE in attention layers. HyPE has none there (paper Sec. 5.1).
-        attn_use_qk_norm: QK-norm in attention layers. Off where the teacher had none.
-        attn_qkv_bias, attn_o_bias: biases of the projections, in every mixer; where the teacher had them.
+        attn_use_qk_norm: QK-norm in attention layers. Off if the teacher had none.
+        attn_qkv_bias, attn_o_bias: biases of the projections, in every mixer, if the teacher had them.
         attn_use_output_gate: the sigmoid gate of Eq. 17, on the attention output itself.
-        attn_logits_scaling: Eq. 11, in evaluation only. None: none. "hype 500": s_t = log_a(t + a) with a = 500.
-            A number: that constant.
+        attn_logits_scaling: Eq. 11, in evaluation only. None: no scaling. "hype 500": s_t = log_a(t + a), a = 500. A
+            number: that constant.
         expand_kv_proj: RNN layers have a key and value head for every query head (Eq. 13).
         lightning_use_rope, lightning_use_qk_norm, lightning_use_output_norm, lightning_use_output_gate:
             the parts of Eq. 18.
         lightning_nh, lightning_nkv, lightning_head_dim: heads, key and value heads, and their width in RNN
             layers. None: as in the attention layers, after `expand_kv_proj`.
-        lightning_scale: "1/sqrt(d)" is the only one there is.
-        lightning_use_short_conv: False; kept because published configurations have it.
+        lightning_scale: only "1/sqrt(d)".
+        lightning_use_short_conv: only False; published configurations have the key.
     """
 
     model_type = "hypenet"
@@ -100,7 +100,7 @@ class HypeNetConfig(Qwen3Config):
         kwargs.pop("layer_types", None)  # a view of mixer_types, below
         super().__init__(**_rope_of_this_version(kwargs))
         self.mixer_types = list(mixer_types) if mixer_types is not None else [ATTENTION] * self.num_hidden_layers
-        # What transformers' masks and caches ask of a layer.
+        # transformers' masks and caches read these.
         kinds = {ATTENTION: "full_attention", SLIDING_WINDOW: "sliding_attention"}
         self.layer_types = [kinds.get(mixer, "linear_attention") for mixer in self.mixer_types]
         self.mixer_options = {name: dict(options) for name, options in (mixer_options or {}).items()}
@@ -125,10 +125,10 @@ class HypeNetConfig(Qwen3Config):
         self._check()
 
     def options_of(self, mixer: str, options: type[Options]) -> Options:
-        """The options of a mixer: its defaults, which are those of the dataclass `options`, and what differs here.
+        """The options of a mixer: the defaults of the dataclass `options`, and the values set here.
 
         Raises:
-            ValueError: an option that the mixer does not have, or a value that it cannot take.
+            ValueError: an option that the mixer does not have, or a wrong value.
         """
         known = {field.name for field in fields(options)}  # type: ignore[arg-type]
         given = self._lightning_options() if mixer == LIGHTNING else self.mixer_options.get(mixer, {})

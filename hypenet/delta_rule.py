@@ -39,7 +39,7 @@ def delta_rule_recurrence(
     scale: float,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token by token: the reference, and the way one token is decoded.
+    """Token by token: the reference, and the form that decodes one token.
 
     Returns:
         The output in q's dtype, and the state after the last token.
@@ -78,7 +78,7 @@ def delta_rule_chunked(
 
     so that each u_i is linear in S and in the u_j before it: a unit lower triangular system, which is solved for all
     chunks at once (the WY form of Yang et al., 2025). Only G_i - G_j with i >= j are exponentiated, which are never
-    positive, so nothing overflows however strong the decay. With one a channel they are [C, C, K] a chunk, hence its
+    positive, so nothing overflows however strong the decay. With one per channel they are [C, C, K] a chunk, hence its
     small chunks.
 
     Returns:
@@ -127,7 +127,7 @@ def delta_rule(
     keep_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """DeltaNet without a decay, GDN with one a head, KDA with one a channel, by the fastest form.
+    """DeltaNet without a decay, GDN with one per head, KDA with one per channel, by the fastest form.
 
     That is one step for one token, fla's kernel for half precision on a GPU, else chunks.
 
@@ -138,7 +138,7 @@ def delta_rule(
         cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
-        The output in q's dtype, and the state, or None where it was not asked for.
+        The output in q's dtype, and the state, or None unless `keep_state`.
 
     Raises:
         RuntimeError: the installed triton cannot compute this.
@@ -149,15 +149,16 @@ def delta_rule(
     if not _kernel_serves(q, cu_seqlens):
         write = widen(beta)[..., None] * k
         read = k if log_decay is None else by_token(log_decay, q).exp() * k
-        return _plain(q, write, v, read, -write, log_decay, scale=scale, state=state, keep_state=keep_state)
+        return _without_kernel(q, write, v, read, -write, log_decay, scale=scale, state=state, keep_state=keep_state)
     gate = {} if log_decay is None else {"g": log_decay}
     if log_decay is None:
-        run = kernel("delta_rule.chunk_delta_rule")
+        operation = "delta_rule.chunk_delta_rule"
     elif log_decay.ndim == 3:
         check_gated_backward(log_decay)
-        run = kernel("gated_delta_rule.chunk_gated_delta_rule")
+        operation = "gated_delta_rule.chunk_gated_delta_rule"
     else:
-        run = kernel("kda.chunk_kda")
+        operation = "kda.chunk_kda"
+    run = kernel(operation, state=q.shape[-1] * v.shape[-1])
     carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": beside(q, cu_seqlens)}
     return run(q, k, v, beta=beta.to(q.dtype), **gate, scale=scale, **carried)
 
@@ -175,7 +176,7 @@ def rwkv7(
     keep_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The general form with RWKV-7's decay, one a channel, by the fastest form.
+    """The general form with RWKV-7's decay, one per channel, by the fastest form.
 
     Args:
         log_decay: [B, T, H, K], from `RWKV7_STRONGEST_DECAY` to 0: with stronger ones the kernel would overflow.
@@ -188,8 +189,8 @@ def rwkv7(
         inputs = (q, k, v, a, b, log_decay)
         return each_document(rwkv7, inputs, cu_seqlens, state=state, scale=scale, keep_state=keep_state)
     if not _kernel_serves(q, cu_seqlens):
-        return _plain(q, k, v, a, b, log_decay, scale=scale, state=state, keep_state=keep_state)
-    run = kernel("rwkv7.chunk_rwkv7")
+        return _without_kernel(q, k, v, a, b, log_decay, scale=scale, state=state, keep_state=keep_state)
+    run = kernel("rwkv7.chunk_rwkv7", state=q.shape[-1] * v.shape[-1])
     carried = {"initial_state": state, "output_final_state": keep_state, "cu_seqlens": beside(q, cu_seqlens)}
     return run(r=q, w=log_decay, k=k, v=v, a=a, b=b, scale=scale, lower_bound=RWKV7_STRONGEST_DECAY, **carried)
 
@@ -205,7 +206,7 @@ def _kernel_serves(q: Tensor, cu_seqlens: Tensor | None) -> bool:
     return serves(q) and (q.shape[1] > 1 or cu_seqlens is not None)
 
 
-def _plain(
+def _without_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,11 +1,11 @@
-"""What stands between a layer's matrix products, each as one kernel on a GPU and as plain torch elsewhere.
+"""The operations between a layer's matrix products, each as one kernel on a GPU and as plain torch elsewhere.
 
     turn(x, w, rope)      RoPE(RMSNorm(x) w), head by head: queries and keys (Eq. 12 and 18)
     gated(x, w, z)        RMSNorm(x) w * sigmoid(z): the output gate (Eq. 14 and 17)
     swiglu(g, u)          silu(g) u: the MLP
     scale_(x, factor)     x factor, in place
 
-A kernel rounds once, where torch's operations round after each; it keeps its inputs for backward and nothing else.
+A kernel rounds once, while torch rounds after each operation; it keeps only its inputs for backward.
 
 Shapes: B batch, T tokens, H heads, D their width, W any width.
 """
@@ -31,25 +31,25 @@ from .kernels import has_triton
 Rope = tuple[Tensor, Tensor]
 """RoPE's cos and sin, [B or 1, T, D] each."""
 
-PROGRAMS = 1056
-"""Of a kernel that sums over rows: eight for each multiprocessor of an H100."""
+REDUCTION_PROGRAMS = 1056
+"""Programs of a kernel that sums over rows: eight for each multiprocessor of an H100."""
 LANES = 2048
-"""Elements a program of an elementwise kernel takes."""
+"""Elements per program of an elementwise kernel."""
 LARGE = 2**24
-"""Elements from which on moving them takes longer than a launch."""
+"""A tensor with more elements takes longer to move than to launch a kernel."""
 WIDEST = 16_384
-"""Of a row that one program holds."""
+"""The widest row that one program holds."""
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the kernels take `x`: half precision on a GPU, Triton installed."""
+def fused_kernel_serves(x: Tensor) -> bool:
+    """Whether this file's kernels compute `x`: half precision on a GPU, Triton installed."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def turn(x: Tensor, weight: Tensor | None, eps: float, rope: Rope | None) -> Tensor:
-    """[B, T, H, D] -> the same, normed where there is a `weight` [D], and turned where there is a `rope`."""
+    """[B, T, H, D] -> the same, normed if there is a `weight` [D], and turned if there is a `rope`."""
     half = x.shape[-1] // 2
-    if serves(x) and half & (half - 1) == 0 and (weight is not None or rope is not None):
+    if fused_kernel_serves(x) and half & (half - 1) == 0 and (weight is not None or rope is not None):
         return _Turn.apply(x, weight, eps, *(rope or (None, None)))
     if weight is not None:
         x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
@@ -59,8 +59,8 @@ def turn(x: Tensor, weight: Tensor | None, eps: float, rope: Rope | None) -> Ten
 
 
 def gated(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor) -> Tensor:
-    """[..., W], its norm where there is a `weight` [W], times the sigmoid of `gate`, [..., W]."""
-    if serves(x) and x.shape[-1] <= WIDEST:
+    """[..., W], normed if there is a `weight` [W], times the sigmoid of `gate`, [..., W]."""
+    if fused_kernel_serves(x) and x.shape[-1] <= WIDEST:
         return _Gated.apply(x, weight, eps, gate)
     if weight is not None:
         x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
@@ -69,20 +69,20 @@ def gated(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [..., W]."""
-    return _SwiGLU.apply(gate, up) if serves(gate) else F.silu(gate) * up
+    return _SwiGLU.apply(gate, up) if fused_kernel_serves(gate) else F.silu(gate) * up
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """x *= factor, a scalar on x's device, in place. Where it is one, as a loss's gradient mostly is, a large x is not
-    read."""
-    if not (serves(x) and x.numel() >= LARGE and x.is_contiguous()):
+    """x *= factor, a scalar on x's device, in place. A large x is not read if the factor is one, as a loss's gradient
+    mostly is."""
+    if not (fused_kernel_serves(x) and x.numel() >= LARGE and x.is_contiguous()):
         return x.mul_(factor)
-    launch(scale, -(-x.numel() // LANES), x, factor, x.numel(), LANES=LANES)
+    run_program(scale, -(-x.numel() // LANES), x, factor, x.numel(), LANES=LANES)
     return x
 
 
 @torch.compiler.disable
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
+def run_program(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
     """Run one of hypenet/fused_kernels.py on the device of its first argument."""
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, **constants, num_warps=warps)
@@ -103,7 +103,7 @@ class _Turn(torch.autograd.Function):
         y = torch.empty_like(x)
         ctx.shape = _turn_shape(x, weight, cos)
         batch, tokens = x.shape[:2]
-        launch(
+        run_program(
             turn_forward,
             batch * tokens,
             *(x, weight, cos, sin, y, tokens, _batch_stride(cos), eps),
@@ -118,9 +118,9 @@ class _Turn(torch.autograd.Function):
         x, weight, cos, sin = ctx.saved_tensors
         to_y, to_x = to_y.contiguous(), torch.empty_like(x)
         batch, tokens = x.shape[:2]
-        programs = min(batch * tokens, PROGRAMS)
+        programs = min(batch * tokens, REDUCTION_PROGRAMS)
         partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
-        launch(
+        run_program(
             turn_backward,
             programs,
             *(x, weight, cos, sin, to_y, to_x, partial, batch * tokens, tokens, _batch_stride(cos), ctx.eps),
@@ -151,7 +151,7 @@ class _Gated(torch.autograd.Function):
         y = torch.empty_like(x)
         width = x.shape[-1]
         ctx.shape = {"WIDTH": width, "LANES": _power_of_two(width), "NORM": weight is not None}
-        launch(gate_forward, x.numel() // width, x, weight, gate, y, eps, warps=8, **ctx.shape)
+        run_program(gate_forward, x.numel() // width, x, weight, gate, y, eps, warps=8, **ctx.shape)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, gate)
         return y
@@ -161,9 +161,9 @@ class _Gated(torch.autograd.Function):
         x, weight, gate = ctx.saved_tensors
         to_y, to_x, to_gate = to_y.contiguous(), torch.empty_like(x), torch.empty_like(gate)
         rows = x.numel() // x.shape[-1]
-        programs = min(rows, PROGRAMS)
+        programs = min(rows, REDUCTION_PROGRAMS)
         partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
-        launch(
+        run_program(
             gate_backward,
             programs,
             *(x, weight, gate, to_y, to_x, to_gate, partial, rows, ctx.eps),
@@ -182,7 +182,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        launch(swiglu_forward, -(-y.numel() // LANES), gate, up, y, y.numel(), LANES=LANES)
+        run_program(swiglu_forward, -(-y.numel() // LANES), gate, up, y, y.numel(), LANES=LANES)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -190,7 +190,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-        launch(
+        run_program(
             swiglu_backward,
             -(-gate.numel() // LANES),
             *(gate, up, to_y.contiguous(), to_gate, to_up, gate.numel()),

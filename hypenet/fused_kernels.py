@@ -1,6 +1,6 @@
 """Triton kernels of hypenet/fused.py. Each reads its inputs once and writes its outputs once, in float32 between.
 
-Where weights have a gradient, few programs walk over many rows each, and leave one partial sum a program.
+For the gradient of weights, few programs loop over many rows each, and each writes one partial sum.
 
 Shapes: N tokens, H heads, D their width, W the width of a row; halves are the two parts that RoPE turns together.
 """
@@ -75,7 +75,7 @@ def turn_backward(  # type: ignore[no-untyped-def]
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    """Every so manieth token. `to_weight` is [programs, D]."""
+    """Program i does tokens i, i + programs, ... `to_weight` is [programs, D]."""
     heads, half = tl.arange(0, LANES)[:, None], tl.arange(0, HALF)[None, :]
     there = (heads < HEADS) & (half < HALF)
     if NORM:
@@ -140,7 +140,7 @@ def gate_backward(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Every so manieth row. `to_weight` is [programs, W]."""
+    """Program i does rows i, i + programs, ... `to_weight` is [programs, W]."""
     lane = tl.arange(0, LANES)
     there = lane < WIDTH
     if NORM:

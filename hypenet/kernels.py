@@ -1,12 +1,14 @@
-"""GPU kernels: where fla's serve, and what to say where they cannot.
+"""GPU kernels: where fla's serve, and the message where they cannot.
 
 Everything has a plain torch form, which runs where a kernel does not: on the CPU, and in single or double precision.
+A mixer calls kernels through `kernel` alone: so a plan can measure it without a GPU (`stand_in`).
 """
 
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -20,8 +22,24 @@ FLA = "0.6.0"
 """The first fla-core whose operations are called as here."""
 
 
+_stand_in: Callable[..., Any] | None = None
+
+
+@contextmanager
+def stand_in(run: Callable[..., Any]) -> Iterator[None]:
+    """Within, tensors on the meta device go to `run(operation, state, *args, **kwargs)` in place of fla's kernels."""
+    global _stand_in
+    before, _stand_in = _stand_in, run
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
 def serves(x: Tensor) -> bool:
-    """Whether fla's kernels take `x` and its like: half precision on a GPU, fla-core installed."""
+    """Whether fla's kernels compute `x` and its like: half precision on a GPU, fla-core installed."""
+    if _stand_in is not None:
+        return x.is_meta
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _installed()
 
 
@@ -32,28 +50,34 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def kernel(operation: str) -> Callable[..., Any]:
+def kernel(operation: str, *, state: int) -> Callable[..., Any]:
     """An operation of fla by the name of its module and its own, e.g. "simple_gla.chunk_simple_gla".
 
     torch.compile leaves it as it is: fla chooses among its kernels in ways that cannot be traced.
+
+    Args:
+        state: numbers in the state of a head. The kernel keeps a state for each chunk of tokens; a plan counts them.
     """
-    return partial(_call, operation)
+    return partial(_run_kernel, operation, state)
 
 
 @torch.compiler.disable
-def _call(operation: str, *args: Any, **kwargs: Any) -> Any:
+def _run_kernel(operation: str, state: int, *args: Any, **kwargs: Any) -> Any:
+    if _stand_in is not None:
+        return _stand_in(operation, state, *args, **kwargs)
     module, _, name = operation.partition(".")
-    # Imported by name: transformers takes every import statement in exported model code for a hard requirement.
+    # Imported by name: transformers treats every import statement in exported model code as a hard requirement.
     return getattr(importlib.import_module(f"fla.ops.{module}"), name)(*args, **kwargs)
 
 
 def check_gated_backward(gate: Tensor) -> None:
-    """Refuse the backward of fla's kernels for a gate a token and head where triton is known to miscompile it.
+    """Refuse the backward of fla's kernels for a gate per token and head where triton is known to miscompile it.
 
     Raises:
-        RuntimeError: a gradient is wanted, and this triton gives a wrong one on this GPU.
+        RuntimeError: a gradient is wanted, and this triton computes a wrong one on this GPU.
     """
-    if torch.is_grad_enabled() and gate.requires_grad and _hopper(gate.device) and _triton_miscompiles():
+    wanted = torch.is_grad_enabled() and gate.requires_grad and not gate.is_meta
+    if wanted and _hopper(gate.device) and _triton_miscompiles():
         raise RuntimeError(
             f"triton {_triton_version()} computes wrong gradients for gated linear attention on Hopper GPUs: "
             "pip install 'triton>=3.7.1', or tilelang, which fla then uses in its place."

@@ -2,8 +2,8 @@
 
     S_t = diag(exp(g_t)) S_(t-1) + k_t^T v_t        o_t = scale q_t S_t
 
-What the log-decay g is makes the mixer: nothing (linear attention), a number a head (RetNet, Lightning), a number a
-head and token (Mamba2), or one a channel (GLA, HGRN-2).
+The log-decay g makes the mixer: none (linear attention), one per head (RetNet, Lightning), one per head and token
+(Mamba2), or one per channel (GLA, HGRN-2).
 
 Three forms of one function: `linear_attention_recurrence` reads as the equation and serves one-token decoding,
 `linear_attention_chunked` is plain torch that trains on any device, and `linear_attention` picks the fastest.
@@ -30,7 +30,7 @@ from .kernels import check_gated_backward, kernel, serves
 def linear_attention_recurrence(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, scale: float, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token by token: the reference, and the way one token is decoded.
+    """Token by token: the reference, and the form that decodes one token.
 
     Returns:
         The output in q's dtype, and the state after the last token.
@@ -52,7 +52,7 @@ def linear_attention_chunked(
     """In chunks of C tokens: within a chunk as a masked matrix product, between chunks as a recurrence.
 
     Only differences G_i - G_j of cumulated log-decays with i >= j are exponentiated, which are never positive, so
-    nothing overflows however strong the decay or long the sequence. With one a channel they are [C, C, K] a chunk,
+    nothing overflows however strong the decay or long the sequence. With one per channel they are [C, C, K] a chunk,
     hence its small chunks.
 
     Returns:
@@ -101,7 +101,7 @@ def linear_attention(
         cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
-        The output in q's dtype, and the state as it was taken, or None where it was not asked for.
+        The output in q's dtype, and the state in the same shape, or None unless `keep_state`.
 
     Raises:
         RuntimeError: the installed triton cannot compute this.
@@ -114,7 +114,8 @@ def linear_attention(
     if q.shape[1] == 1 and cu_seqlens is None:
         output, final = linear_attention_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):
-        run = kernel("simple_gla.chunk_simple_gla")
+        size = q.shape[-1] * v.shape[-1]
+        run = kernel("simple_gla.chunk_simple_gla", state=size)
         gate: dict[str, Tensor] = {}
         if log_decay is not None:
             if log_decay.ndim == 1:
@@ -123,7 +124,7 @@ def linear_attention(
                 check_gated_backward(log_decay)
                 gate = {"g": log_decay}
             else:
-                run, gate = kernel("gla.chunk_gla"), {"g": log_decay}
+                run, gate = kernel("gla.chunk_gla", state=size), {"g": log_decay}
         output, final = run(
             q,
             k,
@@ -147,10 +148,10 @@ def each_document(
     state: Any,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """A recurrence of packed documents without a kernel: each is a call of its own.
+    """A recurrence over packed documents without a kernel: one call for each.
 
     Args:
-        inputs: [1, T, ...] where they are by token; those of fewer than three dimensions are the same for all.
+        inputs: [1, T, ...] if they are by token; those of fewer than three dimensions are the same for all.
         cu_seqlens: [documents + 1], where each begins, and the end.
         state: [documents, ...], one tensor or several, or None.
 
@@ -172,8 +173,8 @@ _MOVED = WeakTensorKeyDictionary()
 
 
 def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """`cu_seqlens` where a kernel that takes `x` reads them. Moved once for all layers: by the tensor that it is given,
-    fla knows what it has derived before, for which the host waits."""
+    """`cu_seqlens` on the device of `x`, where its kernel reads them. Moved once for all layers: fla caches by tensor
+    what it derives from them, and to derive it the host waits."""
     if cu_seqlens is None or cu_seqlens.device == x.device:
         return cu_seqlens
     version, moved = _MOVED.get(cu_seqlens, (-1, x))
@@ -184,7 +185,7 @@ def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in the precision of gates and states: float32, or float64 where it is."""
+    """x in the precision of gates and states: float32, or float64 if x is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .fused import scale_
 
 IGNORE = -100
-"""A label that takes no part in the cross entropy."""
+"""The label of a position without a target."""
 
 
 def linear_cross_entropy(
@@ -29,7 +29,7 @@ def linear_cross_entropy(
         hidden: [N, D] final hidden states.
         head: [V, D].
         labels: [N] int64, already shifted: labels[i] is the token after position i.
-        count: what the sum over the labels is divided by. None: their number.
+        count: the divisor of the sum over labels. None: their number.
         chunk: tokens whose logits live at a time.
     """
     return _LinearCrossEntropy.apply(hidden, head, labels, count, chunk)
@@ -44,15 +44,14 @@ def next_token_loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """transformers' `ForCausalLMLoss` with its arguments, from hidden states in the place of logits.
+    """transformers' `ForCausalLMLoss` with its arguments, from hidden states in place of logits.
 
     Args:
         hidden: [B, T, D] final hidden states.
         head: [V, D].
-        labels: [B, T] int64: the input tokens, `ignore_index` where one is no target.
-        num_items_in_batch: what the sum over the targets is divided by, which gradient accumulation sets. None: their
-            number.
-        shift_labels: [B, T], what position i is to predict; in the place of `labels`.
+        labels: [B, T] int64: the input tokens, `ignore_index` where there is no target.
+        num_items_in_batch: the divisor of the sum over targets, which gradient accumulation sets. None: their number.
+        shift_labels: [B, T], the target of each position; in place of `labels`.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
@@ -69,7 +68,7 @@ def exact_logits(hidden: Tensor, head: Tensor, out: Tensor | None = None) -> Ten
     """hidden [N, D] @ head [V, D] transposed, in float32 at least, as accumulated: not rounded to half precision.
 
     Args:
-        out: [N, V], where to write them.
+        out: [N, V], the tensor to write to.
     """
     if hidden.dtype in (torch.float16, torch.bfloat16):
         if hidden.is_cuda and head.dtype == hidden.dtype:
@@ -80,7 +79,7 @@ def exact_logits(hidden: Tensor, head: Tensor, out: Tensor | None = None) -> Ten
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in forward, while a chunk's logits exist, and only scaled in backward."""
+    """The gradients are computed in forward, while a chunk's logits exist, and only scaled in backward."""
 
     @staticmethod
     def forward(
@@ -106,10 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class LinearGradients:
-    """The gradients of a chunked loss to its hidden states and its head, gathered chunk by chunk.
+    """The gradients of a chunked loss to its hidden states and its head, summed chunk by chunk.
 
     Attributes:
-        dtype: of all that follows the logits, and of the head's gradient while it is gathered.
+        dtype: of everything after the logits, and of the head's gradient while it is summed.
     """
 
     def __init__(self, hidden: Tensor, head: Tensor) -> None:
@@ -119,7 +118,7 @@ class LinearGradients:
         self.to_head = torch.zeros_like(head, dtype=self.dtype) if head.requires_grad else None
 
     def add(self, rows: slice, to_logits: Tensor) -> None:
-        """Take in a chunk: `rows` of the tokens, and the gradient of their logits."""
+        """Add a chunk: `rows` of the tokens, and the gradient of their logits."""
         to_logits = to_logits.to(self.hidden.dtype)
         if self.to_hidden is not None:
             self.to_hidden[rows] = to_logits @ self.head
@@ -127,12 +126,12 @@ class LinearGradients:
             self.to_head += to_logits.T @ self.hidden[rows]
 
     def save(self, ctx: Any) -> None:
-        """Keep the gradients for backward, which hands them out."""
+        """Keep the gradients for `handed_out` in backward."""
         ctx.gradients = (self.to_hidden, None if self.to_head is None else self.to_head.to(self.head.dtype))
 
 
 def handed_out(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """In backward: the gradients that forward left in `ctx.gradients`, times `grad`. Once: they are given away.
+    """In backward: the gradients that forward left in `ctx.gradients`, times `grad`, in their own memory: only once.
 
     Raises:
         RuntimeError: backward runs a second time.

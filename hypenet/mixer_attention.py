@@ -1,4 +1,4 @@
-"""The attention mixer: softmax attention with HyPE, NoPE and scaled logits, and an output gate (paper Eq. 17)."""
+"""The attention mixer: softmax attention without RoPE (HyPE), with scaled logits and an output gate (paper Eq. 17)."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .configuration_hypenet import ATTENTION, HypeNetConfig, read_scaling
 from .fused import gated, turn
-from .mixers import mixer
+from .mixers import Mixer, mixer
 from .norm import HeadNorm
 
 
@@ -37,14 +37,24 @@ def logits_scale(positions: Tensor, spec: str | float) -> Tensor:
     return torch.log(positions.float() + value) / math.log(value)
 
 
+def tokens_seen(seq_len: int, window: int | None) -> float:
+    """How many tokens a token sees in causal attention, on average: T/2, or w - w^2 / 2T in a window of w < T."""
+    if window is None or window >= seq_len:
+        return seq_len / 2
+    return window - window**2 / (2 * seq_len)
+
+
 @mixer(ATTENTION)
-class HypeNetAttention(Qwen3Attention):
+class HypeNetAttention(Mixer, Qwen3Attention):
     """Qwen3's attention without RoPE, with the queries scaled by s_t in evaluation and the output gated (`o_gate`)."""
+
+    split = "attention"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         nn.Module.__init__(self)  # Qwen3's own would have QK-norm and no biases always
         self.config = config
         self.layer_idx = layer_idx
+        self.heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -78,14 +88,14 @@ class HypeNetAttention(Qwen3Attention):
 
         Args:
             hidden_states: [B, T, hidden].
-            attention_mask: what `config._attn_implementation` takes, e.g. [B, 1, T, S].
+            attention_mask: in the form of `config._attn_implementation`, e.g. [B, 1, T, S].
             position_ids: [B, T] or [1, T], needed for the scaling of logits.
 
         Returns:
-            The output, [B, T, hidden], and the attention weights where the implementation gives them.
+            The output, [B, T, hidden], and the attention weights if the implementation returns them.
 
         Raises:
-            ValueError: logits are to be scaled and there are no positions.
+            ValueError: logits must be scaled and there are no positions.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
@@ -107,6 +117,10 @@ class HypeNetAttention(Qwen3Attention):
             output = gated(output, None, 0.0, self.o_gate(hidden_states))
         return self.o_proj(output), weights
 
+    def multiply_adds(self, seq_len: int) -> float:
+        """D each to multiply a query with a key, and a weight with a value."""
+        return 2 * self.head_dim * tokens_seen(seq_len, self.sliding_window)
+
     def scale_logits(self, q: Tensor, positions: Tensor | None) -> Tensor:
         """Eq. 11, in evaluation only: q, [B, H, T, D], times s_t."""
         if self.config.attn_logits_scaling is None or self.training:
@@ -119,16 +133,16 @@ class HypeNetAttention(Qwen3Attention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax attention of rows or, where sdpa is given no mask for them, of each packed document alone.
+        """Softmax attention of rows. Of packed documents without a mask, with sdpa: of each document alone.
 
         Args:
             q: [B, H, T, D].
             k, v: [B, KV heads, S, D].
-            attention_mask: what `config._attn_implementation` takes.
+            attention_mask: in the form of `config._attn_implementation`.
             kwargs: among them `cu_seq_lens_q`, [documents + 1], the bounds of documents packed into the B x T tokens.
 
         Returns:
-            The output, [B, T, H, D], and the attention weights where the implementation gives them.
+            The output, [B, T, H, D], and the attention weights if the implementation returns them.
         """
         bounds = kwargs.get("cu_seq_lens_q")
         if bounds is None or attention_mask is not None or self.implementation != "sdpa":
@@ -141,13 +155,13 @@ class HypeNetAttention(Qwen3Attention):
 
     @property
     def implementation(self) -> str:
-        """The name of what computes softmax attention."""
-        return self.config._attn_implementation or "sdpa"  # none is chosen outside of a model
+        """The name of the implementation of softmax attention."""
+        return self.config._attn_implementation or "sdpa"  # outside of a model none is chosen
 
     def attend_rows(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """`attend`, of rows that are one sequence each unless the mask says otherwise."""
+        """`attend` of rows: each is one sequence unless the mask says otherwise."""
         attention = (
             eager_attention_forward if self.implementation == "eager" else ALL_ATTENTION_FUNCTIONS[self.implementation]
         )

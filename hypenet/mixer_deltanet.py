@@ -1,6 +1,6 @@
 """DeltaNet (Yang et al., 2025c): a new value replaces what the state holds for its key (paper Table 10).
 
-    beta_t = sigmoid(x_t W_b)        one a head
+    beta_t = sigmoid(x_t W_b)        one per head
     S_t = (I - beta_t k_t^T k_t) S_(t-1) + beta_t k_t^T v_t        o_t = q_t S_t / sqrt(D)
 
 Keys have length one, so F_t has the eigenvalue 1 - beta_t along k_t and one elsewhere.
@@ -44,13 +44,18 @@ class DeltaNet(RNNMixer):
     Options = DeltaNetOptions
     options: DeltaNetOptions
     recurrence = staticmethod(delta_rule)
+    split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.b_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
+    def multiply_adds(self, seq_len: int) -> float:
+        """D^2 each to read k S, to write, and to read q S."""
+        return 3 * self.head_dim**2
+
     def log_decay(self, hidden_states: Tensor) -> Tensor | None:
-        """What the state forgets whichever its key: nothing, or as `delta_rule` takes it in mixers that derive."""
+        """The decay of the whole state, in the form of `delta_rule`: none here, one in mixers that derive."""
         return None
 
     def recur(

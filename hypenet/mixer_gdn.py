@@ -1,6 +1,6 @@
-"""Gated DeltaNet (Yang et al., 2025b): DeltaNet with a decay a token and head (paper Table 11).
+"""Gated DeltaNet (Yang et al., 2025b): DeltaNet with a decay per token and head (paper Table 11).
 
-    beta_t = 2 sigmoid(x_t W_b)        alpha_t = exp(-A_h softplus(x_t W_a + b_a))        one a head
+    beta_t = 2 sigmoid(x_t W_b)        alpha_t = exp(-A_h softplus(x_t W_a + b_a))        one per head
     S_t = alpha_t (I - beta_t k_t^T k_t) S_(t-1) + beta_t k_t^T v_t        o_t = q_t S_t / sqrt(D)
 
 A and b_a begin as in GDN's own implementation: A is uniform in (0, 16], softplus(b_a) log-uniform in [0.001, 0.1].

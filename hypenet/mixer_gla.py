@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al., 2024): a decay a token and channel, made from the input (paper Table 11).
+"""Gated linear attention (Yang et al., 2024): a decay per token and channel, made from the input (paper Table 11).
 
     S_t = diag(alpha_t) S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)
     alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/16)
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
-from .linear_attention import linear_attention, widen
+from .linear_attention import widen
 from .mixers import mixer
-from .rnn_mixer import RNNMixer, RNNOptions
+from .rnn_mixer import OuterProductMixer, RNNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,11 @@ class GLAOptions(RNNOptions):
 
 
 @mixer("gla")
-class GatedLinearAttention(RNNMixer):
+class GatedLinearAttention(OuterProductMixer):
     """GLA. `gate_down` is W_1, `gate_up` is W_2."""
 
     Options = GLAOptions
     options: GLAOptions
-    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

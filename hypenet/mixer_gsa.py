@@ -1,6 +1,6 @@
 """Gated slot attention (Zhang et al., 2024): softmax attention to M slots that forget (paper Table 10).
 
-    g_t = logsigmoid(x_t W_f) / 8        s_t = 1 - exp(g_t)        one a head and slot
+    g_t = logsigmoid(x_t W_f) / 8        s_t = 1 - exp(g_t)        one per head and slot
     K_t = K_(t-1) diag(exp(g_t)) + k_t^T s_t        the slots' keys
     V_t = diag(exp(g_t)) V_(t-1) + s_t^T v_t        the slots' values
     o_t = softmax(q_t K_t / sqrt(D)) V_t
@@ -43,7 +43,7 @@ class GSAOptions(RNNOptions):
     """RNNOptions, and:
 
     Attributes:
-        slots: M, slots a head.
+        slots: M, slots per head.
         gate_logit_normalizer: what the log-decay is divided by.
     """
 
@@ -54,7 +54,7 @@ class GSAOptions(RNNOptions):
 def gsa_recurrence(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, state: Slots | None = None
 ) -> tuple[Tensor, Slots]:
-    """Token by token: the reference, and the way one token is decoded.
+    """Token by token: the reference, and the form that decodes one token.
 
     Returns:
         The output in q's dtype, and the state after the last token.
@@ -107,7 +107,7 @@ def gsa(
         cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
-        The output in q's dtype, and the state, or None where it was not asked for.
+        The output in q's dtype, and the state, or None unless `keep_state`.
     """
     final: Slots
     if cu_seqlens is not None and not serves(q):
@@ -115,21 +115,21 @@ def gsa(
     if q.shape[1] == 1 and cu_seqlens is None:
         output, final = gsa_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):
-        output, (keys, values) = kernel("gsa.chunk_gsa")(
+        s = -torch.expm1(log_decay).to(k.dtype)
+        output, final = kernel("gsa.chunk_gsa", state=s.shape[-1] * (q.shape[-1] + v.shape[-1]))(
             q,
             k,
             v,
-            -torch.expm1(log_decay).to(k.dtype),
+            s,
             log_decay,
             scale=scale,
             initial_state=state,
             output_final_state=keep_state,
             cu_seqlens=beside(q, cu_seqlens),
         )
-        final = (keys, values)
     else:
         output, final = gsa_chunked(q, k, v, log_decay, scale=scale, state=state)
-    return output, final if keep_state else None
+    return output, (final[0], final[1]) if keep_state else None
 
 
 def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,10 +168,15 @@ class GatedSlotAttention(RNNMixer):
     Options = GSAOptions
     options: GSAOptions
     recurrence = staticmethod(gsa)
+    split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.f_proj = nn.Linear(config.hidden_size, self.heads * self.options.slots, bias=False)
+
+    def multiply_adds(self, seq_len: int) -> float:
+        """Two states, [D, M] and [M, D], are each written and read."""
+        return 4 * self.head_dim * self.options.slots
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any

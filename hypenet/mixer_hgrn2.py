@@ -3,7 +3,7 @@
     k_t = (1 - beta) sigmoid(x_t W_k)        f_t = 1 - k_t        q_t = silu(x_t W_q)
     S_t = diag(f_t) S_(t-1) + RoPE(k_t)^T v_t        o_t = RoPE(q_t) S_t / sqrt(D)
 
-So the teacher's W_k is the start of the forget gate. The lower bound beta of f is learnt, one a channel. HGRN-2 ties
+So the teacher's W_k is the start of the forget gate. The lower bound beta of f is learnt, one per channel. HGRN-2 ties
 the bounds of all layers to one another, so that they grow with depth. HALO trains each layer alone: here each has its
 own, which begins at (l + 1) / (L + 1) in layer l = 0..L-1.
 """
@@ -18,9 +18,9 @@ from transformers.activations import ACT2FN
 
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
-from .linear_attention import linear_attention, widen
+from .linear_attention import widen
 from .mixers import mixer
-from .rnn_mixer import RNNMixer, RNNOptions
+from .rnn_mixer import OuterProductMixer, RNNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,35 +43,39 @@ class HGRN2Options(RNNOptions):
 
 
 @mixer("hgrn2")
-class HGRN2(RNNMixer):
-    """HGRN-2. `lower_bound` are the logits of beta, one a channel of `k_proj`."""
+class HGRN2(OuterProductMixer):
+    """HGRN-2. `lower_bound` are the logits of beta, one per channel of `k_proj`."""
 
     Options = HGRN2Options
     options: HGRN2Options
-    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         beta = torch.full([self.k_proj.out_features], (layer_idx + 1) / (config.num_hidden_layers + 1))
         self.lower_bound = nn.Parameter(beta.logit())
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, the logits of the keys, and values."""
-        q, k, v = super().project(hidden_states)
+    def before_rope(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_t, k_t and the gates log f_t. `k` holds logits; f_t comes from them too: 1 - k_t rounds to zero where k_t
+        is near one."""
         if self.options.query_activation is not None:
             q = ACT2FN[self.options.query_activation](q)
-        return q, k, v
-
-    def keys_and_gates(self, k: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """k_t and log f_t, both from the logits: 1 - k_t would lose what f_t is where k_t is near one."""
         logits, bound = widen(k), widen(self.lower_bound).view(-1, self.head_dim)
         keys = torch.sigmoid(-bound) * torch.sigmoid(logits)
         log_forget = torch.logaddexp(F.logsigmoid(-logits), F.logsigmoid(bound) + F.logsigmoid(logits))
-        return keys.to(k.dtype), log_forget
+        return q, keys.to(k.dtype), log_forget
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden_states: Tensor,
+        tokens: Tensor | None,
+        *,
+        gates: Tensor | None = None,
+        **carried: Any,
     ) -> tuple[Tensor, State | None]:
-        """RNNMixer's, with log f_t, [B, T, key heads, D], as `hidden_states`."""
-        decay = hidden_states.repeat_interleave(self.queries_per_key, dim=2)
+        """With the gates log f_t, [B, T, KV heads, D]."""
+        assert gates is not None  # from before_rope
+        decay = gates.repeat_interleave(self.queries_per_key, dim=2)
         return self.recurrence(q, k, v, decay, scale=self.scaling, **carried)

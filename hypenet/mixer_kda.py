@@ -1,6 +1,6 @@
-"""Kimi Delta Attention (Kimi et al., 2025): DeltaNet with a decay a token and channel (paper Table 10).
+"""Kimi Delta Attention (Kimi et al., 2025): DeltaNet with a decay per token and channel (paper Table 10).
 
-    beta_t = sigmoid(x_t W_b)        alpha_t = exp(-A_h softplus(x_t W_1 W_2 + b_a))        beta one a head
+    beta_t = sigmoid(x_t W_b)        alpha_t = exp(-A_h softplus(x_t W_1 W_2 + b_a))        beta one per head
     S_t = (I - beta_t k_t^T k_t) diag(alpha_t) S_(t-1) + beta_t k_t^T v_t        o_t = q_t S_t / sqrt(D)
 
 A and b_a begin as in KDA's own implementation: A is uniform in [1, 16], softplus(b_a) log-uniform in [0.001, 0.1].

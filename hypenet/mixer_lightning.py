@@ -1,4 +1,4 @@
-"""Lightning Attention, HypeNet's own RNN mixer: one fixed decay a head (paper Eq. 18 and 19).
+"""Lightning Attention, HypeNet's own RNN mixer: one fixed decay per head (paper Eq. 18 and 19).
 
 S_t = gamma_h S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)
 """
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .cache import State
-from .linear_attention import linear_attention
 from .mixers import mixer
-from .rnn_mixer import RNNMixer
+from .rnn_mixer import OuterProductMixer
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,18 +28,16 @@ def alibi_slopes(heads: int, device: torch.device | None = None, dtype: torch.dt
 
 @cache
 @torch.inference_mode(False)  # what is kept must also serve where gradients are wanted
-def log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def lightning_log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """log(gamma_h) of Eq. 19, as [H]: the negated slopes."""
     return -alibi_slopes(heads, device, dtype)
 
 
 @mixer("lightning-attn")
-class LightningAttention(RNNMixer):
+class LightningAttention(OuterProductMixer):
     """Its options are the published configuration's `lightning_*` keys."""
-
-    recurrence = staticmethod(linear_attention)
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
     ) -> tuple[Tensor, State | None]:
-        return self.recurrence(q, k, v, log_decay(self.heads, q.device), scale=self.scaling, **carried)
+        return self.recurrence(q, k, v, lightning_log_decay(self.heads, q.device), scale=self.scaling, **carried)

@@ -2,8 +2,7 @@
 
     S_t = S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)        q, k = RoPE(phi(Norm(x W))), phi(x) = elu(x) + 1
 
-There is no denominator: the output norm of Eq. 14 takes its place, in that the output does not grow with the number of
-tokens.
+There is no denominator: thanks to the output norm of Eq. 14 the output does not grow with the number of tokens.
 """
 
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import State
-from .linear_attention import linear_attention
 from .mixers import mixer
-from .rnn_mixer import RNNMixer, RNNOptions
+from .rnn_mixer import OuterProductMixer, RNNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +33,17 @@ class LinearAttentionOptions(RNNOptions):
 
 
 @mixer("linear-attn")
-class LinearAttention(RNNMixer):
-    """Linear attention, with all that it has coming from the teacher's attention but for what Eq. 14 adds."""
+class LinearAttention(OuterProductMixer):
+    """Linear attention. All its weights come from the teacher's attention, except those that Eq. 14 adds."""
 
     Options = LinearAttentionOptions
     options: LinearAttentionOptions
-    recurrence = staticmethod(linear_attention)
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(hidden_states)
+    def before_rope(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, None]:
+        """phi of queries and keys."""
         if self.options.feature_map == "elu":
             q, k = F.elu(q) + 1, F.elu(k) + 1
-        return q, k, v
+        return q, k, None
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any

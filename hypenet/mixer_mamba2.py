@@ -1,6 +1,6 @@
-"""Multi-head Mamba2 (Dao & Gu, 2024; paper App. G.1 and Table 11): a decay and a step size a token and head.
+"""Multi-head Mamba2 (Dao & Gu, 2024; paper App. G.1 and Table 11): a decay and a step size per token and head.
 
-    dt_t = softplus(x_t W_dt + b_dt)        one a head
+    dt_t = softplus(x_t W_dt + b_dt)        one per head
     S_t = exp(-dt_t A_h) S_(t-1) + dt_t k_t^T v_t        o_t = q_t S_t / sqrt(D) + D_h v_t
 
 q, k and v are Mamba2's C, B and x. Mamba2 shares C and B among its heads; here each head has its own, as the
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
-from .linear_attention import linear_attention, widen
+from .linear_attention import widen
 from .mixers import mixer
-from .rnn_mixer import RNNMixer, RNNOptions
+from .rnn_mixer import OuterProductMixer, RNNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,10 @@ class Mamba2Options(RNNOptions):
 
 
 @mixer("mamba2")
-class Mamba2(RNNMixer):
+class Mamba2(OuterProductMixer):
     """Multi-head Mamba2, with its names for what attention does not have: `A_log`, `dt_proj`, `dt_bias` and `D`."""
 
     Options = Mamba2Options
-    recurrence = staticmethod(linear_attention)
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

@@ -6,12 +6,12 @@
     o_t      = r_t S_t + (r_t (r_k * k~_t)^T) v_t
     z_t      = sigmoid(x_t G_1) G_2                                the output gate
 
-r is what the other mixers call q. All is one a channel, but for the lengths and products, which are one a head. r and
-k have had RoPE (HyPE) before any of this. RWKV-7 norms each head of r_t S_t and adds the second term of o_t after
-it; here the sum goes through the one output norm that all RNN layers have. Nothing is divided by sqrt(D), as there.
+r is q in the other mixers. Everything is per channel, except lengths and products, which are per head. RoPE (HyPE) is
+applied to r and k before all this. RWKV-7 norms each head of r_t S_t and then adds the second term of o_t; here the sum
+goes through the one output norm that all RNN layers have. As there, nothing is divided by sqrt(D).
 
-Two parts are left out. The value residual mixes in the first layer's values, and the token shift the token before:
-HALO's stage 1 trains each layer alone, to do what the teacher's attention does with x_t.
+Two parts are left out. The value residual mixes in the first layer's values, and the token shift the token before. But
+HALO's stage 1 trains each layer alone, to compute from x_t what the teacher's attention computes.
 
 w_0, a_0, k_k, k_a and r_k begin as in RWKV-7's own implementation.
 """
@@ -52,6 +52,7 @@ class RWKV7(RNNMixer):
     Options = RWKV7Options
     options: RWKV7Options
     recurrence = staticmethod(rwkv7)
+    split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -70,6 +71,10 @@ class RWKV7(RNNMixer):
         self.k_k = nn.Parameter(0.71 - 0.1 * across)
         self.k_a = nn.Parameter(torch.full([width], 1.02))
         self.r_k = nn.Parameter(torch.full([width], -0.04))
+
+    def multiply_adds(self, seq_len: int) -> float:
+        """D^2 each to read kappa S, to write that along kappa * rate, to write k~^T v, and to read r S."""
+        return 4 * self.head_dim**2
 
     def norm_and_gate(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         """The sigmoid of this gate is between its two factors, not behind them."""

@@ -18,7 +18,7 @@ from .mixers import mixer
 
 @dataclass(frozen=True, kw_only=True)
 class SWAOptions:
-    """What sliding-window attention can have or leave out.
+    """The options of sliding-window attention.
 
     Attributes:
         window: the tokens that a token sees, itself among them.
@@ -59,27 +59,27 @@ class SlidingWindowAttention(HypeNetAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Softmax attention within the window.
 
-        For eager and sdpa the window is applied here, so that a mask need not know it; flash attention applies it
+        For eager and sdpa the window is applied here, so that a mask need not have it; flash attention applies it
         itself. Any other implementation relies on its mask.
 
         Args:
             q: [B, H, T, D].
             k, v: [B, KV heads, S, D].
-            attention_mask: None: none but causal; [B, 1, T, S], true or zero where a token may be seen; or
-                [B, S], 1 at tokens and 0 at padding.
+            attention_mask: None: only causal; [B, 1, T, S], true or zero where a token may be seen; or [B, S], 1 at
+                tokens and 0 at padding.
 
         Returns:
-            The output, [B, T, H, D], and the attention weights where the implementation gives them.
+            The output, [B, T, H, D], and the attention weights if the implementation returns them.
 
         Raises:
-            ValueError: there is no mask, and the implementation cannot do without.
+            ValueError: there is no mask, and the implementation needs one.
         """
         implementation, window = self.implementation, self.sliding_window
         if implementation not in ("eager", "sdpa"):
             if attention_mask is None and k.shape[2] > window and "flash" not in implementation:
                 raise ValueError(
                     f"Layer {self.layer_idx}: {implementation} sees beyond the window of {window} without a mask: "
-                    "give one, or take sdpa, eager or flash attention."
+                    "give one, or use sdpa, eager or flash attention."
                 )
             return super().attend_rows(q, k, v, attention_mask, sliding_window=window, **kwargs)
 
@@ -132,7 +132,7 @@ class SlidingWindowAttention(HypeNetAttention):
 
 
 def _within(mask: Tensor | None, band: Tensor) -> Tensor:
-    """`mask`, [B, 1, T, S] of booleans or added to the logits, or None: everything may be seen; within `band`."""
+    """`mask`, [B, 1, T, S] of booleans or added to the logits, or None: everything may be seen; limited to `band`."""
     if mask is None:
         return band
     return mask & band if mask.dtype == torch.bool else mask.masked_fill(~band, torch.finfo(mask.dtype).min)

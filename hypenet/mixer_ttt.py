@@ -1,18 +1,19 @@
 """TTT-Linear (Sun et al., 2025): the state is a linear model, and each token is a step of its training (Table 10).
 
-    f(x)    = x + LN(x W + b)                    the inner model, one a head
-    loss_t  = |f(k_t) - v_t|^2 / 2               it is to make values from keys
+    f(x)    = x + LN(x W + b)                    the inner model, one per head
+    loss_t  = |f(k_t) - v_t|^2 / 2               it learns values from keys
     W_t     = W - sum_s eta_s k_s^T grad_s       over the tokens s <= t of t's mini-batch
     b_t     = b - sum_s eta_s grad_s
     o_t     = q_t + LN(q_t W_t + b_t)
 
 W and b are those at the beginning of the mini-batch, and grad_s is the gradient of loss_s with respect to k_s W + b
-there: so the tokens of a mini-batch learn in parallel. eta_t = base_lr sigmoid(x_t W_lr + b_lr) / D, one a head. LN has
-its own weights for each head. Queries are not divided by sqrt(D): the inner model is asked as it is taught.
+there: so all tokens of a mini-batch learn in parallel. eta_t = base_lr sigmoid(x_t W_lr + b_lr) / D, one per head. LN
+has its own weights for each head. Queries are not divided by sqrt(D), as the keys that train the inner model are not.
 
-The first W is drawn from N(0, 0.02^2), the first b is zero, and both are trained, as LN is, which begins plain.
+The first W is drawn from N(0, 0.02^2), the first b is zero. Both are trained; so is LN, whose weights begin at one and
+biases at zero.
 
-No kernel serves: fla's gives the keys of a mini-batch the learning rate of the query, and has another residual.
+fla's kernel is not used: it gives the keys of a mini-batch the learning rate of the query, and has another residual.
 
 Shapes: B batch, T tokens, H heads, D their width. q, k, v and the output are [B, T, H, D], eta is [B, T, H]. All is
 computed in float32, or float64 where the input is.
@@ -33,7 +34,7 @@ from .mixers import mixer
 from .rnn_mixer import RNNMixer, RNNOptions
 
 Learned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""W [B, H, D, D] and b [B, H, D] of the mini-batch, the sums to be taken from them, and how many tokens it has, [B]."""
+"""W [B, H, D, D] and b [B, H, D] of the mini-batch, the sums to subtract from them, and its number of tokens, [B]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class TTTOptions(RNNOptions):
     """RNNOptions, with queries and keys of length one, and:
 
     Attributes:
-        mini_batch_size: tokens that learn from the same W and b.
-        base_lr: what all learning rates are multiplied by.
+        mini_batch_size: the number of tokens that learn from the same W and b.
+        base_lr: a factor of all learning rates.
     """
 
     qk_norm: str | None = "l2"
@@ -168,7 +169,7 @@ def ttt(
         cu_seqlens: [documents + 1], where each of the documents packed in a batch of one begins, and the end.
 
     Returns:
-        The output in q's dtype, and the state, or None where it was not asked for.
+        The output in q's dtype, and the state, or None unless `keep_state`.
     """
     if cu_seqlens is not None:
         inputs, options = (q, k, v, eta, weight, bias), {"eps": eps, "mini_batch": mini_batch}
@@ -188,6 +189,7 @@ class TTTLinear(RNNMixer):
     Options = TTTOptions
     options: TTTOptions
     recurrence = staticmethod(ttt)
+    split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -198,19 +200,21 @@ class TTTLinear(RNNMixer):
         self.lr_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.lr_bias = nn.Parameter(torch.zeros(self.heads))
 
+    def multiply_adds(self, seq_len: int) -> float:
+        """D^2 each to read k W, to write the step, and to read q W."""
+        return 3 * self.head_dim**2
+
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any
     ) -> tuple[Tensor, State | None]:
         rate = self.options.base_lr / self.head_dim
         eta = rate * torch.sigmoid(widen(self.lr_proj(hidden_states)) + self.lr_bias)
-        if carried["state"] is None:
-            bounds = carried["cu_seqlens"]
-            carried["state"] = self._first(q, q.shape[0] if bounds is None else len(bounds) - 1)
         mini_batch, eps = self.options.mini_batch_size, self.config.rms_norm_eps
         ln = (self.ln_weight, self.ln_bias)
         return self.recurrence(q, k, v, eta, *ln, eps=eps, mini_batch=mini_batch, tokens=tokens, **carried)
 
-    def _first(self, q: Tensor, batch: int) -> Learned:
-        """The state before the first token, for so many rows or documents."""
+    def first_state(self, q: Tensor, batch: int) -> Learned:
+        """W_0 and b_0, no sums, and mini-batches without a token."""
         w, b = (widen(x).expand(batch, *x.shape).to(widen(q).dtype) for x in (self.W_0, self.b_0))
-        return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=q.device)
+        device = "cpu" if q.is_meta else q.device  # how full a mini-batch is decides what runs, so it needs a value
+        return w, b, torch.zeros_like(w), torch.zeros_like(b), torch.zeros(batch, dtype=torch.long, device=device)

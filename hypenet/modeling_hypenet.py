@@ -1,6 +1,5 @@
-"""HypeNet: Qwen3 with a mixer of its own in every layer (paper Appendix A). Only what differs from Qwen3 is here."""
+"""HypeNet: Qwen3 with its own mixer in every layer (paper Appendix A). Only what differs from Qwen3 is here."""
 
-import inspect
 import os
 from collections.abc import Callable, Collection
 from typing import Any
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from transformers.generation import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -23,14 +21,15 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 from transformers.utils.generic import can_return_tuple
 
-# Every file of the model is named here, also those that only others use: an import registers a mixer, and
-# transformers 4 loads exported code with no more files than these.
+# Every file of the model is imported here, also those that only others use: an import registers a mixer, and
+# transformers 4 loads exported code with these files only.
 # ruff: noqa: F401
 from .cache import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
 from .delta_rule import delta_rule
 from .fused import swiglu
 from .fused_kernels import triton
+from .inputs import cached_tokens, checked_mask, documents, layer_masks, packed_arguments, positions
 from .kernels import serves
 from .linear_attention import linear_attention
 from .losses import IGNORE, next_token_loss
@@ -51,81 +50,6 @@ from .mixer_ttt import TTTLinear
 from .mixers import build_mixer
 from .norm import RMSNorm
 from .rnn_mixer import RNNMixer
-
-_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
-
-
-def layer_masks(
-    config: HypeNetConfig,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    cache: HypeNetCache | None,
-    position_ids: Tensor | None,
-) -> dict[str, Any]:
-    """A mask for each kind of layer: for attention in the form that `config._attn_implementation` takes.
-
-    The one call whose arguments differ between the versions of transformers.
-
-    Args:
-        attention_mask: [B, S], 1 at tokens and 0 at padding; or None: no padding.
-        position_ids: [B, T], where documents are packed: a token sees no other document. Else None.
-    """
-    seen = 0 if cache is None else cache.get_seq_length()
-    tokens = inputs_embeds.shape[1]
-    arguments: dict[str, Any] = {
-        "config": config,
-        "inputs_embeds": inputs_embeds,
-        "input_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "cache_position": torch.arange(seen, seen + tokens, device=inputs_embeds.device),
-        "past_key_values": cache,
-        "position_ids": position_ids,
-    }
-    arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
-    masks: dict[str, Any] = {
-        "linear_attention": None if attention_mask is None else _padding(attention_mask[:, -tokens:])
-    }
-    if "full_attention" in config.layer_types:
-        masks["full_attention"] = create_causal_mask(**arguments)
-    if "sliding_attention" in config.layer_types:
-        # The layers apply the window themselves, which without a mask takes no [T, S].
-        without = config._attn_implementation == "sdpa" and attention_mask is None and position_ids is None
-        masks["sliding_attention"] = None if without else create_sliding_window_causal_mask(**arguments)
-    return masks
-
-
-def documents(position_ids: Tensor | None, bounds: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """The bounds of documents packed into B x T tokens, [documents + 1] in int32, or None: each row is one document.
-
-    Args:
-        position_ids: [B or 1, T], counting from 0 anew in each document; where `bounds` is not known.
-        bounds: what the caller gives as `cu_seq_lens_q`.
-
-    Raises:
-        ValueError: `bounds` do not divide the tokens, or a document goes on in the next row.
-    """
-    if bounds is not None:
-        given = bounds.tolist()
-        rows = range(0, batch * tokens + 1, tokens)
-        if given != sorted(set(given)) or given[0] != 0 or given[-1] != batch * tokens or not set(rows) <= set(given):
-            raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to {batch * tokens}, and no document of it go on in the next of the "
-                f"{batch} rows of {tokens} tokens."
-            )
-        return bounds
-    if position_ids is None:
-        return None
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff() != 1
-    if not begins[:, 1:].any():
-        return None
-    bounds = begins.expand(batch, tokens).flatten().nonzero().flatten()
-    return torch.cat([bounds, bounds.new_tensor([batch * tokens])]).int()
-
-
-def _padding(mask: Tensor) -> Tensor | None:
-    """`mask` where it marks any padding, else None: most calls, and cheaper for every layer."""
-    return None if mask.all() else mask
 
 
 class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -189,7 +113,7 @@ class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
-            # So that they are told below, with the rest. Under ZeRO-3 parameters have no shapes to compare yet.
+            # They are reported below, with the rest. Under ZeRO-3 parameters have no shapes to compare yet.
             ignore_mismatched_sizes=ignore_mismatched_sizes or not is_deepspeed_zero3_enabled(),
             output_loading_info=True,
             **kwargs,
@@ -202,9 +126,9 @@ class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
                 name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]
             ]
         if any(problems.values()):
-            told = "; ".join(f"{kind}: {_enumerated(names)}" for kind, names in problems.items() if names)
+            said = "; ".join(f"{kind}: {_enumerated(names)}" for kind, names in problems.items() if names)
             raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not fit its configuration ({cls.__name__}): {told}."
+                f"The weights of {pretrained_model_name_or_path} do not fit its configuration ({cls.__name__}): {said}."
             )
         return (model, info) if output_loading_info else model
 
@@ -244,64 +168,37 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
             input_ids: [B, T]; or `inputs_embeds`, [B, T, hidden].
             attention_mask: [B, S], 1 at tokens and 0 at padding, over all S tokens seen with these T.
             position_ids: [B, T] or [1, T], 0-based. By default counted from the mask, so padding has no position.
-                Without a mask and a cache, positions that start anew mark packed documents: no attention and no
+                Without a mask and a cache, positions that restart at 0 mark packed documents: neither attention nor
                 state crosses from one to the next.
             past_key_values: the cache to continue.
-            use_cache: whether to return a cache. By default as `config.use_cache` says, and never in training or
-                for packed documents.
+            use_cache: whether to return a cache. By default `config.use_cache`, but never in training or for packed
+                documents.
             kwargs: among them `cu_seq_lens_q`, [documents + 1] in int32, the bounds of packed documents in the
-                B x T tokens, and the rest of what transformers' `DataCollatorWithFlattening` gives.
+                B x T tokens, and the other outputs of transformers' `DataCollatorWithFlattening`.
 
         Raises:
             ValueError: an argument does not fit the others.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
-            raise ValueError(f"past_key_values must be a HypeNetCache, not a {type(past_key_values).__name__}.")
+        seen = cached_tokens(past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is not None and attention_mask.shape[1:] != (seen + tokens,):
-            raise ValueError(
-                f"attention_mask must be [batch, {seen + tokens}], one entry for every token seen so far, "
-                f"not {list(attention_mask.shape)}."
-            )
-
-        if attention_mask is not None:
-            attention_mask = _padding(attention_mask)
         recurrent = "linear_attention" in self.config.layer_types
-        if attention_mask is not None and seen and recurrent and (attention_mask.diff() < 0).any():
-            raise ValueError(
-                "attention_mask has padding after tokens that RNN layers have seen, which their states have "
-                "forgotten part of: pad on the left of everything, or continue each row alone."
-            )
-        bounds = kwargs.pop("cu_seq_lens_q", None)
+        attention_mask = checked_mask(attention_mask, seen, tokens, recurrent=recurrent)
+        bounds, apart = kwargs.pop("cu_seq_lens_q", None), None
         if attention_mask is None and past_key_values is None:
             bounds = documents(position_ids, bounds, batch, tokens)
         if bounds is not None:
             if attention_mask is not None or past_key_values is not None or use_cache:
                 raise ValueError("Packed documents take neither attention_mask nor a cache: each is a sequence alone.")
-            use_cache = False
-            if self.config._attn_implementation == "sdpa":
-                bounds = bounds.cpu()  # each document is a call of its own, and needs no mask
-            if position_ids is None:
-                position_ids = _positions_in_documents(bounds, batch).to(inputs_embeds.device)
-            longest = int(bounds.diff().max())
-            kwargs |= {
-                "cu_seq_lens_q": bounds,
-                "cu_seq_lens_k": bounds,
-                "max_length_q": longest,
-                "max_length_k": longest,
-            }
-        apart = None
-        if bounds is not None and self.config._attn_implementation != "sdpa":
-            apart = _positions_in_documents(bounds, batch).to(inputs_embeds.device)
+            sdpa, device = self.config._attn_implementation == "sdpa", inputs_embeds.device
+            position_ids, apart, packed = packed_arguments(bounds, position_ids, batch, device, sdpa=sdpa)
+            kwargs, use_cache = kwargs | packed, False
         masks = layer_masks(self.config, inputs_embeds, attention_mask, past_key_values, apart)
         if position_ids is None:
-            position_ids = _positions(attention_mask, seen, tokens, inputs_embeds.device)
-
+            position_ids = positions(attention_mask, seen, tokens, inputs_embeds.device)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -317,20 +214,6 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         )
 
 
-def _positions(attention_mask: Tensor | None, seen: int, tokens: int, device: torch.device) -> Tensor:
-    """0-based positions of the last `tokens` tokens: [1, T], or [B, T] where a mask says what is padding."""
-    if attention_mask is None:
-        return torch.arange(seen, seen + tokens, device=device)[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-
-
-def _positions_in_documents(bounds: Tensor, batch: int) -> Tensor:
-    """0-based positions, [B, T], each document counting from 0."""
-    lengths = bounds.diff()
-    within = torch.arange(int(bounds[-1]), device=bounds.device) - bounds[:-1].repeat_interleave(lengths)
-    return within.view(batch, -1)
-
-
 class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
     """HypeNet with its language-model head."""
 
@@ -343,7 +226,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
 
     @classmethod
     def _load_pretrained_model(cls, model: "HypeNetForCausalLM", *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, but no head of its own is lost to the embedding.
+        """transformers' own, but the embedding never replaces another head.
 
         Raises:
             ValueError: the configuration ties the head, and the checkpoint has another one.
@@ -377,9 +260,9 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as `HypeNetModel` has
                 them.
             labels: [B, T]: the input tokens, -100 where one is no target. The first token of a packed document is
-                none. In training, `logits` is None then. Where logits are asked for by `logits_to_keep`, or the loss
-                or the head is not the model's own (`loss_function`, an adapter), both are given, as in evaluation.
-            logits_to_keep: of how many last tokens, or of which ones, to make logits. 0: of all.
+                none. In training, `logits` is None then. It is returned too, as in evaluation, if `logits_to_keep` is
+                set, or the loss or the head is not the model's own (`loss_function`, an adapter).
+            logits_to_keep: the number of last tokens, or their indices, to compute logits of. 0: all.
             kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
         """
         every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -412,7 +295,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        """Have `generate` begin with the hybrid cache.
+        """Let `generate` begin with the hybrid cache.
 
         Raises:
             ValueError: `cache_implementation` asks for another one.
@@ -425,10 +308,10 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As for any model, but positions are left to `forward`, which counts them from the mask.
+        """As for any model, but `forward` counts the positions, from the mask.
 
-        transformers 4 counts padding too where it prefills in chunks. Where this does not name `inputs_embeds`,
-        transformers will not generate from them.
+        transformers 4 counts padding too when it prefills in chunks. This must name `inputs_embeds`: else transformers
+        does not generate from them.
         """
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)

@@ -20,7 +20,7 @@ class HeadNorm(RMSNorm):
     """QK-norm (Eq. 12), and RoPE with it."""
 
     def forward(self, hidden_states: Tensor, rope: Rope | None = None) -> Tensor:
-        """[B, T, H, D] -> [B, T, H, D], turned where there is a `rope`."""
+        """[B, T, H, D] -> [B, T, H, D], turned if there is a `rope`."""
         return turn(hidden_states, self.weight, self.variance_epsilon, rope)
 
 
@@ -28,7 +28,7 @@ class OutputNorm(RMSNorm):
     """The norm before the output gate (Eq. 14), and the gate with it."""
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        """[..., W] -> [..., W], times the sigmoid of `gate`, [..., W], where there is one."""
+        """[..., W] -> [..., W], times the sigmoid of `gate`, [..., W], if there is one."""
         if gate is None:
             return super().forward(hidden_states)
         return gated(hidden_states, self.weight, self.variance_epsilon, gate)

@@ -1,7 +1,7 @@
 """What the RNN mixers share: projections, QK-norm, RoPE, padding and packing, the cache, output norm and gate (Eq. 18).
 
     q_t, k_t, v_t = heads of x_t W_q, x_t W_k, x_t W_v      then activation, norm and RoPE as the options say
-    o_t           = what the mixer's recurrence gives       `RNNMixer.recur`, all that a mixer has to write
+    o_t           = the mixer's recurrence                  `RNNMixer.recur`, all that a mixer has to write
     y_t           = (Norm(o_t) * sigmoid(x_t W_z)) W_o
 
 Shapes: B batch, T tokens, H heads, D their width.
@@ -21,19 +21,20 @@ from transformers.cache_utils import Cache
 from .cache import HypeNetCache, State
 from .configuration_hypenet import HypeNetConfig
 from .fused import Rope, gated, turn
-from .linear_attention import widen
+from .linear_attention import linear_attention, widen
+from .mixers import Mixer
 from .norm import HeadNorm, OutputNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class RNNOptions:
-    """What every RNN mixer can have or leave out; a mixer's own defaults follow Table 15.
+    """The options of every RNN mixer; a mixer's own defaults follow Table 15.
 
     Attributes:
-        heads, kv_heads, head_dim: None: as the attention layers have, after `expand_kv_proj` (Eq. 13).
+        heads, kv_heads, head_dim: None: as in the attention layers, after `expand_kv_proj` (Eq. 13).
         use_rope: RoPE on queries and keys, half of HyPE (Sec. 5.1).
         qk_norm: "rms" (Eq. 12), "l2" (to length one, without weights) or None.
-        activation: what queries, keys and values go through before the norm, e.g. "silu", or None.
+        activation: the activation of queries, keys and values before the norm, e.g. "silu", or None.
         use_output_norm, use_output_gate: the parts of Eq. 14.
     """
 
@@ -53,14 +54,39 @@ class RNNOptions:
             raise ValueError(f"activation must be None or a name in transformers' ACT2FN, not {self.activation!r}.")
 
 
-class RNNMixer(nn.Module):
-    """An RNN layer but for its recurrence. `z_proj` makes the gate, `o_norm` is one norm over all heads together."""
+class RNNMixer(Mixer):
+    """An RNN layer without its recurrence. `z_proj` makes the gate, `o_norm` is one norm over all heads together.
+
+    A class that sets `recurrence` must also set `split` and `multiply_adds`: they are facts of the recurrence.
+
+    Raises:
+        TypeError: at the definition of a class that sets `recurrence` alone, or that learns its first state although
+            ranks exchange states, which begin with zeros.
+    """
 
     Options: ClassVar[type[RNNOptions]] = RNNOptions
     recurrence: Callable[..., tuple[Tensor, Any]]
-    """What of `recur` runs along the sequence, of heads that know nothing of each other: queries, keys, values and
-    what else is by token, [B, T, H, ...], then what is by head, [H, ...], or None; by name `state`, [B, H, ...],
-    `keep_state`, `cu_seqlens`, and options. All else is token by token."""
+    """The part of `recur` that mixes tokens. Heads must not interact: sequence parallelism splits over them.
+
+    Positional arguments: q, k, v and all else that is by token, [B, T, H, ...]; then what is by head, [H, ...]; any may
+    be None. Keywords: `state`, [B, H, ...], `keep_state`, `cu_seqlens`, and options. Everything else that `recur` does
+    is token by token."""
+
+    before_rope: Callable[..., tuple[Tensor, Tensor, Tensor | None]] | None = None
+    """A method (q, k) -> (q, k, gates) of mixers that change queries or keys between norm and RoPE: [B, T, heads, D]
+    each. `gates`, [B, T, KV heads, ...] or None, are made from those keys; `recur` gets them by that name. None, as in
+    most mixers: nothing happens there, and norm and RoPE are one kernel."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "recurrence" in vars(cls):
+            missing = [name for name in ("split", "multiply_adds") if name not in vars(cls)]
+            if missing:
+                raise TypeError(
+                    f"{cls.__name__} sets recurrence without {' and '.join(missing)}: see hypenet.mixers.Mixer."
+                )
+        if getattr(cls, "split", "no") == "states" and cls.first_state is not RNNMixer.first_state:
+            raise TypeError(f'{cls.__name__} learns its first state: set split to "heads" or "no".')
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
@@ -105,25 +131,34 @@ class RNNMixer(nn.Module):
         hidden_states: Tensor,
         tokens: Tensor | None,
         *,
+        gates: Tensor | None = None,
         state: State | None,
         keep_state: bool,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, State | None]:
-        """The mixer's recurrence over a sequence.
+        """Gates from the layer's input, and the recurrence over a sequence.
 
         Args:
-            q, k, v: [B, T, H, D], normed and rotated; k and v are zero where there is padding.
-            hidden_states: what gates are made from, zero where there is padding: the layer's input, [B, T, hidden],
-                or what the mixer's `keys_and_gates` puts in its place.
+            q, k, v: [B, T, H, D], normed and rotated; k and v are zero at padding.
+            hidden_states: [B, T, hidden], the layer's input, zero at padding.
             tokens: [B, T], true at tokens and false at padding, or None: no padding.
-            state: what a call before returned, or None at the beginning.
+            gates: [B, T, KV heads, ...], zero at padding: those of `before_rope`; given only if it makes any.
+            state: the state that the last call returned; at the beginning `first_state`'s.
             keep_state: whether to return the state after the last token.
-            cu_seqlens: [documents + 1], where packed documents begin and the last one ends; T counts all, and B is 1.
+            cu_seqlens: [documents + 1], where packed documents begin and the last one ends; then B is 1.
 
         Returns:
-            The output [B, T, H, D], and the state where `keep_state` asks for it.
+            The output [B, T, H, D], and the state if `keep_state`, else None.
         """
         raise NotImplementedError
+
+    def first_state(self, q: Tensor, batch: int) -> State | None:
+        """The state before the first token of `batch` rows or documents, where it is learnt. None: zeros.
+
+        Args:
+            q: [B, T, H, D], for its dtype and device.
+        """
+        return None
 
     def forward(
         self,
@@ -139,13 +174,13 @@ class RNNMixer(nn.Module):
         Args:
             hidden_states: [B, T, hidden].
             position_embeddings: RoPE's cos and sin, [B, T, D] each.
-            attention_mask: [B, T], 1 at tokens and 0 at padding, or None. In the place of a teacher's attention
-                also that attention's [B, 1, T, T]. Where a cache is to be continued, padding must be on the left.
+            attention_mask: [B, T], 1 at tokens and 0 at padding, or None. In place of a teacher's attention also
+                that attention's [B, 1, T, T]. With a cache, padding must be on the left.
             past_key_values: a `HypeNetCache` to continue from and to update.
             cu_seq_lens_q: [documents + 1] in int32, the bounds of documents packed into the B x T tokens.
 
         Returns:
-            The output, [B, T, hidden], and None in the place of attention weights.
+            The output, [B, T, hidden], and None in place of attention weights.
 
         Raises:
             ValueError: the cache is not a `HypeNetCache`.
@@ -155,46 +190,63 @@ class RNNMixer(nn.Module):
 
         rope = position_embeddings if self.options.use_rope else None
         q, k, v, gates = self.heads_and_gates(hidden_states, rope)
-        made_gates = gates is not hidden_states
         if self.queries_per_key > 1:
             k, v = (x.repeat_interleave(self.queries_per_key, dim=2) for x in (k, v))
-        tokens = None
-        if attention_mask is not None:  # what is not a token leaves no trace in the state
+        tokens, inputs = None, hidden_states
+        if attention_mask is not None:  # padding leaves no trace in the state
             tokens = _tokens(attention_mask)
-            k, v, gates = (x.masked_fill(~tokens.view(*tokens.shape, *[1] * (x.ndim - 2)), 0) for x in (k, v, gates))
+            k, v, inputs = (_zero_at_padding(x, tokens) for x in (k, v, inputs))
+            gates = None if gates is None else _zero_at_padding(gates, tokens)
 
         device = q.device.type
         without_autocast: AbstractContextManager[Any] = nullcontext()
-        if torch.is_autocast_enabled(device):  # it takes what a product takes; what is in float32 is so on purpose
+        if torch.is_autocast_enabled(device):  # inputs of products change dtype; what is float32 is so on purpose
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-            if not made_gates:
-                gates = gates.to(self.q_proj.weight.dtype)
+            inputs = inputs.to(self.q_proj.weight.dtype)
             without_autocast = torch.autocast(device, enabled=False)
         with without_autocast:
-            if cu_seq_lens_q is not None:
-                q_, k_, v_, gates_ = (x.flatten(0, 1)[None] for x in (q, k, v, gates))
-                output, state = self.recur(
-                    q_, k_, v_, gates_, None, state=None, keep_state=False, cu_seqlens=cu_seq_lens_q
-                )
-                output = output.view_as(q)
-            else:
-                state = None if past_key_values is None else past_key_values.state(self.layer_idx)
-                keep = past_key_values is not None
-                output, state = self.recur(q, k, v, gates, tokens, state=state, keep_state=keep, cu_seqlens=None)
+            output, state = self._recur(q, k, v, inputs, tokens, gates, past_key_values, cu_seq_lens_q)
         if past_key_values is not None and state is not None:
             past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
 
         return self.o_proj(self.norm_and_gate(output.flatten(2), hidden_states)), None
 
-    def heads_and_gates(self, hidden_states: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values as `recur` takes them, [B, T, heads, D] each, and what it makes its gates from."""
-        kind = type(self)
-        nothing_between = (kind.project, kind.keys_and_gates) == (RNNMixer.project, RNNMixer.keys_and_gates)
-        if nothing_between and self.q_norm is not None and self.k_norm is not None:
+    def _recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden_states: Tensor,
+        tokens: Tensor | None,
+        gates: Tensor | None,
+        past_key_values: HypeNetCache | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, State | None]:
+        """`recur` of rows, from the cache's state if there is one, or of packed documents as one row."""
+        of_keys: dict[str, Any] = {} if gates is None else {"gates": gates}
+        if cu_seqlens is not None:
+            of_keys = {name: x.flatten(0, 1)[None] for name, x in of_keys.items()}
+            q_, k_, v_, hidden_states = (x.flatten(0, 1)[None] for x in (q, k, v, hidden_states))
+            first = self.first_state(q_, len(cu_seqlens) - 1)
+            output, _ = self.recur(
+                q_, k_, v_, hidden_states, None, **of_keys, state=first, keep_state=False, cu_seqlens=cu_seqlens
+            )
+            return output.view_as(q), None
+        keep = past_key_values is not None
+        state = None if past_key_values is None else past_key_values.state(self.layer_idx)
+        if state is None:
+            state = self.first_state(q, q.shape[0])
+        return self.recur(q, k, v, hidden_states, tokens, **of_keys, state=state, keep_state=keep, cu_seqlens=None)
+
+    def heads_and_gates(self, hidden_states: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values as `recur` takes them, [B, T, heads, D] each, and the gates of `before_rope`."""
+        if self.before_rope is None and self.q_norm is not None and self.k_norm is not None:
             q, k, v = self._activated_heads(hidden_states)
-            return self.q_norm(q, rope), self.k_norm(k, rope), v, hidden_states
+            return self.q_norm(q, rope), self.k_norm(k, rope), v, None
         q, k, v = self.project(hidden_states)
-        k, gates = self.keys_and_gates(k, hidden_states)
+        gates = None
+        if self.before_rope is not None:
+            q, k, gates = self.before_rope(q, k)
         return turn(q, None, 0.0, rope), turn(k, None, 0.0, rope), v, gates
 
     def _activated_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +259,7 @@ class RNNMixer(nn.Module):
         return q, k, v
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before RoPE: [B, T, heads, D] each."""
+        """Queries, keys and values after the norm, before `before_rope` and RoPE: [B, T, heads, D] each."""
         q, k, v = self._activated_heads(hidden_states)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -215,19 +267,31 @@ class RNNMixer(nn.Module):
             q, k = (F.normalize(widen(x), dim=-1, eps=1e-6).to(x.dtype) for x in (q, k))
         return q, k, v
 
-    def keys_and_gates(self, k: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys that RoPE is to turn, and what `recur` makes its gates from: [B, T, ...].
-
-        For a mixer that makes its gates from keys before RoPE.
-        """
-        return k, hidden_states
-
     def norm_and_gate(self, output: Tensor, hidden_states: Tensor) -> Tensor:
-        """Eq. 14, as far as the options have its parts: [B, T, H * D]."""
+        """The output norm and gate of Eq. 14, if the options have them: [B, T, H * D]."""
         gate = None if self.z_proj is None else self.z_proj(hidden_states)
         if self.o_norm is not None:
             return self.o_norm(output, gate)
         return output if gate is None else gated(output, None, 0.0, gate)
+
+
+class OuterProductMixer(RNNMixer):
+    """An RNN layer whose state is a decayed sum of outer products (hypenet/linear_attention.py).
+
+    A mixer that derives from it writes `recur`, and there calls `self.recurrence(q, k, v, log_decay, ...)`.
+    """
+
+    recurrence = staticmethod(linear_attention)
+    split = "states"
+
+    def multiply_adds(self, seq_len: int) -> float:
+        """D^2 to add k^T v, D^2 to read q S."""
+        return 2 * self.head_dim**2
+
+
+def _zero_at_padding(x: Tensor, tokens: Tensor) -> Tensor:
+    """x, [B, T, ...], zero where `tokens`, [B, T], is false."""
+    return x.masked_fill(~tokens.view(*tokens.shape, *[1] * (x.ndim - 2)), 0)
 
 
 def _tokens(mask: Tensor) -> Tensor:

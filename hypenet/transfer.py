@@ -1,24 +1,59 @@
 """From a teacher's attention to HypeNet: HALO's initialisation (paper Sec. 4.1 and 5.2). Nothing here trains.
 
-What is not in the teacher (the gates, the output norm, a mixer's own parameters) starts as in any new HypeNet: weight
-matrices drawn from N(0, initializer_range^2), biases at zero, norms at one, the rest as the mixer's constructor has it.
+What the teacher does not have (the gates, the output norm, a mixer's own parameters) starts as in any new HypeNet:
+weight matrices drawn from N(0, initializer_range^2), biases at zero, norms at one, the rest as the mixer's constructor
+sets it.
 """
 
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration_hypenet import ATTENTION, LIGHTNING, HypeNetConfig
-from .mixers import build_mixer
+from .mixers import Mixer, build_mixer
 from .modeling_hypenet import HypeNetDecoderLayer, HypeNetForCausalLM, HypeNetRotaryEmbedding
 
-TEACHERS = ("llama", "mistral", "qwen2", "qwen3")
-"""The model types that can be converted."""
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""RoPE's variants, which HypeNet computes as transformers does."""
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+"""Those whose frequencies depend on the length of the sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a family of teachers has in attention, and what transformers reads of it.
+
+    Attributes:
+        qkv_biases, o_biases: biases of the projections. None: as the configuration's `attention_bias` says.
+        qk_norm: QK-norm.
+        window: where transformers keeps a sliding window: in each attention layer, or in the configuration, for all
+            layers. None: the family has none.
+        rope_types: the variants of RoPE.
+        gguf_biases: whether transformers reads biases from a GGUF file. If not, it drops them.
+    """
+
+    qkv_biases: bool | None
+    o_biases: bool | None
+    qk_norm: bool
+    window: Literal["layer", "config"] | None
+    rope_types: tuple[str, ...] = ROPE_TYPES
+    gguf_biases: bool
+
+
+FAMILIES = {
+    "llama": Family(qkv_biases=None, o_biases=None, qk_norm=False, window=None, gguf_biases=False),
+    "mistral": Family(qkv_biases=False, o_biases=False, qk_norm=False, window="config", gguf_biases=False),
+    "qwen2": Family(qkv_biases=True, o_biases=False, qk_norm=False, window="layer", gguf_biases=True),
+    "qwen3": Family(qkv_biases=None, o_biases=None, qk_norm=True, window="layer", gguf_biases=False),
+}
+"""The teachers that can be converted, by model type. A new one is a record here, and in the tests' FAMILIES."""
+TEACHERS = tuple(FAMILIES)
 
 _SAME_KEYS = (
     "vocab_size",
@@ -43,7 +78,7 @@ _SAME_KEYS = (
     "rope_parameters",
     "original_max_position_embeddings",
 )
-"""What a teacher's configuration and HypeNet's call by the same name, in either version of transformers."""
+"""The keys of a teacher's configuration that HypeNet takes over, in either version of transformers."""
 
 _QK_NORMS = ("q_norm.weight", "k_norm.weight")
 
@@ -58,9 +93,8 @@ def hybrid_config(
 ) -> HypeNetConfig:
     """The configuration of the hybrid that keeps attention in `attention_layers` (0-based) and nowhere else.
 
-    Biases are where the teacher has them, and QK-norm in attention layers if it has it there. RNN layers have QK-norm
-    whatever the teacher has (Sec. 5.2). A teacher's sliding window is not taken over: the attention layers that are
-    kept see the whole context.
+    The projections have the teacher's biases, and attention layers its QK-norm. RNN layers always have QK-norm (Sec.
+    5.2). A teacher's sliding window is dropped: the attention layers that are kept see the whole context.
 
     Args:
         teacher_config: of a model type in `TEACHERS`.
@@ -79,23 +113,24 @@ def hybrid_config(
     if unknown := switches.keys() - known:
         raise ValueError(f"HypeNetConfig has no {', '.join(sorted(unknown))}.")
 
-    family, teacher = teacher_config.model_type, teacher_config.to_dict()
-    all_biases = family in ("llama", "qwen3") and teacher_config.attention_bias
+    family, teacher = FAMILIES[teacher_config.model_type], teacher_config.to_dict()
     keys: dict[str, Any] = {name: teacher[name] for name in _SAME_KEYS if name in teacher}
     keys |= {
         "head_dim": _head_dim(teacher_config),
         "mixer_types": [ATTENTION if i in attention_layers else rnn_mixer for i in range(layers)],
-        "attn_use_qk_norm": family == "qwen3",
-        "attn_qkv_bias": all_biases or family == "qwen2",
-        "attn_o_bias": all_biases,
+        "attn_use_qk_norm": family.qk_norm,
+        "attn_qkv_bias": teacher_config.attention_bias if family.qkv_biases is None else family.qkv_biases,
+        "attn_o_bias": teacher_config.attention_bias if family.o_biases is None else family.o_biases,
         "attn_logits_scaling": logits_scaling,
     }
     return HypeNetConfig(**(keys | switches))
 
 
 def _check_teacher(config: PretrainedConfig) -> None:
-    if config.model_type not in TEACHERS:
+    if config.model_type not in FAMILIES:
         raise ValueError(f"The teacher is a {config.model_type!r}; supported: {', '.join(TEACHERS)}.")
+    if rope_type(config) not in FAMILIES[config.model_type].rope_types:
+        raise ValueError(f"The teacher's RoPE is of type {rope_type(config)!r}; supported: {', '.join(ROPE_TYPES)}.")
     if getattr(config, "mlp_bias", False):
         raise ValueError("The teacher's MLPs have biases (mlp_bias), and HypeNet's have none.")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -105,6 +140,12 @@ def _check_teacher(config: PretrainedConfig) -> None:
         raise ValueError(f"The teacher's hidden_size {config.hidden_size} is no multiple of its {heads} heads.")
 
 
+def rope_type(config: PretrainedConfig) -> str:
+    """The variant of RoPE in a teacher's configuration, in either version of transformers."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
 def _head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -112,12 +153,12 @@ def _head_dim(config: PretrainedConfig) -> int:
 def mixer_from_attention(attention: nn.Module, config: HypeNetConfig, layer_idx: int) -> nn.Module:
     """A new mixer for layer `layer_idx` with the projections, their biases and the q/k norms of `attention`.
 
-    Key and value heads are cloned where the mixer has more of them: head i takes the weights of head floor(i/g)
-    (Eq. 13). The q/k norms of `attention` stay behind where the mixer has none. The mixer has the dtype and device of
-    `attention`, and shares no memory with it.
+    If the mixer has more key and value heads, they are cloned: head i gets the weights of head floor(i/g) (Eq. 13). A
+    mixer without QK-norm does not get the q/k norms. It has the dtype and device of `attention`, and shares no memory
+    with it.
 
     Raises:
-        ValueError: the layer keeps its attention in `config`, or a weight has no place in the mixer, or the heads of
+        ValueError: the layer keeps its attention in `config`, or the mixer has no place for a weight, or the heads of
             the two do not fit, or `attention` scales its logits by something other than 1/sqrt(D).
     """
     if config.mixer_types[layer_idx] == ATTENTION:
@@ -127,7 +168,7 @@ def mixer_from_attention(attention: nn.Module, config: HypeNetConfig, layer_idx:
     return mixer
 
 
-def _new_mixer(config: HypeNetConfig, layer_idx: int, *, like: Tensor) -> nn.Module:
+def _new_mixer(config: HypeNetConfig, layer_idx: int, *, like: Tensor) -> Mixer:
     """A mixer as in any new HypeNet, with the dtype and device of `like`."""
     with torch.device(like.device):
         mixer = build_mixer(config, layer_idx).to(like.dtype)
@@ -140,7 +181,7 @@ def _new_mixer(config: HypeNetConfig, layer_idx: int, *, like: Tensor) -> nn.Mod
 
 
 def _inherited(attention: Any, mixer: Any, layer_idx: int) -> dict[str, Tensor]:
-    """The weights of `attention` that `mixer` takes, by the mixer's names and in its shapes."""
+    """The weights of `attention` that `mixer` inherits, with the mixer's names and shapes."""
     if attention.scaling != attention.head_dim**-0.5:
         raise ValueError(
             f"Layer {layer_idx}: the teacher scales its logits by {attention.scaling:g}, "
@@ -169,7 +210,7 @@ def _clone_heads(weight: Tensor, head_dim: int, heads: int) -> Tensor:
 
 
 def empty_hybrid(config: HypeNetConfig, *, dtype: torch.dtype, device: torch.device) -> HypeNetForCausalLM:
-    """A hybrid without weights: its parameters, of `dtype`, are on the meta device. RoPE's frequencies are made."""
+    """A hybrid without weights: its parameters, of `dtype`, are on the meta device. RoPE's frequencies have values."""
     with torch.device("meta"):
         hybrid = HypeNetForCausalLM(config).to(dtype)
     hybrid.model.rotary_emb = HypeNetRotaryEmbedding(config, device=device)
@@ -181,12 +222,12 @@ def layer_from_teacher(
 ) -> HypeNetDecoderLayer:
     """The hybrid's layer `layer_idx`, in the dtype and on the device of the teacher's, `layer`.
 
-    It takes over the teacher's weights, and those of `rnn_mixer` where they are of that dtype: they share memory.
+    It shares memory with the teacher's weights, and with those of `rnn_mixer` that have its dtype.
 
     Args:
         layer: a decoder layer of a teacher. With `rnn_mixer`, its attention is not read, and may be on the meta device.
-        rnn_mixer: the state dict of the RNN mixer, as stage 1 trained it. None: the mixer, RNN or attention, is
-            converted from the teacher's attention.
+        rnn_mixer: the state dict of the RNN mixer that stage 1 trained. None: the mixer, RNN or attention, is converted
+            from the teacher's attention.
 
     Raises:
         ValueError: a weight is missing or has no place.
@@ -216,18 +257,18 @@ def hybrid_from_teacher(
 
     Args:
         teacher: of a model type in `TEACHERS`, with its head.
-        rnn_mixers: the state dicts of RNN mixers by layer, as stage 1 trained them. An RNN layer without one is
+        rnn_mixers: the state dicts of the RNN mixers that stage 1 trained, by layer. An RNN layer without one is
             converted from the teacher's attention; those of layers that keep attention are not used.
 
     Returns:
-        A model that shares no memory with the teacher, training or evaluating as the teacher does.
+        A model that shares no memory with the teacher, in training mode if the teacher is.
 
     Raises:
         ValueError: a weight is missing or has no place, or the head is tied in one model and not in the other.
         RuntimeError: a weight has another shape than in `config`.
     """
     if config.tie_word_embeddings != teacher.config.tie_word_embeddings:
-        raise ValueError("tie_word_embeddings must be as in the teacher: its head is not to be lost.")
+        raise ValueError("tie_word_embeddings must be as in the teacher: else its head would be lost.")
     rnn_mixers = rnn_mixers or {}
     hybrid = empty_hybrid(config, dtype=teacher.dtype, device=teacher.device)
     for i, layer in enumerate(teacher.model.layers):

@@ -25,8 +25,9 @@ def plan(arguments: Namespace, config: Config) -> int:
     # Not before the command line is read: they import torch. DeepSpeed would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from halo.plan.advice import advice
+    from halo.plan.cluster import Cluster, Setup, Zero
     from halo.plan.load import build_models
-    from halo.plan.stage import Cluster, Setup, Zero, plan_stage, stages_of
+    from halo.plan.stage import plan_stage, stages_of
     from halo.plan.text import assumptions, heading, table, verdict
     from halo.training.engine import read_ds_config
 

@@ -1,18 +1,18 @@
 """Stage 2's loss (Eq. 10): KL(teacher || student) from final hidden states and heads, never from [tokens, vocabulary].
 
 The heads are applied to a chunk of tokens at a time. While the chunk's fp32 logits exist, its loss, its metrics and the
-gradient of its logits are made, and from that the gradients of the student's hidden states and head; backward only
-scales them. So the four matrix products are done once each, and nothing is recomputed.
+gradient of its logits are computed, and from that the gradients of the student's hidden states and head; backward only
+scales them. So each of the four matrix products is done once, and nothing is recomputed.
 
     logits s = h W^T, t = h' W'^T;  q = softmax(s / T), p = softmax(t / T)
     loss = sum_i w_i T^2 sum_v p (log p - log q) + c u_i (-log softmax(s)_label)
     d loss / d s_i = w_i T (q - p) + c u_i (softmax(s) - onehot(label))
 
-The weights w and u make means over the tokens that count, and over those of them that have a label.
+The weights w and u make means over the tokens, and over those that have a label.
 
-A teacher may supply its logits in other forms than h' and W' (halo/teacher/logits.py). Where it supplies the K largest,
+A teacher may supply its logits in other forms than h' and W' (halo/teacher/logits.py). If it supplies the K largest,
 all other words count as one, of probability p_r and q_r: the KL of these K + 1 is a lower bound of that of all words,
-and equal to it where K is V. The gradient moves the others together, in the proportions in which the student has them:
+and equal to it if K is V. The gradient moves the others together, in the student's proportions:
 
     sum_K p (log p - log q) + p_r (log p_r - log q_r);   in place of q - p, outside of K:  q - p_r q / q_r
 
@@ -31,25 +31,25 @@ from halo.teacher.logits import TeacherLogits, TopKLogits
 from hypenet.losses import exact_logits, handed_out
 
 CHUNK_BYTES = 900 * 2**20
-"""What the logits of a chunk, and their gradient, may take on a GPU."""
+"""The most bytes on a GPU for the logits of a chunk and their gradient."""
 
 GRADIENT = 2
-"""How many tokens' gradients live at a time, in those whose logits do."""
+"""The gradient buffer holds this many times the tokens of the logits buffer."""
 
 FEW_CHUNKS = 8
-"""Over so many, the head's gradient is summed in the head's own precision, which spares a float32 copy of the head. In
-bf16 that costs as much again as the rounding of its operands; the error would grow with more chunks."""
+"""Up to this many chunks, the head's gradient is summed in the head's precision, which saves a float32 copy. In bf16
+that adds an error as large as the rounding of its operands; with more chunks it would grow."""
 
-ROWS = 32_768
-"""Of the head's gradient that are added to at a time, where they are summed in float32."""
+HEAD_ROWS = 32_768
+"""Rows of the head's gradient updated at a time in float32."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What is computed of a row of logits.
+    """The loss of a row of logits.
 
     Attributes:
-        temperature: T; the loss is scaled by T^2, so that its gradient keeps its size.
+        temperature: T; the loss is multiplied by T^2, so that the gradient's size does not depend on T.
         cross_entropy: c, the weight of the cross entropy with the labels.
     """
 
@@ -57,7 +57,7 @@ class Terms:
     cross_entropy: float
 
 
-Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+RowTerms = tuple[Tensor, Tensor, Tensor, Tensor]
 """KL, the teacher's entropy, top-1 agreement and the student's cross entropy of each row, [C] float32 each."""
 
 
@@ -66,33 +66,31 @@ def linear_kl(
     head: Tensor,
     teacher: TeacherLogits,
     *,
-    mask: Tensor | None = None,
     labels: Tensor | None = None,
     temperature: float = 1.0,
     cross_entropy: float = 0.0,
     label_count: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(teacher || student), mean over tokens, and what one watches beside it.
+    """KL(teacher || student), mean over tokens, and its metrics.
 
-    Logits are accumulated and kept in float32 whatever the precision of the operands. Where the heads are padded to
-    different sizes, only the words that both have take part.
+    Logits are accumulated and kept in float32, also from operands in half precision. If the heads are padded to
+    different sizes, only the words that both have count.
 
     Args:
         hidden: [N, D] the student's final hidden states.
         head: [V, D] the student's output head.
         teacher: its logits of these N tokens, in one of their forms.
-        mask: [N] bool, true at tokens that count. None: all.
-        labels: [N] int64 next tokens, negative where there is none. Needed where `cross_entropy` is not zero.
+        labels: [N] int64 next tokens, negative where there is none. Needed if `cross_entropy` is not zero.
         temperature: T, for both distributions.
         cross_entropy: the weight of the cross entropy in the loss.
-        label_count: what the sum over the labels is divided by. None: how many labels count.
+        label_count: the divisor of the sum over labels. None: the number of labels.
         chunk: tokens whose logits live at a time. None: as many as fit `CHUNK_BYTES`.
 
     Returns:
-        (loss, metrics): a scalar, and detached means over the tokens that count: `kl` (nats, at temperature T; of K + 1
-        words where the teacher supplies the K largest logits), `teacher_entropy` (nats, at T), `agreement` (share of
-        equal argmax) and, with labels, the student's `cross_entropy` (nats).
+        (loss, metrics): a scalar, and detached means over tokens: `kl` (nats, at temperature T; of K + 1 words if the
+        teacher supplies the K largest logits), `teacher_entropy` (nats, at T), `agreement` (share of equal argmax) and,
+        with labels, the student's `cross_entropy` (nats).
 
     Raises:
         ValueError: a cross entropy without labels, a temperature that is not positive, or the k largest logits of
@@ -108,11 +106,10 @@ def linear_kl(
             f"but the student has {len(head)} words, and the temperature is {temperature}."
         )
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    counted = hidden.new_ones(len(hidden), dtype=dtype) if mask is None else mask.to(dtype)
-    weights = _mean_weights(counted)
+    weights = _mean_weights(hidden.new_ones(len(hidden), dtype=dtype))
     label_weights = None
     if labels is not None:
-        labelled = counted * (labels >= 0)
+        labelled = (labels >= 0).to(dtype)
         label_weights = _mean_weights(labelled) if label_count is None else labelled / label_count
     terms = Terms(temperature, cross_entropy)
     loss, kl, entropy, agreement, nll = _LinearKL.apply(
@@ -134,14 +131,14 @@ def kl_rows(
     label_weights: Tensor | None,
     terms: Terms,
     gradient: Tensor | None,
-) -> Rows:
-    """One chunk in plain torch: the terms of each row, and into `gradient` that of the student's logits.
+) -> RowTerms:
+    """One chunk in plain torch: the terms of each row; the gradient of the student's logits is written to `gradient`.
 
     Args:
-        student, teacher: [C, V] float32 logits; not kept intact.
+        student, teacher: [C, V] float32 logits; their values are lost.
         weights: [C] float32, each row's weight in the mean.
         labels, label_weights: [C] int64 and float32, or None. A row without a label has a negative one and weight 0.
-        gradient: [C, V] in the precision that the matrix products take, or None: not wanted.
+        gradient: [C, V] in the precision of the matrix products, or None: not wanted.
     """
     temperature = terms.temperature
     agreement = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
@@ -164,11 +161,11 @@ def kl_rows_top_k(
     label_weights: Tensor | None,
     terms: Terms,
     gradient: Tensor | None,
-) -> Rows:
-    """`kl_rows` where the teacher supplies the k largest logits of each row.
+) -> RowTerms:
+    """`kl_rows` for the k largest logits of each row.
 
-    Of the words that are not among them, student and teacher may have nearly all, nearly the same, or next to nothing:
-    each of the two is what is left of 1 where that is much, else a log-sum-exp of its own words (`_log_rest`).
+    The other words may have nearly all of the probability, or next to nothing. So their share is computed as 1 minus
+    the rest if it is large, else as a log-sum-exp of these words (`_log_rest`).
     """
     temperature, indices = terms.temperature, teacher.indices.long()
     values = teacher.values.to(student.dtype) / temperature
@@ -199,7 +196,7 @@ def kl_rows_top_k(
 
 
 def _log_rest(log_share: Tensor, log_rest: Tensor) -> Tensor:
-    """log(1 - the sum of shares), [C, 1], from their logarithms [C, k], or where they are most of 1 from `log_rest`."""
+    """log(1 - the sum of shares), [C, 1], from their logarithms [C, k]; if they are most of 1, from `log_rest`."""
     share = log_share.exp().sum(-1, keepdim=True)
     return torch.where(share < 0.5, torch.log1p(-share.clamp(max=0.5)), log_rest)
 
@@ -243,7 +240,7 @@ class _LinearKL(torch.autograd.Function):
         rows_of = _rows_of(teacher, student)
         gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
 
-        rows: list[Rows] = []
+        rows: list[RowTerms] = []
         for begin in range(0, tokens, whole):
             end = min(begin + whole, tokens)
             for a in range(begin, end, part):
@@ -276,25 +273,26 @@ class _LinearKL(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or where it is the `first` total = a @ b; a slice of rows at a time where `total` is wider."""
+    """total += a @ b, or total = a @ b for the `first`; some rows at a time if `total` has more precision."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
         return
-    for rows, factor in zip(total.split(ROWS), a.split(ROWS), strict=True):
+    for rows, factor in zip(total.split(HEAD_ROWS), a.split(HEAD_ROWS), strict=True):
         product = exact_logits(factor, b.T)
         rows.copy_(product) if first else rows.add_(product)
 
 
-def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
-    """What makes the terms of a chunk: a function of where it begins and ends, and of what `kl_rows` takes beside the
-    teacher's logits. It is the kernel on a GPU, plain torch elsewhere, and everywhere for the k largest logits.
+def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., RowTerms]:
+    """The function of a chunk's terms: of its begin and end, then of `kl_rows`'s arguments but the teacher's logits.
+
+    It is the kernel on a GPU, plain torch elsewhere, and always plain torch for the k largest logits.
 
     Args:
-        student: [C, V], like which the teacher's logits are to be.
+        student: [C, V], a buffer with the shape and dtype of the teacher's logits.
     """
     if isinstance(teacher, TopKLogits):
         return lambda a, b, s, *rest: kl_rows_top_k(s, teacher.part(a, b), *rest)
-    kernel: Callable[..., Rows] = kl_rows
+    kernel: Callable[..., RowTerms] = kl_rows
     if student.is_cuda:
         from halo.losses.linear_kl_kernel import kl_rows_triton  # Triton does not exist on every machine
 
@@ -304,12 +302,12 @@ def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., Rows]:
 
 
 def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None, live: int) -> tuple[int, int]:
-    """(tokens whose logits, tokens whose gradient live at a time).
+    """(tokens whose logits live at a time, tokens whose gradients live at a time).
 
-    `GRADIENT` times as many for the gradient: each of its products goes through all of the head's.
+    There are `GRADIENT` times as many gradients, since each of their products reads or writes the whole head.
 
     Args:
-        live: how many float32 numbers live for each logit.
+        live: the float32 numbers that live for each logit.
     """
     if chunk is not None:
         return min(chunk, tokens), min(chunk, tokens)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
+MOST_LANES = 2048
 WARPS = 8
 
 
@@ -139,7 +139,7 @@ def kl_rows_triton(
         TRAINS_LABELS=labels is not None and terms.cross_entropy != 0,
         HAS_GRADIENT=gradient is not None,
         TEMPERED=terms.temperature != 1.0,
-        BLOCK=min(BLOCK, triton.next_power_of_2(words)),
+        BLOCK=min(MOST_LANES, triton.next_power_of_2(words)),
         num_warps=WARPS,
     )
     return kl, entropy, agreement, nll

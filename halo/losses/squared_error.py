@@ -20,7 +20,9 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(output, memory_format=torch.contiguous_format)
-        error, square = _kernel(output, target, gradient) if output.is_cuda else _plain(output, target, gradient)
+        error, square = (
+            _kernel(output, target, gradient) if output.is_cuda else _squared_error_plain(output, target, gradient)
+        )
         ctx.gradient = gradient
         ctx.mark_non_differentiable(square)
         return error, square
@@ -30,8 +32,8 @@ class _SquaredError(torch.autograd.Function):
         return ctx.gradient * grad.to(ctx.gradient.dtype), None
 
 
-def _plain(output: Tensor, target: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """In plain torch, the gradient into `gradient`."""
+def _squared_error_plain(output: Tensor, target: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The two means in plain torch; the gradient is written to `gradient`."""
     wide = torch.promote_types(output.dtype, torch.float32)
     difference, target = output.to(wide) - target.to(wide), target.to(wide)
     gradient.copy_(difference * (2 / difference.numel()))

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1056
-BLOCK = 4096
+SQUARED_ERROR_PROGRAMS = 1056
+SQUARED_ERROR_BLOCK = 4096
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def _squared_error(  # type: ignore[no-untyped-def]
 def squared_error_triton(output: Tensor, target: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """`halo.losses.squared_error`'s two means, and into `gradient` that of `output`."""
     output, target, size = output.contiguous(), target.contiguous(), output.numel()
-    programs = min(PROGRAMS, triton.cdiv(size, BLOCK))
+    programs = min(SQUARED_ERROR_PROGRAMS, triton.cdiv(size, SQUARED_ERROR_BLOCK))
     sums = torch.empty(2, programs, device=output.device)
-    _squared_error[(programs,)](output, target, gradient, *sums, size, 2 / size, BLOCK=BLOCK, num_warps=8)
+    _squared_error[(programs,)](output, target, gradient, *sums, size, 2 / size, BLOCK=SQUARED_ERROR_BLOCK, num_warps=8)
     error, square = (sums.sum(1) / size).unbind()
     return error, square

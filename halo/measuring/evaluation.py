@@ -27,10 +27,9 @@ from transformers import PreTrainedModel
 from halo.data.needle import NeedleSample
 from halo.distributed import all_sum, rank, world_size
 from halo.errors import UserError
-from halo.models.fuse import fuse
 from halo.models.loading import unpadded
-from halo.parallel.activations import tile_mlps
-from halo.parallel.sequence import SequenceGroup, parallelize
+from halo.parallel.prepare import prepare_model
+from halo.parallel.sequence import SequenceGroup
 from halo.teacher.batch import next_tokens
 from hypenet.losses import IGNORE
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
@@ -58,10 +57,8 @@ class Question:
 
 def share_sequences(model: PreTrainedModel, group: SequenceGroup) -> None:
     """Split each sequence over the ranks of `group`. `model`, a hybrid or a teacher, then works without a cache."""
-    if group.degree > 1 and not isinstance(model, HypeNetPreTrainedModel):
-        fuse(model)
-    parallelize([layer.get_submodule("self_attn") for layer in model.model.layers], group)
-    tile_mlps(model)
+    teacher = not isinstance(model, HypeNetPreTrainedModel)
+    prepare_model(model, fused=teacher and group.degree > 1, sequence=group, tiled=True)
 
 
 def needle_recall(

@@ -1,7 +1,7 @@
 """Models built piece by piece: the embedding, each decoder layer, the last norm, the head.
 
 A model begins on the meta device, without memory. A piece gets memory on this rank's device, and its values on rank 0
-(halo/models/weights.py), and is *placed* before the next is begun: sent to all ranks, and sharded where the model is.
+(halo/models/weights.py), and is *placed* before the next begins: sent to all ranks, and cut if the model is sharded.
 So under ZeRO-3 (`halo.training.engine.placement`) and in a sharded teacher a rank holds its share and one whole piece,
 never more, and no rank's host memory ever holds a model.
 """
@@ -26,21 +26,21 @@ from hypenet import HypeNetConfig, HypeNetForCausalLM
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.transfer import empty_hybrid, layer_from_teacher, mixer_from_attention
 
-Place = Callable[[nn.Module], object]
-"""Hands a new module, whose values are on rank 0, to all ranks, and leaves each what it is to hold of it."""
+Placement = Callable[[nn.Module], object]
+"""Sends a new module, whose values are on rank 0, to all ranks; each keeps its share."""
 
 
 def build_teacher(teacher: Path, group: dist.ProcessGroup | None = None) -> PreTrainedModel:
     """The teacher, frozen, on this rank's device in training precision.
 
     Args:
-        group: ranks that share it: every decoder layer is cut over them (FSDP2) as it is made. None: each rank holds
-            all of it.
+        group: the ranks that share it: every decoder layer is cut over them (FSDP2) as it is built. None: each rank
+            holds the whole teacher.
 
     Raises:
         UserError: as `check_teacher`.
     """
-    model, weights = _teacher(teacher)
+    model, weights = _teacher_and_weights(teacher)
     mesh = None if group is None else DeviceMesh.from_group(group, device().type)
     layers = set(model.model.layers)
 
@@ -50,24 +50,24 @@ def build_teacher(teacher: Path, group: dist.ProcessGroup | None = None) -> PreT
             fully_shard(piece, mesh=mesh, reshard_after_forward=True)
 
     for name, piece in _pieces(model):
-        _read(piece, name, weights)
+        _load_values(piece, name, weights)
         place(piece)
     return _finished(model, teacher)
 
 
 def build_head(teacher: Path) -> Tensor:
-    """The teacher's output head alone, [V, E], on this rank's device in training precision.
+    """Only the teacher's output head, [V, E], on this rank's device in training precision.
 
     Raises:
         UserError: as `check_teacher`.
     """
-    model, weights = _teacher(teacher)
+    model, weights = _teacher_and_weights(teacher)
     head = weights.take(EMBEDDING if model.config.tie_word_embeddings else HEAD)
     broadcast([head])
     return head
 
 
-def build_mixers(teacher: Path, config: HypeNetConfig, place: Place) -> dict[int, nn.Module]:
+def build_mixers(teacher: Path, config: HypeNetConfig, place: Placement) -> dict[int, nn.Module]:
     """Stage 1's mixers: layer index -> the RNN mixer of `config` made from the teacher's attention (Sec. 4.1).
 
     New weights are drawn from torch's generator of this rank's device, in the order of the layers.
@@ -78,19 +78,19 @@ def build_mixers(teacher: Path, config: HypeNetConfig, place: Place) -> dict[int
     Raises:
         UserError: as `check_teacher`.
     """
-    model, weights = _teacher(teacher)
+    model, weights = _teacher_and_weights(teacher)
     mixers = {}
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
-        _read(attention, f"model.layers.{i}.self_attn", weights)
+        _load_values(attention, f"model.layers.{i}.self_attn", weights)
         mixers[i] = mixer_from_attention(attention, config, i)
         attention.to("meta")
         place(mixers[i])
     return mixers
 
 
-def build_student(teacher: Path, config: HypeNetConfig, mixers: Path, place: Place) -> HypeNetForCausalLM:
-    """Stage 2's hybrid: what `hybrid_from_teacher` gives, without the teacher in memory.
+def build_student(teacher: Path, config: HypeNetConfig, mixers: Path, place: Placement) -> HypeNetForCausalLM:
+    """Stage 2's hybrid: the result of `hybrid_from_teacher`, without the teacher in memory.
 
     New weights are drawn from torch's generator of this rank's device, in the order of the layers.
 
@@ -102,7 +102,7 @@ def build_student(teacher: Path, config: HypeNetConfig, mixers: Path, place: Pla
         UserError: as `check_teacher`, or the mixers' file is damaged.
         ValueError: the mixers are not those of `config`.
     """
-    source, weights = _teacher(teacher)
+    source, weights = _teacher_and_weights(teacher)
     trained = Weights(lambda: SafeTensors([mixers]))
     hybrid = empty_hybrid(config, dtype=training_dtype(), device=device())
     for name, piece in _pieces(hybrid):
@@ -111,7 +111,7 @@ def build_student(teacher: Path, config: HypeNetConfig, mixers: Path, place: Pla
             piece = _student_layer(source.model.layers[i], config, i, weights, trained)
             hybrid.model.layers[i] = piece
         else:
-            _read(piece, name, weights)
+            _load_values(piece, name, weights)
         place(piece)
     return _finished(hybrid, teacher)
 
@@ -119,18 +119,18 @@ def build_student(teacher: Path, config: HypeNetConfig, mixers: Path, place: Pla
 def _student_layer(layer: nn.Module, config: HypeNetConfig, i: int, weights: Weights, trained: Weights) -> nn.Module:
     name, mixer = f"model.layers.{i}", None
     if config.mixer_types[i] == ATTENTION:
-        _read(layer, name, weights)
+        _load_values(layer, name, weights)
     else:
         for part, module in layer.named_children():
             if part != "self_attn":
-                _read(module, f"{name}.{part}", weights)
+                _load_values(module, f"{name}.{part}", weights)
         mixer = {key.removeprefix(f"{i}."): trained.take(key) for key in trained.shapes if key.startswith(f"{i}.")}
     made = layer_from_teacher(layer, config, i, mixer)
     layer.to("meta")
     return made
 
 
-def build_hybrid(folder: Path, place: Place) -> HypeNetForCausalLM:
+def build_hybrid(folder: Path, place: Placement) -> HypeNetForCausalLM:
     """A hybrid from its Hugging Face folder, on this rank's device in training precision.
 
     Raises:
@@ -147,15 +147,15 @@ def build_hybrid(folder: Path, place: Place) -> HypeNetForCausalLM:
 
     weights = Weights(tensors)
     for name, piece in _pieces(hybrid):
-        _read(piece, name, weights)
+        _load_values(piece, name, weights)
         place(piece)
     return _finished(hybrid, folder)
 
 
 def check_teacher(teacher: Path) -> None:
-    """Check by the headers of a teacher's files that its weights are all there. On one rank, without a model.
+    """Check that a teacher's weights are complete, by the headers of its files. On one rank, without a model.
 
-    A GGUF file is checked as it is read.
+    A GGUF file is checked when it is read.
 
     Raises:
         UserError: a file is damaged, a weight is missing, unknown or of another shape.
@@ -164,7 +164,7 @@ def check_teacher(teacher: Path) -> None:
         check_shapes(SafeTensors(files_of(teacher)), empty_teacher(teacher), f"the teacher at {teacher}")
 
 
-def _teacher(teacher: Path) -> tuple[PreTrainedModel, Weights]:
+def _teacher_and_weights(teacher: Path) -> tuple[PreTrainedModel, Weights]:
     """A teacher without weights, frozen, and its weights."""
     model = empty_teacher(teacher)
 
@@ -188,7 +188,7 @@ def empty_teacher(teacher: Path) -> PreTrainedModel:
 
 
 def _pieces(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """What a model is made of, one after the other, and its name. A head that is the embedding is no piece."""
+    """The names and pieces of a model in order. A head that is tied to the embedding is no piece."""
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(len(model.model.layers))), "model.norm"]
     if not model.config.tie_word_embeddings:
         names.append("lm_head")
@@ -198,14 +198,14 @@ def _pieces(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             bar.update()
 
 
-def _read(module: nn.Module, name: str, weights: Weights) -> None:
-    """Give a module on the meta device memory and values; `name` is its own."""
+def _load_values(module: nn.Module, name: str, weights: Weights) -> None:
+    """Give the module `name`, which is on the meta device, memory and values."""
     state = {key: weights.take(f"{name}.{key}") for key in module.state_dict()}
     module.load_state_dict(state, assign=True)
 
 
 def _finished(model: PreTrainedModel, source: Path) -> Any:
-    """As transformers' `from_pretrained` leaves a model."""
+    """The model in the state in which transformers' `from_pretrained` returns it."""
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     if without := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:

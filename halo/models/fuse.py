@@ -1,6 +1,6 @@
 """A teacher on HypeNet's kernels (hypenet/fused.py): the same function, in fewer passes over memory.
 
-transformers' own norms, RoPE and MLPs take a kernel for each operation, most of them in float32.
+transformers' own norms, RoPE and MLPs run a kernel for each operation, most of them in float32.
 """
 
 from functools import partial
@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from halo.models.families import window_of
 from hypenet.mixer_attention import HypeNetAttention
 from hypenet.modeling_hypenet import HypeNetMLP
 from hypenet.norm import HeadNorm, RMSNorm
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Have the layers of a `model` of hypenet.transfer.TEACHERS run as HypeNet's do. Its weights stay as they are."""
+    """Run the layers of a `model` of hypenet.transfer.TEACHERS with HypeNet's forwards. Its weights do not change."""
     for layer in model.model.layers:
         layer.mlp.forward = partial(HypeNetMLP.forward, layer.mlp)
         _fuse_attention(layer.self_attn)
@@ -25,22 +26,16 @@ def fuse(model: PreTrainedModel) -> None:
 
 
 def _fuse_attention(attention: Any) -> None:
-    """HypeNetAttention's forward with RoPE, no scaling of logits and no gate, in the teacher's own module."""
+    """Give a teacher's own module HypeNetAttention's forward, with RoPE, without scaled logits and gate."""
     for name in ("q_norm", "k_norm"):
         norm: nn.Module | None = getattr(attention, name, None)
         if norm is not None:
             norm.forward = partial(HeadNorm.forward, norm)  # type: ignore[arg-type]
         setattr(attention, name, norm)
+    attention.heads, attention.split = attention.config.num_attention_heads, HypeNetAttention.split
     attention.use_rope, attention.o_gate = True, None
     attention.scale_logits = lambda q, _: q
     attention.implementation = attention.config._attn_implementation or "sdpa"
     attention.attend = partial(HypeNetAttention.attend, attention)
     attention.attend_rows = partial(HypeNetAttention.attend_rows, attention, sliding_window=window_of(attention))
     attention.forward = partial(HypeNetAttention.forward, attention)
-
-
-def window_of(attention: Any) -> int | None:
-    """How many tokens an attention layer sees, itself among them; None: all."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return getattr(attention.config, "sliding_window", None)

@@ -1,6 +1,6 @@
 """Models in GGUF files, which transformers reads into ordinary modules, dequantized.
 
-What it would read wrongly is refused or mended here.
+What transformers would read wrongly is refused or corrected here.
 """
 
 from importlib.util import find_spec
@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from halo.errors import UserError
+from halo.errors import UserError, first_line
+from halo.models.families import check_family
+from hypenet.transfer import FAMILIES
 
 NEEDED = ("gguf", "accelerate")
-"""The packages that transformers needs for it."""
+"""The packages that transformers needs to read them."""
 
 
 def where(source: str | Path) -> dict[str, Any]:
@@ -33,33 +35,32 @@ def is_gguf(source: str | Path) -> bool:
     return Path(source).suffix == ".gguf"
 
 
-def check_gguf(file: Path, architectures: tuple[str, ...]) -> None:
+def check_gguf(file: Path) -> None:
     """Refuse what transformers cannot read, or would read as another model.
 
     Raises:
-        UserError: the file is no GGUF, its architecture is not among `architectures`, or it holds what transformers
-            leaves out: RoPE scaling, or biases where the architecture has none.
+        UserError: the file is no GGUF, its architecture cannot be converted, or it holds what transformers drops: RoPE
+            scaling, or biases (hypenet.transfer.FAMILIES).
     """
-    where(file)  # says what is not installed
+    where(file)  # raises if a package is missing
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
         architecture = reader.fields["general.architecture"].contents()
     except Exception as error:
-        raise UserError(f"{file} is not a whole GGUF file: {error}") from error
-    if architecture not in architectures:
-        raise UserError(f"the teacher at {file} is a '{architecture}'; supported: {', '.join(architectures)}")
+        raise UserError(f"{file} is not a whole GGUF file: {first_line(error)}") from error
+    check_family(architecture, file)
     scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
     tensors = {tensor.name for tensor in reader.tensors}
     if (scaling is not None and scaling.contents() != "none") or "rope_freqs.weight" in tensors:
         raise UserError(f"{file} scales its RoPE, which transformers does not read from GGUF: take the model's folder")
-    if architecture != "qwen2" and any(name.endswith(".bias") for name in tensors):
+    if not FAMILIES[architecture].gguf_biases and any(name.endswith(".bias") for name in tensors):
         raise UserError(f"{file} has biases, which transformers does not read from GGUF: take the model's folder")
 
 
 def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, file: str | Path) -> None:
-    """Set the ends of a text as the file has them: of Llama's tokenizers, transformers swaps them."""
+    """Set begin- and end-of-text as the file has them: transformers swaps them in Llama's tokenizers."""
     config = AutoConfig.from_pretrained(**where(file))
     for name in ("bos", "eos"):
         token = getattr(config, f"{name}_token_id")

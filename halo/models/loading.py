@@ -1,4 +1,4 @@
-"""Loading the models that stages pass on: the teacher, and the hybrid."""
+"""Loading whole models: the teacher, and the hybrid."""
 
 import copy
 import json
@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from halo.config import Config
-from halo.errors import UserError
-from halo.models.fuse import window_of
+from halo.errors import UserError, first_line
+from halo.models.families import check_family, window_of
 from halo.models.gguf import check_gguf, is_gguf, where
 from halo.models.tokenizer import load_tokenizer
 from halo.tables import build
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
-from hypenet.transfer import TEACHERS, hybrid_config, mixer_from_attention
+from hypenet.transfer import ROPE_BY_LENGTH, hybrid_config, mixer_from_attention
 
 TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -31,7 +31,7 @@ def training_dtype() -> torch.dtype:
 
 
 def find_teacher(name: str) -> Path:
-    """A teacher's local folder, downloaded first if `name` is a hub id, or GGUF file. Checks it without loading it.
+    """A teacher's GGUF file or local folder, downloaded first if `name` is a hub id. Checked without its weights.
 
     Raises:
         UserError: no such model; no causal language model of a family that can be converted; a tokenizer larger than
@@ -41,7 +41,7 @@ def find_teacher(name: str) -> Path:
     if is_gguf(name):
         if not teacher.is_file():
             raise UserError(f"no teacher at '{name}': there is no such file")
-        check_gguf(teacher, TEACHERS)
+        check_gguf(teacher)
     else:
         if not teacher.is_dir():
             try:
@@ -70,8 +70,7 @@ def _check_folder(folder: Path) -> None:
     architectures = config.get("architectures") or ["none named"]
     if not architectures[0].endswith("ForCausalLM"):
         raise UserError(f"the teacher at {folder} is no causal language model (its architecture is {architectures[0]})")
-    if config.get("model_type") not in TEACHERS:
-        raise UserError(f"the teacher at {folder} is a '{config.get('model_type')}'; supported: {', '.join(TEACHERS)}")
+    check_family(config.get("model_type"), folder)
     if config.get("quantization_config"):
         raise UserError(f"the teacher at {folder} is quantized: take the model that it was made from")
     if not list(folder.glob("*.safetensors")):
@@ -87,16 +86,14 @@ def load_model_config(teacher: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(**where(teacher))
     except Exception as error:
-        raise UserError(
-            f"the configuration of the teacher at {teacher} cannot be read: {_first_line(error)}"
-        ) from error
+        raise UserError(f"the configuration of the teacher at {teacher} cannot be read: {first_line(error)}") from error
 
 
 def check_architecture(teacher: Path, config: Config) -> None:
-    """Whether the teacher, the RNN mixer and the architecture's switches go together: one layer without weights.
+    """Whether the teacher, the RNN mixer and the architecture's switches fit: tried on one layer without weights.
 
     Raises:
-        UserError: saying what does not fit.
+        UserError: naming what does not fit.
     """
     shape, switches = load_model_config(teacher), config.architecture.switches()
     try:
@@ -108,14 +105,14 @@ def check_architecture(teacher: Path, config: Config) -> None:
             layer = AutoModelForCausalLM.from_config(shape).model.layers[0]
         mixer_from_attention(layer.self_attn, hybrid, 0)
     except ValueError as error:
-        raise UserError(f"no hybrid of this architecture from {teacher}: {_first_line(error)}") from error
+        raise UserError(f"no hybrid of this architecture from {teacher}: {first_line(error)}") from error
 
 
 def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
-    """The arguments of one forward of full rows [B, T], without a cache.
+    """The arguments of a forward of full rows [B, T], without a cache.
 
-    HypeNet takes no mask for "no padding", and need not look for it, for which the host would wait. Without a mask of
-    ones, transformers 4 builds one of [T, T] for its own Qwen3.
+    HypeNet gets no mask: it would look for padding in it, and the host would wait. Without a mask of ones,
+    transformers 4 builds one of [T, T] for its own Qwen3.
     """
     mask = None if isinstance(model, HypeNetPreTrainedModel) else torch.ones_like(input_ids)
     return {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
@@ -123,13 +120,13 @@ def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def frozen_states(model: PreTrainedModel, input_ids: Tensor, first: int = 0) -> Tensor:
-    """Final hidden states of full rows, [B, T] -> [B, T, D]: layer by layer, without what makes the host wait.
+    """Final hidden states of full rows, [B, T] -> [B, T, D], layer by layer: the host never waits for the GPU.
 
-    A forward of transformers' models looks at its mask, on the host. Here there is none; only a window that is
-    shorter than the rows needs one.
+    A forward of transformers' models reads its mask on the host. Here there is none; only a window that is shorter
+    than the rows needs one.
 
     Args:
-        first: the position of the first token, where these are chunks of longer rows (halo/parallel/sequence.py).
+        first: the position of the first token, if the rows are chunks of longer ones (halo/parallel/sequence.py).
     """
     tokens, body = input_ids.shape[1], model.model
     if not _sees_all(model, tokens):
@@ -144,14 +141,13 @@ def frozen_states(model: PreTrainedModel, input_ids: Tensor, first: int = 0) -> 
 
 
 def never_looks(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether `frozen_states` of rows of so many tokens takes no decision from what is on the GPU."""
-    rope = model.model.rotary_emb.rope_type
-    return _sees_all(model, tokens) and "dynamic" not in rope and rope != "longrope"
+    """Whether `frozen_states` of rows of `tokens` tokens decides nothing by values on the GPU."""
+    return _sees_all(model, tokens) and model.model.rotary_emb.rope_type not in ROPE_BY_LENGTH
 
 
 def _sees_all(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether, without a mask, each of so many tokens sees all before it and none after: no shorter window, nor the
-    plain implementation, which without a mask sees everything."""
+    """Whether without a mask each of `tokens` tokens sees all before it and none after: there is no shorter window, and
+    attention is not the plain implementation, which sees everything then."""
     if model.config._attn_implementation == "eager":
         return False
     windows = [window_of(layer.self_attn) for layer in model.model.layers]
@@ -162,14 +158,14 @@ def load_teacher(teacher: Path) -> PreTrainedModel:
     """The teacher in training precision, on the CPU.
 
     Raises:
-        UserError: its weights are damaged, or not all there.
+        UserError: its weights are damaged or incomplete.
     """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             **where(teacher), dtype=training_dtype(), output_loading_info=True
         )
     except Exception as error:
-        raise UserError(f"the teacher at {teacher} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the teacher at {teacher} cannot be loaded: {first_line(error)}") from error
     if report["missing_keys"]:
         raise UserError(f"the teacher at {teacher} lacks weights, {min(report['missing_keys'])} among them")
     return model
@@ -180,7 +176,7 @@ def load_hybrid(folder: Path) -> HypeNetForCausalLM:
 
 
 def apply_yarn(teacher: PreTrainedModel, length: int, original: int) -> None:
-    """Stretch a teacher's RoPE from `original` to `length` with YaRN; a length of at most `original` takes it off."""
+    """Stretch a teacher's RoPE from `original` to `length` with YaRN, or remove YaRN if `length` is not longer."""
     config: PretrainedConfig = copy.deepcopy(teacher.config)
     if length > original:
         yarn = {"rope_type": "yarn", "factor": length / original, "original_max_position_embeddings": original}
@@ -191,7 +187,3 @@ def apply_yarn(teacher: PreTrainedModel, length: int, original: int) -> None:
     config.max_position_embeddings = max(length, original)
     rotary = teacher.model.rotary_emb
     teacher.model.rotary_emb = type(rotary)(config=config, device=rotary.inv_freq.device)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Tokenizers: train a small one of Qwen's kind, load one, tell two apart."""
+"""Tokenizers: train a small one like Qwen's, load one, compare two."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """A byte-level BPE of exactly `vocab_size` tokens. The end-of-text token is the last, and pads as well.
 
     Raises:
-        UserError: `texts` are too few for so many tokens, or `vocab_size` cannot hold all bytes.
+        UserError: `texts` are too short for `vocab_size` tokens, or it is less than the number of bytes.
     """
     bytes_alone = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(bytes_alone):
@@ -73,12 +73,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token between documents: <|endoftext|> where there is one (Qwen's chat models end a turn with another)."""
+    """The token between documents: <|endoftext|> if there is one (Qwen's chat models end a turn with another)."""
     return tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides which ids a text becomes; the same before and after saving."""
+    """SHA-256 of everything that decides the ids of a text; the same before and after saving."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding"):  # of the last call, not of the tokenizer
         del content[setting]

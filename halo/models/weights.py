@@ -1,10 +1,10 @@
-"""The weights in a model's files, one tensor at a time: rank 0 reads, and no rank's memory ever holds them all.
+"""The weights in a model's files, one tensor at a time: rank 0 reads them, and no rank's memory ever holds all.
 
     weights = Weights(lambda: SafeTensors(files_of(folder)))
     weights.take("model.norm.weight")   # on this rank's device, in training precision
 
-On rank 0 that is the tensor; on the other ranks, which read nothing, it is memory of its shape. What is made of it is
-then handed to all ranks at once, by `distributed.broadcast` or by ZeRO-3's partitioning, a piece of the model at a time
+On rank 0 that is the tensor; on the other ranks, which read nothing, it is memory of its shape. All ranks then get
+their part at once, by `distributed.broadcast` or by ZeRO-3's partitioning, a piece of the model at a time
 (halo/models/build.py).
 """
 
@@ -26,10 +26,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class SafeTensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, on the CPU, mapped into memory as they are asked for.
+    """The tensors of safetensors files by name, on the CPU, mapped into memory when they are read.
 
     Raises:
-        UserError: a file is missing, or is not whole.
+        UserError: a file is missing or incomplete.
     """
 
     def __init__(self, files: Iterable[Path]):
@@ -55,7 +55,7 @@ def files_of(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder: those that its index names, or model.safetensors.
 
     Raises:
-        UserError: the index is no JSON, or names a file that is not there.
+        UserError: the index is no JSON, or has no map of weights.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -67,10 +67,10 @@ def files_of(folder: Path) -> list[Path]:
 
 
 class Weights:
-    """Named tensors that rank 0 alone reads. Every rank makes this object, and takes the same tensors in one order.
+    """Named tensors that only rank 0 reads. Every rank makes this object, and takes the same tensors in the same order.
 
     Args:
-        source: makes the tensors by name; called on rank 0.
+        source: returns the tensors by name; called on rank 0.
 
     Raises:
         UserError: `source` raised it; on every rank.
@@ -86,15 +86,15 @@ class Weights:
         self.shapes = on_rank0(open_)
 
     def take(self, name: str) -> Tensor:
-        """A new tensor on this rank's device, in training precision. Only on rank 0 has it the values."""
+        """A new tensor on this rank's device, in training precision. Only rank 0's has the values."""
         if name in self._source:
-            # A copy in any case: what is mapped from a file goes with the file.
+            # Always a copy: memory that is mapped from a file is lost with the file.
             return self._source[name].to(device(), training_dtype(), copy=True)
         return torch.empty(self.shapes[name], dtype=training_dtype(), device=device())
 
 
 def check_shapes(tensors: Mapping[str, Tensor], model: PreTrainedModel, whose: str) -> None:
-    """Check that `tensors` are the weights of a causal language model, of which only the shapes are looked at.
+    """Check that `tensors` are the weights of a causal language model, by their shapes.
 
     Args:
         whose: names the model in the error, e.g. "the teacher at /models/qwen3".
@@ -109,7 +109,7 @@ def check_shapes(tensors: Mapping[str, Tensor], model: PreTrainedModel, whose: s
         del expected[HEAD]
         if HEAD in tensors and EMBEDDING in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
             raise UserError(
-                f"{whose} has a head of its own ({HEAD}), but its configuration ties it to the embedding: "
+                f"{whose} has its own head ({HEAD}), but its configuration ties it to the embedding: "
                 "set tie_word_embeddings to false in its config.json"
             )
     if missing := expected.keys() - tensors.keys():

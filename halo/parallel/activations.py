@@ -1,10 +1,10 @@
-"""What a long sequence leaves in memory for backward, and how to hold less of it.
+"""What a long sequence leaves in memory for backward, and how to keep less of it.
 
     checkpointing   each decoder layer keeps its input alone, and is computed again in backward
     offload         those inputs wait in host memory
-    tiles           an MLP, whose inside is three times as wide as a layer's input, takes `TILE` tokens at a time
+    tiles           an MLP, whose inside is three times as wide as a layer's input, computes `TILE` tokens at a time
 
-Logits never exist in whole: the loss applies the head in chunks (hypenet/losses.py).
+All logits at once never exist: the loss applies the head in chunks (hypenet/losses.py).
 """
 
 from collections.abc import Callable
@@ -18,48 +18,47 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 TILE = 16_384
-"""Tokens that an MLP takes at a time: as many as stage 3 has at 16K, which need no second forward so."""
+"""Tokens that an MLP computes at a time. A row of stage 3, 16K, is one tile, and so needs no second forward."""
 
 
 def checkpoint_activations(model: PreTrainedModel, *, offload: bool = False) -> None:
-    """Have a model's decoder layers keep their input alone, in training, and its MLPs work in tiles.
+    """Let a model's decoder layers keep only their input in training.
 
     Args:
         offload: whether the inputs wait in host memory.
     """
     # Reentrant: the other kind compares what backward recomputes with what ZeRO-3 had gathered in forward.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    tile_mlps(model)
     if offload:
         for layer in model.model.layers:
             layer._gradient_checkpointing_func = _offloaded
 
 
 def tile_mlps(model: PreTrainedModel) -> None:
-    """Have the MLPs of a model's decoder layers take TILE tokens at a time."""
+    """Let the MLPs of a model's decoder layers compute TILE tokens at a time."""
     for layer in model.model.layers:
         layer.mlp.forward = partial(_in_tiles, layer.mlp, layer.mlp.forward)
 
 
 def _offloaded(function: Callable[..., Any], *args: Any) -> Any:
-    """`checkpoint`, which saves its arguments and, within its own forward, nothing."""
+    """`checkpoint`, whose saved arguments go to host memory; within its forward nothing else is saved."""
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *args, use_reentrant=True)
 
 
 def _in_tiles(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`forward`, a module's own, of [B, T, D]; where that is more than TILE tokens, tile by tile."""
+    """A module's own `forward` of [B, T, D], tile by tile if there are more than TILE tokens."""
     if x.shape[:-1].numel() <= TILE:
         return forward(x)
     return _Tiles.apply(x, forward, *module.parameters())
 
 
 class _Tiles(torch.autograd.Function):
-    """Backward computes each tile again. A parameter's gradient comes once, as ZeRO expects it."""
+    """Backward computes each tile again. A parameter's gradient comes once: ZeRO expects that."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], *parameters: nn.Parameter) -> Tensor:
-        # Not saved: under ZeRO-3 a parameter has its values when it is used, and others meanwhile.
+        # Not saved for backward: under ZeRO-3 a parameter has its values only while it is used.
         ctx.forward, ctx.parameters = forward, parameters
         ctx.save_for_backward(x)
         return torch.cat([forward(tile) for tile in x.flatten(0, -2).split(TILE)]).view_as(x)

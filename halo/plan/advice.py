@@ -1,24 +1,26 @@
-"""What to change in a setup: so that it fits, or, where it does, so that it is faster."""
+"""What to change in a setup so that it fits or, if it does, so that it is faster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from halo.config import CheckpointedTraining, Distill
 from halo.errors import UserError
+from halo.plan.assumptions import GIB
+from halo.plan.cluster import Setup
 from halo.plan.load import Models
-from halo.plan.stage import GIB, Setup, StagePlan, plan_stage
+from halo.plan.stage import StagePlan, plan_stage
 
 ROOM = 0.95
 """How full a GPU may be for a faster setup to be recommended."""
 WORTHWHILE = 0.95
-"""The share of the time that a faster setup may take."""
+"""A faster setup must need less than this share of the time."""
 
 Change = Callable[[str, Setup], Setup | None]
-"""(stage, setup) -> the changed setup, or None: it does not apply."""
+"""(stage, setup) -> the changed setup, or None if it does not apply."""
 
 
 def advice(models: Models, plan: StagePlan) -> str:
-    """In one line, as options of a command line. Empty: nothing is to be gained."""
+    """One line, with options of the command line. Empty: nothing to gain."""
     return _to_be_faster(models, plan) if plan.fits else _to_fit(models, plan)
 
 
@@ -36,7 +38,7 @@ def _to_be_faster(models: Models, plan: StagePlan) -> str:
 
 
 def _to_fit(models: Models, plan: StagePlan) -> str:
-    """One setting that does it; or as many as it takes, one after the other, then more nodes, then the host."""
+    """One setting that suffices; else settings added one after the other, then more nodes, then offloading."""
     for other in _changed(models, plan, SMALLER):
         if other.fits:
             return f"{_difference(plan, other)} would make it fit, in {_gib(other)}"
@@ -64,7 +66,7 @@ def _changed(models: Models, plan: StagePlan, changes: Sequence[Change]) -> Iter
 
 
 def _difference(old: StagePlan, new: StagePlan) -> str:
-    """What to type for `new` in the place of `old`."""
+    """The options to type for `new` in place of `old`."""
     words, before, after = [], old.setup, new.setup
     for name in ("activation_checkpointing", "activation_offload", "teacher_sharded", "micro_batch"):
         value = getattr(after.training, name, None)
@@ -82,7 +84,7 @@ def _gib(plan: StagePlan) -> str:
     return f"{plan.needed / GIB:.1f} GiB"
 
 
-def _activations(*, checkpointing: bool, offload: bool = False) -> Change:
+def _checkpoint_layers(*, checkpointing: bool, offload: bool = False) -> Change:
     def change(stage: str, setup: Setup) -> Setup | None:
         if not isinstance(setup.training, CheckpointedTraining):
             return None
@@ -93,7 +95,7 @@ def _activations(*, checkpointing: bool, offload: bool = False) -> Change:
 
 
 def _teacher_sharded(value: bool) -> Change:
-    """Of a teacher beside the student: one on other GPUs takes nothing of these."""
+    """Of a teacher beside the student: one on other GPUs needs no memory here."""
 
     def change(stage: str, setup: Setup) -> Setup | None:
         training = setup.training
@@ -132,18 +134,18 @@ def _nodes(factor: int) -> Change:
 
 
 SMALLER: list[Change] = [
-    _activations(checkpointing=True),
+    _checkpoint_layers(checkpointing=True),
     _teacher_sharded(True),
     *(_micro_batch(1 / 2**i) for i in range(1, 6)),
     _zero(2),
     _zero(3),
-    _activations(checkpointing=True, offload=True),
+    _checkpoint_layers(checkpointing=True, offload=True),
 ]
-"""Settings, in the order in which one would rather change them."""
+"""Settings that need less memory, cheapest first."""
 LARGER: list[Change] = [*(_nodes(factor) for factor in (2, 2, 2)), _zero(3, offload=True)]
-"""What costs more, after them."""
+"""The costlier ones, after them."""
 FASTER: list[Change] = [
-    _activations(checkpointing=False),
+    _checkpoint_layers(checkpointing=False),
     _teacher_sharded(False),
     *(_micro_batch(2**i) for i in range(1, 4)),
     *(_zero(stage) for stage in (1, 2, 3)),

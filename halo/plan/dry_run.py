@@ -1,8 +1,8 @@
-"""What a module costs on a GPU, found out without one: it runs on the meta device, where tensors have no data.
+"""What a module costs on a GPU, measured without one: it runs on the meta device, where tensors have no data.
 
-Torch dispatches every operation of forward and backward as it would on a GPU. `DryRun` sees them: what each allocates
-and when that is freed again, and how much work each is. What would be a fused kernel on a GPU (attention, and the
-recurrences of flash-linear-attention) is replaced by something that saves and allocates what the kernel does.
+Torch dispatches every operation of forward and backward as it would on a GPU. `DryRun` sees them: what each allocates,
+when that is freed, and how much work it is. A fused kernel of a GPU (attention, and the recurrences of
+flash-linear-attention) is replaced by a stand-in that saves and allocates what the kernel does.
 
     with DryRun() as run:
         output = module(x)             # parameters and x on the meta device, made before
@@ -24,20 +24,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from halo.losses import squared_error
-from hypenet import delta_rule, fused, linear_attention, losses, mixer_gsa
-from hypenet.mixer_ttt import TTTLinear
+from hypenet import fused, kernels, losses
 
 CHUNK = 64
 """Tokens of a chunk in flash-linear-attention's kernels: they keep a state for each chunk while they run."""
 RECURRENCE_PASSES = 18
-"""A recurrence's forward takes the time of moving its queries so often through memory, its backward twice that.
+"""A recurrence's forward takes as long as moving its queries this many times through memory, its backward twice that.
 
 From stage 2 of 1.7B on an H200: 0.35 ms a layer for 6,144 tokens and 16 heads of 128 (measured).
 """
 
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}
 
-Kind = Literal["product", "attention", "kernel", "other"]
+OperationKind = Literal["product", "attention", "kernel", "other"]
 """A matrix product; flash attention; a fused kernel; one of torch's elementwise operations, norms and reductions."""
 
 
@@ -45,7 +44,7 @@ Kind = Literal["product", "attention", "kernel", "other"]
 class Operation:
     """One kernel's work."""
 
-    kind: Kind
+    kind: OperationKind
     flops: float
     moved: int
     """Bytes read and written."""
@@ -60,13 +59,13 @@ class Work:
     """How many operations the host issued, views and allocations among them."""
 
     def shared(self, ranks: int) -> "Work":
-        """One rank's share of it: as many operations, each on a part."""
+        """One rank's share: the same number of operations, each on a part."""
         parts = [Operation(op.kind, op.flops / ranks, op.moved // ranks) for op in self.operations]
         return Work(parts, self.dispatched)
 
 
 class DryRun(TorchDispatchMode):
-    """Follows the memory and the work of what torch runs inside. Tensors that were made before are not counted."""
+    """Counts the memory and the work of what torch runs inside. Tensors that were made before are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +87,7 @@ class DryRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        inputs, outputs = _tensors((args, kwargs)), _tensors(output)
+        inputs, outputs = _tensors_in((args, kwargs)), _tensors_in(output)
         known = {id(x.untyped_storage()) for x in inputs}
         for tensor in outputs:
             if id(tensor.untyped_storage()) not in known:
@@ -98,15 +97,15 @@ class DryRun(TorchDispatchMode):
         if not func.is_view and packet.__name__ not in _NO_KERNEL:
             flops = flop_registry[packet](*args, **kwargs, out_val=output) if packet in flop_registry else 0
             attention = "attention" in packet.__name__
-            kind: Kind = "other"
+            kind: OperationKind = "other"
             if flops:
                 kind = "attention" if attention else "product"
             # The registry counts every pair of tokens; half of them are in the future.
             self.work.operations.append(Operation(kind, flops / 2 if attention else flops, _bytes(inputs + outputs)))
         return output
 
-    def record(self, kind: Kind, *moved: Tensor) -> None:
-        """Note something that reads or writes these tensors."""
+    def record(self, kind: OperationKind, *moved: Tensor) -> None:
+        """Record an operation that reads or writes these tensors."""
         self.work.operations.append(Operation(kind, 0, _bytes(moved)))
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -123,31 +122,31 @@ class DryRun(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors_in(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    """What a kernel moves that reads or writes `tensors`; one that is expanded is read once."""
+    """The bytes that a kernel moves to read or write `tensors`; an expanded one is read once."""
     return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What training a module costs. Bytes are without its parameters, their gradients and its input."""
+    """The cost of training a module. Bytes are without its parameters, their gradients and its input."""
 
     kept: int
     """Bytes that forward leaves for backward."""
     peak: int
-    """Bytes at the highest point of forward and backward, what is kept among them."""
+    """Bytes at the highest point of forward and backward, `kept` included."""
     forward: Work
     backward: Work
 
 
 def cost_of(module: nn.Module, run: Callable[[], Tensor]) -> Cost:
-    """Run `run`, which calls `module` (on the meta device) and gives its output, forward and backward.
+    """The cost of forward and backward of `run`, which calls `module` (on the meta device) and returns its output.
 
-    Gradients of parameters are dropped as soon as they are there, as ZeRO does.
+    Gradients of parameters are dropped at once, as ZeRO does.
     """
     handles = [p.register_post_accumulate_grad_hook(_drop) for p in module.parameters()]
     with DryRun() as dry:
@@ -175,45 +174,30 @@ def _drop(parameter: Tensor) -> None:
 
 @contextmanager
 def _replaced_kernels(run: DryRun) -> Iterator[None]:
-    """Have meta tensors go where a GPU's would."""
+    """Have meta tensors take the path of a GPU's (docs/design.md lists what is replaced)."""
 
-    def kernel(operation: str) -> Callable[..., Any]:
-        def apply(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            return _Recurrence.apply(run, *inputs), (None, None) if operation == "gsa.chunk_gsa" else None
-
-        return apply
-
-    def serves(x: Tensor) -> bool:
-        return x.is_meta
+    def recurrence(operation: str, state: int, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return _Recurrence.apply(run, state, *_tensors_in((args, kwargs))), None
 
     def squares(*inputs: Tensor) -> tuple[Tensor, ...]:
         run.record("kernel", *inputs)
         return torch.empty(2, device="meta").unbind()
 
-    first = TTTLinear._first
-
-    def first_with_data(mixer: TTTLinear, q: Tensor, batch: int) -> tuple[Tensor, ...]:
-        return *first(mixer, q, batch)[:-1], torch.zeros(batch, dtype=torch.long, device="cpu")
-
-    new = {"serves": serves, "kernel": kernel, "check_gated_backward": lambda gate: None}
     places: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", _attention),
         (F, "rms_norm", lambda x, shape, weight, eps: _RMSNorm.apply(run, x, weight)),
-        (fused, "serves", serves),
-        (fused, "launch", lambda kernel, programs, *inputs, **shape: run.record("kernel", *_tensors(inputs))),
-        (squared_error, "_plain", squares),
+        (fused, "fused_kernel_serves", lambda x: x.is_meta),
+        (fused, "run_program", lambda kernel, programs, *inputs, **shape: run.record("kernel", *_tensors_in(inputs))),
+        (squared_error, "_squared_error_plain", squares),
         (losses, "exact_logits", lambda x, head, out=None: torch.mm(x, head.T, out_dtype=torch.float32)),
         (torch, "is_autocast_enabled", lambda *device: False),  # the meta device has none, and asking is an error
-        (TTTLinear, "_first", first_with_data),  # how full a mini-batch is decides what runs
     ]
-    for module in (delta_rule, linear_attention, mixer_gsa):
-        places += [(module, name, value) for name, value in new.items() if hasattr(module, name)]
     before = [getattr(place, name) for place, name, _ in places]
     for place, name, value in places:
         setattr(place, name, value)
     try:
-        yield
+        with kernels.stand_in(recurrence):
+            yield
     finally:
         for (place, name, _), value in zip(places, before, strict=True):
             setattr(place, name, value)
@@ -229,7 +213,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's, by the kernel that a GPU takes: flash attention, or with a mask the memory-efficient one."""
+    """torch's, by the kernel of a GPU: flash attention, or with a mask the memory-efficient one."""
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
     bias = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:3], key.shape[2])
@@ -237,7 +221,7 @@ def _attention(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch's kernel, which the meta device would take apart: it keeps its input and a number a row."""
+    """torch's kernel, which the meta device would decompose: it keeps its input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, run: DryRun, x: Tensor, weight: Tensor) -> Tensor:
@@ -259,10 +243,10 @@ class _Recurrence(torch.autograd.Function):
     """A kernel of flash-linear-attention: it keeps its inputs, and while it runs a state for each chunk of tokens."""
 
     @staticmethod
-    def forward(ctx: Any, run: DryRun, *inputs: Tensor) -> Tensor:
-        ctx.run = run
+    def forward(ctx: Any, run: DryRun, state: int, *inputs: Tensor) -> Tensor:
+        ctx.run, ctx.state = run, state
         ctx.save_for_backward(*inputs)
-        states = _states(inputs[0], torch.bfloat16)
+        states = _states(inputs[0], state, torch.bfloat16)
         run.record("kernel", *[inputs[0]] * RECURRENCE_PASSES)
         del states
         return torch.empty_like(inputs[0])
@@ -270,13 +254,14 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
-        states = [_states(inputs[0], torch.float32) for _ in range(2)]  # and their gradients
+        states = [_states(inputs[0], ctx.state, torch.float32) for _ in range(2)]  # and their gradients
         ctx.run.record("kernel", *[inputs[0]] * 2 * RECURRENCE_PASSES)
         gradients = [torch.empty_like(x) for x in inputs]
         del states
-        return None, *gradients
+        return None, None, *gradients
 
 
-def _states(q: Tensor, dtype: torch.dtype) -> Tensor:
-    batch, tokens, heads, width = q.shape
-    return q.new_empty(batch, -(-tokens // CHUNK), heads, width, width, dtype=dtype)
+def _states(q: Tensor, state: int, dtype: torch.dtype) -> Tensor:
+    """A state of `state` numbers for each head and chunk of q, [B, T, H, D]."""
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(batch, -(-tokens // CHUNK), heads, state, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What a stage asks of one GPU, from its models' shapes: the part of `plan` that knows the stages.
+"""What a stage needs of one GPU, from its models' shapes: the part of `plan` that knows the stages.
 
 B sequences of T tokens at a time, N = B T tokens, V words, D width. Bytes and bf16, as on a GPU.
 """
@@ -14,26 +14,26 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from halo.config import CheckpointedTraining, Config, Distill, Training
-from halo.errors import UserError
+from halo.errors import UserError, first_line
 from halo.losses.linear_kl import CHUNK_BYTES
 from halo.losses.squared_error import squared_error
 from halo.measuring.importance import default_k
-from halo.models.fuse import fuse
+from halo.models.families import check_family
 from halo.models.gguf import is_gguf, where
-from halo.parallel.activations import tile_mlps
+from halo.parallel.prepare import prepare_model
+from halo.plan.assumptions import BF16
 from halo.plan.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
 from halo.stages.pretrain import model_config
 from halo.training.flops import align_flops, distill_flops, next_token_flops
 from hypenet import HypeNetForCausalLM
 from hypenet.losses import IGNORE, linear_cross_entropy
-from hypenet.transfer import TEACHERS, hybrid_config
+from hypenet.transfer import hybrid_config
 
-BF16 = 2
 KL_BYTES = 30
-"""Moved for a logit of stage 2's loss: two of 4 bytes, written once and read twice, and a gradient of 2, likewise."""
+"""Bytes moved for a logit of stage 2's loss: two of 4 bytes and a gradient of 2, each written once and read twice."""
 
 REACH = 22_400
-"""Tokens from which anything of Lightning's state is left at a chunk's end, in fp32 (halo/parallel/sequence.py)."""
+"""How many last tokens of a chunk leave anything in Lightning's state, in fp32 (halo/parallel/exchanges.py)."""
 
 _QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960}
 PUBLISHED = {
@@ -62,7 +62,7 @@ PUBLISHED = {
         "tie_word_embeddings": False,
     },
 }
-"""The shapes in the teachers' published config.json, so that nothing has to be downloaded."""
+"""The shapes of the teachers' published config.json, so that nothing must be downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Layer:
     parameters: int
     cost: Cost
     input_bytes: int
-    """What activation checkpointing keeps of it."""
+    """What activation checkpointing keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,36 +82,36 @@ class Frozen:
 
     parameters: int
     in_layers: int
-    """Of them, those in decoder layers, which a sharded teacher cuts over its node."""
+    """Those in decoder layers, which a sharded teacher cuts over its node."""
     sharded: bool
     ranks: int = 0
-    """How many ranks of each node hold it, and nothing else; 0: all do, beside the student."""
+    """How many ranks of each node hold only the teacher; 0: all hold it beside the student."""
     head: int = 0
-    """Elements of its head that a student holds where the teacher is on other ranks."""
+    """Elements of the teacher's head that a student holds if the teacher is on other ranks."""
     work: Work
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What one micro-batch asks of a GPU."""
+    """What one micro-batch needs of a GPU."""
 
     parameters: int
     """Trained ones."""
     layers: Sequence[Layer]
     one_at_a_time: bool
-    """Whether only one layer's activations live at a time, and of the others their inputs."""
+    """Whether only one layer's activations live at a time; the others keep their inputs."""
     recomputes: bool = False
     """Whether backward runs forward again."""
     held: int = 0
-    """Bytes that live through forward and backward, beside what layers keep."""
+    """Bytes that live through forward and backward, besides what layers keep."""
     made: int = 0
-    """Bytes of whole gradients that forward has made already."""
+    """Bytes of whole gradients that forward already made."""
     external: int = 0
-    """Elements of parameters that ZeRO-3, once it has gathered them, keeps until the step: a module reads another's."""
+    """Parameters that a module reads but does not own; ZeRO-3 keeps them gathered until the step."""
     group: int = 0
-    """Elements of a parameter group of the optimizer; 0: there is one."""
+    """Elements of a parameter group of the optimizer; 0: of the largest layer."""
     head: int = 0
-    """Elements of the head, where there is one."""
+    """Elements of the head, if there is one."""
     tied: bool = False
     loss_held: int = 0
     """Bytes that the loss holds: its input, and the gradients that it makes in forward."""
@@ -127,7 +127,7 @@ class Models:
     """What the stages train and run, on the meta device."""
 
     source: str
-    """Where the teacher's shapes are from."""
+    """The source of the teacher's shapes."""
     teacher: PreTrainedModel
     hybrid: PreTrainedModel
     mixers: Sequence[nn.Module]
@@ -159,8 +159,8 @@ def build_models(config: Config) -> Models:
         if model is not None:
             model.to(torch.bfloat16)
             model.config._attn_implementation = "sdpa"
-    fuse(teacher)
-    tile_mlps(hybrid)
+    prepare_model(teacher, fused=True)
+    prepare_model(hybrid, tiled=True)
     return Models(
         source=source,
         teacher=teacher.requires_grad_(False),
@@ -171,7 +171,7 @@ def build_models(config: Config) -> Models:
 
 
 def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
-    """A teacher's configuration, and where it is from. Nothing is downloaded.
+    """A teacher's configuration, and its source in words. Nothing is downloaded.
 
     Raises:
         UserError: neither a local model nor one whose shapes are known, or a configuration that cannot be read.
@@ -181,10 +181,10 @@ def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
         try:
             shapes = AutoConfig.from_pretrained(**where(path))
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"the configuration of the teacher at {name} cannot be read: {reason}") from error
-        if shapes.model_type not in TEACHERS:
-            raise UserError(f"the teacher at {name} is a '{shapes.model_type}'; supported: {', '.join(TEACHERS)}")
+            raise UserError(
+                f"the configuration of the teacher at {name} cannot be read: {first_line(error)}"
+            ) from error
+        check_family(shapes.model_type, name)
         return shapes, f"the shapes of {path}"
     if name not in PUBLISHED:
         raise UserError(
@@ -195,7 +195,7 @@ def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
 
 
 def load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:
-    """What a micro-batch of `micro_batch` sequences of a stage asks of a GPU, or of each that share them."""
+    """What a micro-batch of `micro_batch` sequences of a stage needs of a GPU, or of each that shares them."""
     load = _load_of(models, stage, training, micro_batch)
     if training.sequence_parallel > 1:
         load = _shared(load, models, stage, training, micro_batch)
@@ -205,7 +205,7 @@ def load_of(models: Models, stage: str, training: Training, micro_batch: int) ->
 
 
 def _shared(whole: Load, models: Models, stage: str, training: Training, micro_batch: int) -> Load:
-    """One rank's load: the bytes of its part of the tokens and of what it exchanges, and its part of the work."""
+    """One rank's load: the bytes of its part of the tokens and of its exchange, and its part of the work."""
     ranks, tokens = training.sequence_parallel, training.seq_len // training.sequence_parallel
     part = _load_of(models, stage, replace(training, seq_len=tokens, sequence_parallel=1), micro_batch)
     width = models.hybrid.config.num_attention_heads * models.hybrid.config.head_dim
@@ -256,7 +256,7 @@ def _align(models: Models, batch: int, length: int) -> Load:
         made=count * parameters * BF16,
         group=parameters,
         external=count * parameters,
-        teacher=_teacher(models.teacher, None, batch, length),
+        teacher=_frozen(models.teacher, None, batch, length),
         flops_per_token=align_flops(models.mixers, body, length),
     )
 
@@ -273,14 +273,14 @@ def _distill(models: Models, training: Distill, batch: int, length: int) -> Load
         layers=_layers(student, batch, length),
         one_at_a_time=training.activation_checkpointing,
         recomputes=training.activation_checkpointing,
-        held=_supplied(training, tokens, teacher_head) + hidden,  # what the teacher says, the last norm's input
+        held=_supplied(training, tokens, teacher_head) + hidden,  # the teacher's logits, the last norm's input
         external=head.numel(),
         head=head.numel(),
         tied=student.config.tie_word_embeddings,
         loss_held=2 * hidden + head.nbytes,
         loss_chunk=min(CHUNK_BYTES, logits * 10),
         loss=loss,
-        teacher=_teacher(teacher, training, batch, length),
+        teacher=_frozen(teacher, training, batch, length),
         flops_per_token=distill_flops(student, teacher, length),
     )
 
@@ -314,7 +314,7 @@ def _layers(model: PreTrainedModel, batch: int, length: int) -> list[Layer]:
     found = []
     for kind, count in Counter(kinds).items():
         layer = model.model.layers[kinds.index(kind)]
-        cost = cost_of(layer, _call(layer, hidden, rope))
+        cost = cost_of(layer, _layer_call(layer, hidden, rope))
         found.append(Layer(count=count, parameters=_count(layer), cost=cost, input_bytes=hidden.nbytes))
     return found
 
@@ -330,14 +330,14 @@ def _supplied(training: Distill, tokens: int, head: Tensor) -> int:
     )
 
 
-def _teacher(teacher: PreTrainedModel, training: Distill | None, batch: int, length: int) -> Frozen:
+def _frozen(teacher: PreTrainedModel, training: Distill | None, batch: int, length: int) -> Frozen:
     """The teacher as a stage runs it.
 
     Args:
         training: stage 2's settings; None: stage 1, where each rank holds the whole.
     """
     layers = teacher.model.layers
-    _, work = frozen_cost_of(_call(layers[0], *_inputs(teacher, batch, length)))
+    _, work = frozen_cost_of(_layer_call(layers[0], *_inputs(teacher, batch, length)))
     factored = training is not None and training.teacher_logits == "factored"
     return Frozen(
         parameters=_count(teacher),
@@ -349,7 +349,7 @@ def _teacher(teacher: PreTrainedModel, training: Distill | None, batch: int, len
     )
 
 
-def _call(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+def _layer_call(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
     def run() -> Tensor:
         output = layer(hidden, position_embeddings=rope, attention_mask=None)
         return output[0] if isinstance(output, tuple) else output

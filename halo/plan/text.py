@@ -3,16 +3,18 @@
 import textwrap
 from itertools import zip_longest
 
-from halo.plan import stage as assumed
+from halo.plan import assumptions as assumed
+from halo.plan.assumptions import GIB
+from halo.plan.cluster import Cluster, Zero
 from halo.plan.load import Models
-from halo.plan.stage import GIB, Cluster, StagePlan, Zero
+from halo.plan.stage import StagePlan
 
 WIDTH = 46
-"""Of the left column, which is memory; the right one is time."""
+"""The width of the left column, memory; the right one is time."""
 
 
 def heading(models: Models, cluster: Cluster, zero: Zero, ds_config: str) -> str:
-    """What is planned, and for what."""
+    """The models and the cluster of the plan."""
     kinds = models.hybrid.config.mixer_types
     rnn = next((kind for kind in kinds if kind != "attn"), "no RNN")
     sizes = [sum(p.numel() for p in model.parameters()) / 1e9 for model in (models.teacher, models.hybrid)]
@@ -31,7 +33,7 @@ def table(plan: StagePlan) -> str:
     training, cluster = plan.setup.training, plan.setup.cluster
     tokens = training.batch * training.seq_len
     times = "once" if plan.accumulation == 1 else f"{plan.accumulation} times"
-    how = [f"a GPU takes {plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} {times} a step"]
+    how = [f"a GPU computes {plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} {times} a step"]
     if plan.load.recomputes:
         how.append("activation checkpointing")
     if plan.load.teacher is not None:
@@ -81,12 +83,12 @@ def verdict(plan: StagePlan, change: str) -> str:
 
 
 def assumptions(cluster: Cluster) -> str:
-    """What the figures rest on."""
+    """The assumptions behind the figures."""
     gpu = cluster.gpu
     products = (gpu.reached or gpu.peak * assumed.REACHED) * assumed.PRODUCTS
     rates = [
         f"matrix products {products / 1e12:.0f} TFLOP/s (the data sheet's peak: {gpu.peak / 1e12:.0f})",
-        f"attention {gpu.peak * assumed.ATTENTION / 1e12:.0f} TFLOP/s",
+        f"attention {gpu.peak * assumed.FLASH_ATTENTION / 1e12:.0f} TFLOP/s",
         f"memory {gpu.bandwidth * assumed.KERNELS / 1e12:.2f} TB/s in kernels, "
         f"{gpu.bandwidth * assumed.BANDWIDTH / 1e12:.2f} in other operations",
         f"from the node's other GPUs {gpu.link * assumed.LINK / 1e9:.0f} GB/s",
@@ -96,11 +98,11 @@ def assumptions(cluster: Cluster) -> str:
     lines = [
         f"Assumed: {'; '.join(rates)}.",
         f"Beside what is allocated: {assumed.CONTEXT / GIB:.0f} GiB for CUDA, {assumed.NCCL / GIB:.0f} GiB for NCCL "
-        f"where there is more than one GPU, {assumed.FRAGMENTATION:.0%} for fragmentation.",
+        f"if there is more than one GPU, {assumed.FRAGMENTATION:.0%} for fragmentation.",
         "Weights and gradients in bf16, weights and moments of the optimizer in fp32, laid out as DeepSpeed does; "
         "activations from a dry run of each kind of layer.",
-        "Left out: what ranks that share a sequence exchange (docs/long-context.md), reading data, saving checkpoints, "
-        "compiling kernels, and the stages that do not train.",
+        "Left out: the exchange of ranks that share a sequence (docs/long-context.md), reading data, saving "
+        "checkpoints, compiling kernels, and the stages that do not train.",
     ]
     return "\n".join(textwrap.fill(line, 110) for line in lines) + "\n"
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from halo.distributed import world_size
 from halo.errors import UserError
-from halo.models.fuse import fuse
 from halo.models.loading import frozen_states, never_looks
-from halo.parallel.sequence import SequenceGroup, parallelize
+from halo.parallel.prepare import prepare_model
+from halo.parallel.sequence import SequenceGroup
 from halo.teacher.batch import Batch, keep_for_current_stream
 from halo.teacher.logits import LogitsForm, TeacherLogits
 
@@ -62,8 +62,7 @@ class Teacher:
         self.sequence = sequence or SequenceGroup()
         self._recorded: dict[torch.Size, _Recording] = {}
         self._prefetched: TeacherLogits | None = None
-        fuse(self.model)
-        parallelize([layer.get_submodule("self_attn") for layer in self.layers], self.sequence)
+        prepare_model(self.model, fused=True, sequence=self.sequence)
 
     @property
     def layers(self) -> nn.ModuleList:

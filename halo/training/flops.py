@@ -1,14 +1,15 @@
 """Useful FLOPs a token, from the models' shapes: what a stage has to compute, whatever else is computed to get there.
 
     a weight of a matrix product   2 forward; trained, 2 for the weight's gradient and 2 for that of its input
-    softmax attention              2 x 2 H D c forward, for q K^T and P V; trained, thrice. c is how many tokens a token
-                                   sees, on average: T/2, less within a window
-    a recurrence                   2 a multiply-add with the state, of the equation as it stands; trained, thrice
+    softmax attention              2 x 2 H D c forward, for q K^T and P V; trained, three times that. c is the number of
+                                   tokens that a token sees, on average: T/2, less within a window
+    a recurrence                   2 a multiply-add with the state, of the equation as written; trained, three times
 
-Recomputation does not count, nor what a chunked form of a recurrence adds. Lookups, norms, activations and losses are
-left out: they are no matrix products. The head is in, the embedding is not, also where the two are tied.
+A mixer says the last two itself (`hypenet.mixers.Mixer.multiply_adds`). Recomputation does not count, nor what a
+chunked form of a recurrence adds. Lookups, norms, activations and losses are left out: they are no matrix products. The
+head counts, the embedding does not, also if the two are tied.
 
-Shapes are read from modules, not from weights: on the meta device, and under ZeRO-3, it comes to the same.
+Shapes are read from modules, not from weights: the result is the same on the meta device and under ZeRO-3.
 
 T tokens of a sequence, H heads, D their width.
 """
@@ -18,12 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from halo.models.fuse import window_of
-from hypenet.mixer_deltanet import DeltaNet
-from hypenet.mixer_gsa import GatedSlotAttention
-from hypenet.mixer_rwkv7 import RWKV7
-from hypenet.mixer_ttt import TTTLinear
-from hypenet.rnn_mixer import RNNMixer
+from halo.models.families import window_of
+from hypenet.mixer_attention import tokens_seen
+from hypenet.mixers import Mixer
 
 
 def forward_flops(model: nn.Module, seq_len: int) -> float:
@@ -37,11 +35,11 @@ def forward_flops(model: nn.Module, seq_len: int) -> float:
 
 
 def sequence_flops(module: Any, seq_len: int) -> float:
-    """FLOPs a token of what looks at other tokens: of an attention or a recurrence itself; 0 for other modules."""
-    if isinstance(module, RNNMixer):
-        return 2 * module.heads * _state_multiplications(module)
-    if hasattr(module, "q_proj") and hasattr(module, "head_dim"):
-        return 2 * 2 * module.get_submodule("q_proj").out_features * _tokens_seen(module, seq_len)
+    """FLOPs a token of what mixes tokens: of a mixer's recurrence or attention alone; 0 for other modules."""
+    if isinstance(module, Mixer):
+        return 2 * module.heads * module.multiply_adds(seq_len)
+    if hasattr(module, "q_proj") and hasattr(module, "head_dim"):  # a teacher's attention
+        return 2 * 2 * module.get_submodule("q_proj").out_features * tokens_seen(seq_len, window_of(module))
     return 0.0
 
 
@@ -72,26 +70,6 @@ def _linears(model: nn.Module) -> Iterable[nn.Linear]:
 
 
 def _reads_input(name: str, module: nn.Module, mixer: nn.Module) -> bool:
-    """Whether `module` of a mixer is a projection of the layer's input, and not of something made from it."""
+    """Whether `module` of a mixer projects the layer's input, not something made from it."""
     is_linear = isinstance(module, nn.Linear) and module.in_features == mixer.get_submodule("q_proj").in_features
     return is_linear and name != "o_proj"
-
-
-def _tokens_seen(attention: Any, seq_len: int) -> float:
-    """How many tokens a token sees, on average: T/2, or in a window of w tokens w - w^2 / 2T."""
-    window = window_of(attention)
-    if window is None or window >= seq_len:
-        return seq_len / 2
-    return window - window**2 / (2 * seq_len)
-
-
-def _state_multiplications(mixer: RNNMixer) -> int:
-    """Multiply-adds with the state of a head, a token: writing k^T v and reading q S take D^2 each."""
-    square = mixer.head_dim**2
-    if isinstance(mixer, GatedSlotAttention):
-        return 4 * mixer.head_dim * mixer.options.slots  # two states, [D, M] and [M, D]
-    if isinstance(mixer, DeltaNet | TTTLinear):
-        return 3 * square  # k is read before it is written
-    if isinstance(mixer, RWKV7):
-        return 4 * square  # what is read along a is written along b, beside k^T v
-    return 2 * square

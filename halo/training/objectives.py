@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from halo.losses.linear_kl import linear_kl
 from halo.losses.squared_error import squared_error
-from halo.parallel.activations import checkpoint_activations
-from halo.parallel.sequence import SequenceGroup, parallelize
+from halo.parallel.exchanges import parallelize
+from halo.parallel.prepare import prepare_model
+from halo.parallel.sequence import SequenceGroup
 from halo.teacher.batch import Batch
 from halo.teacher.colocated import Teacher, TeacherSource
 from halo.training.flops import align_flops, distill_flops, next_token_flops
@@ -129,9 +130,12 @@ class _Headed(Objective):
         super().__init__()
         self.student = student
         self.sequence = sequence or SequenceGroup()
-        parallelize([layer.self_attn for layer in student.model.layers], self.sequence)
-        if activation_checkpointing:
-            checkpoint_activations(student, offload=activation_offload)
+        prepare_model(
+            student,
+            sequence=self.sequence,
+            activation_checkpointing=activation_checkpointing,
+            activation_offload=activation_offload,
+        )
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self, self.student.lm_head.weight)]

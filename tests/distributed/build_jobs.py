@@ -28,11 +28,11 @@ KEPT = [1]
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
-def place_by(zero: str) -> build.Place:
+def place_by(zero: str) -> build.Placement:
     return placement(read_ds_config(jobs.DS_CONFIGS / zero), jobs.training())
 
 
-def student(made: Path, place: build.Place) -> HypeNetForCausalLM:
+def student(made: Path, place: build.Placement) -> HypeNetForCausalLM:
     """A student from files, always with the same seed."""
     torch.manual_seed(1)
     config = hybrid_config(load_model_config(made / "teacher"), KEPT)

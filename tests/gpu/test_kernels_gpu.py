@@ -15,7 +15,7 @@ from hypenet.delta_rule import delta_rule, rwkv7
 from hypenet.kernels import serves
 from hypenet.linear_attention import linear_attention
 from hypenet.mixer_gsa import gsa
-from hypenet.mixer_lightning import log_decay
+from hypenet.mixer_lightning import lightning_log_decay
 from hypenet.mixers import MIXERS
 from tests.hypenet.sizes import SIZES
 
@@ -48,7 +48,7 @@ def of_linear_attention(form: str) -> Callable[[int], tuple[Callable, dict[str, 
     def case(dim: int) -> tuple[Callable, dict[str, torch.Tensor]]:
         gate = {
             "none": lambda: None,
-            "fixed": lambda: log_decay(H, torch.device("cuda")),
+            "fixed": lambda: lightning_log_decay(H, torch.device("cuda")),
             "head": lambda: decay(B, T, H),
             "channel": lambda: decay(B, T, H, dim),
         }[form]()

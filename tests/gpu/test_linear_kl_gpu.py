@@ -18,24 +18,20 @@ def relative_error(actual, expected):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("chunk", [128, None])  # 11 chunks, or one
-@pytest.mark.parametrize(
-    "options", [{}, {"mask": True, "labels": True, "cross_entropy": 0.5, "temperature": 2.0}], ids=["kl", "all"]
-)
+@pytest.mark.parametrize("options", [{}, {"labels": True, "cross_entropy": 0.5, "temperature": 2.0}], ids=["kl", "all"])
 def test_loss_and_gradients(options, chunk, dtype):
     torch.manual_seed(0)
     shapes = {"hidden": (N, D), "head": (V, D), "teacher_hidden": (N, E), "teacher_head": (V, E)}
     factors = {name: (torch.randn(*shape, device="cuda") / 3).to(dtype) for name, shape in shapes.items()}
     labels = torch.randint(0, V, (N,), device="cuda")
     labels[::7] = -100
-    given = {"mask": torch.arange(N, device="cuda") % 3 > 0, "labels": labels}
-    options = {name: given.get(name, value) for name, value in options.items()}
+    options = {name: labels if name == "labels" else value for name, value in options.items()}
 
     exact = {k: v.double().requires_grad_() for k, v in factors.items()}
-    mask = options.pop("mask", torch.ones(N, dtype=torch.bool, device="cuda"))
-    expected, *_ = plain(**exact, mask=mask, **options)
+    expected, *_ = plain(**exact, **options)
     expected.backward()
     factors["hidden"].requires_grad_(), factors["head"].requires_grad_()
-    loss, _ = fused(factors, mask=mask, **options, chunk=chunk)
+    loss, _ = fused(factors, **options, chunk=chunk)
     loss.backward()
     assert relative_error(loss, expected) < 1e-5
     # The gradients pass through bf16 once as logits' and once as their own; the head's also as sums of chunks.
@@ -50,10 +46,10 @@ def test_other_forms_of_the_teachers_logits(kind):
     shapes = {"hidden": (N, D), "head": (V, D), "teacher_hidden": (N, E), "teacher_head": (V, E)}
     factors = {name: torch.randn(*shape, device="cuda") / 3 for name, shape in shapes.items()}
     exact = {k: v.double().requires_grad_() for k, v in factors.items()}
-    expected, *_ = naive_top_k(**exact, k=16) if kind == "top_k" else plain(**exact, mask=None)
+    expected, *_ = naive_top_k(**exact, k=16) if kind == "top_k" else plain(**exact)
     expected.backward()
     factors["hidden"].requires_grad_(), factors["head"].requires_grad_()
-    loss, _ = fused(factors, LogitsForm(kind=kind, words=V, top_k=16), mask=None)
+    loss, _ = fused(factors, LogitsForm(kind=kind, words=V, top_k=16))
     loss.backward()
     assert relative_error(loss, expected) < 1e-5
     for name in ("hidden", "head"):

@@ -45,12 +45,12 @@ def compare(served):
     """Every case by kernel (where `served`) and by torch."""
     for function, inputs in cases():
         expected = outcome(function, inputs)
-        fused.serves = lambda x: served
+        fused.fused_kernel_serves = lambda x: served
         found = outcome(function, inputs)
-        fused.serves = lambda x: False
+        fused.fused_kernel_serves = lambda x: False
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    fused.serves, fused.LARGE = lambda x: served, 1
+    fused.fused_kernel_serves, fused.LARGE = lambda x: served, 1
     for factor in (1.0, 0.25, float("nan")):
         x = torch.randn(5, 700)
         torch.testing.assert_close(fused.scale_(x.clone(), torch.tensor(factor)), x * factor, equal_nan=True)
@@ -64,4 +64,6 @@ def test_the_kernels_compute_what_plain_torch_does():
 
 
 def test_kernels_serve_half_precision_on_a_gpu_alone():
-    assert not fused.serves(torch.zeros(1)) and not fused.serves(torch.zeros(1, dtype=torch.bfloat16))
+    assert not fused.fused_kernel_serves(torch.zeros(1)) and not fused.fused_kernel_serves(
+        torch.zeros(1, dtype=torch.bfloat16)
+    )

@@ -110,7 +110,7 @@ class Kernels:
     def serves(self, x):
         return self.there and x.dtype == torch.bfloat16
 
-    def kernel(self, operation):
+    def kernel(self, operation, *, state):
         def call(*args, **kwargs):
             given = inspect.signature(OPERATIONS[operation]).bind(*args, **kwargs).arguments
             self.calls.append((operation, given | given.pop("carried")))

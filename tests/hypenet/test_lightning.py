@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hypenet.linear_attention import linear_attention, linear_attention_chunked, linear_attention_recurrence
-from hypenet.mixer_lightning import alibi_slopes, log_decay
+from hypenet.mixer_lightning import alibi_slopes, lightning_log_decay
 
 # Paper, Appendix A: gamma_h for H = 32.
 PAPER_GAMMAS = """
@@ -22,11 +22,11 @@ def random_inputs(batch=2, length=70, heads=3, dim=8, dtype=torch.float64):
 
     q, k, v = (normal(batch, length, heads, dim).requires_grad_() for _ in range(3))
     state = normal(batch, heads, dim, dim).requires_grad_()
-    return q, k, v, log_decay(heads, dtype=torch.float64), state
+    return q, k, v, lightning_log_decay(heads, dtype=torch.float64), state
 
 
 def test_decay_is_the_papers():
-    gammas = log_decay(32).exp()
+    gammas = lightning_log_decay(32).exp()
     paper = torch.tensor([float(number) for number in PAPER_GAMMAS.split()])
     torch.testing.assert_close(gammas, paper, rtol=0, atol=1e-7)
 
@@ -80,7 +80,7 @@ def test_a_sequence_in_two_parts_is_the_sequence(cut):
 def test_single_precision_holds_over_long_sequences():
     """The strongest decay of a large model, 0.43 a token, over 5,000 tokens: no overflow, no lost digits."""
     q, k, v, _, _ = random_inputs(batch=1, length=5000, heads=2, dim=32)
-    decay = log_decay(32, dtype=torch.float64)[[0, -1]]
+    decay = lightning_log_decay(32, dtype=torch.float64)[[0, -1]]
     exact, exact_final = linear_attention_chunked(q, k, v, decay, scale=32**-0.5)
     output, final = linear_attention_chunked(*(x.float() for x in (q, k, v)), decay.float(), scale=32**-0.5)
     torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from hypenet.cache import HypeNetCache
 from hypenet.linear_attention import linear_attention, linear_attention_chunked, linear_attention_recurrence
 from hypenet.mixer_gsa import gsa, gsa_chunked, gsa_recurrence
-from hypenet.mixer_retnet import log_decay
+from hypenet.mixer_retnet import retnet_log_decay
 from hypenet.transfer import hybrid_config, mixer_from_attention
 from tests.hypenet.sizes import SIZES
 
@@ -340,7 +340,8 @@ def test_hgrn2_forgets_at_most_what_its_bound_lets_it(make_mixer):
     mixer = make_mixer("hgrn2").float()
     torch.nn.init.constant_(mixer.lower_bound, -30)
     logits = torch.tensor([-100, -20, 0, 20, 100.0])[:, None].expand(5, DIM).requires_grad_()
-    _, log_forget = mixer.keys_and_gates(logits[None, :, None], logits)
+    keys = logits[None, :, None]
+    _, _, log_forget = mixer.before_rope(torch.zeros_like(keys), keys)
     expected = torch.tensor([0, -math.exp(-20), -math.log(2), -20 + math.exp(-10), -30])
     assert_close(log_forget[0, :, 0, 0], expected, rtol=1e-5, atol=1e-30)
     log_forget.sum().backward()
@@ -365,8 +366,8 @@ def fresh(request, teacher, make_hybrid):
 
 
 def test_retnets_decays():
-    assert_close(log_decay(3).exp(), torch.tensor([0.96875, 0.984375, 0.9921875]))
-    many = log_decay(64)
+    assert_close(retnet_log_decay(3).exp(), torch.tensor([0.96875, 0.984375, 0.9921875]))
+    many = retnet_log_decay(64)
     assert (many < 0).all() and many[40] == -(2.0**-45)  # 1 - 2^-45 is 1 in float32
 
 

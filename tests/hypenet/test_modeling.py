@@ -7,8 +7,8 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrain
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hypenet import HypeNetForCausalLM, HypeNetModel
+from hypenet.inputs import layer_masks
 from hypenet.mixer_lightning import LightningAttention
-from hypenet.modeling_hypenet import layer_masks
 
 ALL_RNN = ["lightning-attn"] * 4
 
@@ -255,7 +255,7 @@ def test_arguments_that_do_not_fit_are_refused(hybrid, tokens):
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, 50\]"):
         hybrid(tokens, attention_mask=torch.ones(2, 49))
     for bounds in ([0, 70, 100], [1, 50, 100], [0, 50], [0, 50, 50, 100], [0, 60, 50, 100]):
-        with pytest.raises(ValueError, match="cu_seq_lens_q must rise from 0 to 100, and no document of it go on"):
+        with pytest.raises(ValueError, match="cu_seq_lens_q must rise from 0 to 100, and no document may cross"):
             hybrid(tokens, cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
     padded = torch.ones(2, 50).index_fill(1, torch.tensor(0), 0)
     for other in ({"attention_mask": padded}, {"use_cache": True}):

@@ -7,7 +7,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen3Conf
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetForCausalLM
-from hypenet.transfer import TEACHERS, hybrid_config, hybrid_from_teacher, mixer_from_attention
+from hypenet.transfer import (
+    ROPE_BY_LENGTH,
+    ROPE_TYPES,
+    TEACHERS,
+    hybrid_config,
+    hybrid_from_teacher,
+    mixer_from_attention,
+)
 from tests.hypenet.sizes import SIZES
 
 DIM = SIZES["head_dim"]
@@ -59,6 +66,12 @@ def family_config(model_type, **keys):
     sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
     heads = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
     return AutoConfig.for_model(model_type, **(sizes | heads | keys))
+
+
+def rope_of_another_type():
+    config = family_config("llama")
+    config.rope_parameters = config.rope_scaling = {"rope_type": "spiral", "rope_theta": 10_000.0}
+    return config
 
 
 def make_teacher(family, **keys):
@@ -126,6 +139,7 @@ def test_hybrid_config_has_biases_where_the_teacher_has_them(family, biases):
     [
         (GPT2Config(), "The teacher is a 'gpt2'; supported: llama, mistral, qwen2, qwen3"),
         (family_config("llama", mlp_bias=True), "MLPs have biases"),
+        (rope_of_another_type(), "RoPE is of type 'spiral'; supported: default, linear, dynamic, yarn"),
         (family_config("qwen2", num_key_value_heads=4), "6 heads are no multiple of its 4 key and value heads"),
         (family_config("qwen2", hidden_size=50), "hidden_size 50 is no multiple of its 6 heads"),
     ],
@@ -140,8 +154,10 @@ def test_hybrid_config_refuses_a_switch_that_is_not_there(teacher):
         hybrid_config(teacher.config, [0], attn_use_rop=True, colour=1)
 
 
-def test_every_family_is_tested():
+def test_every_family_and_every_rope_is_tested():
     assert {model_type for model_type, _ in FAMILIES.values()} == set(TEACHERS)
+    assert set(ROPES) == set(ROPE_TYPES)
+    assert set(ROPE_BY_LENGTH) < set(ROPE_TYPES)
 
 
 @pytest.mark.parametrize("rope", ROPES)

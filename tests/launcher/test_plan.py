@@ -42,7 +42,7 @@ def test_a_stage_that_does_not_fit_or_cannot_run_ends_with_status_1(typed):
     status, out, _ = typed("--preset", "hypenet-9b", "--gpu", "l40s", "--nodes", "6", "--distill.micro_batch", "2")
     assert status == 1
     assert "distill does not fit: " in out
-    assert "a GPU takes 2 sequences once a step" in out
+    assert "a GPU computes 2 sequences once a step" in out
     assert "align cannot run: 48 ranks are more than the 32 samples of a batch" in out
 
 

@@ -41,29 +41,26 @@ def fused(factors, form: LogitsForm | None = None, **options):
     return linear_kl(hidden, head, form.supply(teacher_hidden, teacher_head), **options)
 
 
-def plain(hidden, head, teacher_hidden, teacher_head, mask=None, labels=None, temperature=1.0, cross_entropy=0.0):
-    """(loss, kl, cross entropy), each a mean over the tokens that count."""
-    mask = torch.ones(len(hidden), dtype=torch.bool) if mask is None else mask
-    student, teacher = (hidden @ head.T)[mask], (teacher_hidden @ teacher_head.T)[mask]
+def plain(hidden, head, teacher_hidden, teacher_head, labels=None, temperature=1.0, cross_entropy=0.0):
+    """(loss, kl, cross entropy), each a mean over the tokens, or over those that have a label."""
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
     log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    nll = torch.zeros(()) if labels is None else F.cross_entropy(student, labels[mask])
+    nll = torch.zeros(()) if labels is None else F.cross_entropy(student, labels)
     return temperature**2 * kl + cross_entropy * nll, kl, nll
 
 
 OPTIONS = [
     {},
-    {"mask": True},
     {"temperature": 2.0},
     {"labels": True},
     {"labels": True, "cross_entropy": 0.5},
-    {"mask": True, "labels": True, "cross_entropy": 0.5, "temperature": 0.5},
+    {"labels": True, "cross_entropy": 0.5, "temperature": 0.5},
 ]
 
 
 def chosen(options, labels):
-    values = {"mask": torch.arange(N) % 3 > 0, "labels": labels}
-    return {name: values.get(name, value) for name, value in options.items()}
+    return {name: labels if name == "labels" else value for name, value in options.items()}
 
 
 @pytest.mark.parametrize("chunk", [64, 100, None])
@@ -184,12 +181,9 @@ def test_wrong_settings_are_named(factors):
         fused(factors, largest, temperature=2.0)
 
 
-def naive_top_k(
-    hidden, head, teacher_hidden, teacher_head, k, mask=None, labels=None, temperature=1.0, cross_entropy=0.0
-):
+def naive_top_k(hidden, head, teacher_hidden, teacher_head, k, labels=None, temperature=1.0, cross_entropy=0.0):
     """(loss, kl): of the k most probable words and one that stands for all others, from probabilities as they are."""
-    mask = torch.ones(len(hidden), dtype=torch.bool) if mask is None else mask
-    student, teacher = (hidden @ head.T)[mask], (teacher_hidden @ teacher_head.T)[mask]
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
     q, p = ((x / temperature).softmax(-1) for x in (student, teacher))
     p_top, words = p.topk(k)
     q_top = q.gather(-1, words)
@@ -197,7 +191,7 @@ def naive_top_k(
     if k < p.shape[1]:
         p_rest, q_rest = ((x.sum(-1) - top.sum(-1)) for x, top in ((p, p_top), (q, q_top)))
         kl = kl + p_rest * (p_rest / q_rest).log()
-    nll = F.cross_entropy(student, labels[mask]) if cross_entropy else torch.zeros(())
+    nll = F.cross_entropy(student, labels) if cross_entropy else torch.zeros(())
     return temperature**2 * kl.mean() + cross_entropy * nll, kl.mean()
 
 

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from halo.errors import UserError
-from halo.parallel.sequence import Rows, check_degree, parallelize, repeats
+from halo.parallel.checks import check_degree
+from halo.parallel.exchanges import parallelize, repeats
+from halo.parallel.sequence import Rows
 from halo.teacher.batch import document_bounds, next_tokens
 from hypenet import HypeNetConfig
 from hypenet.losses import IGNORE

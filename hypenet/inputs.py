@@ -1,0 +1,164 @@
+"""What the model makes of its arguments: masks, positions, and the bounds of packed documents.
+
+Shapes: B batch, T tokens of this call, S tokens seen so far with these.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from .cache import HypeNetCache
+from .configuration_hypenet import HypeNetConfig
+
+_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+
+
+def layer_masks(
+    config: HypeNetConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: HypeNetCache | None,
+    position_ids: Tensor | None,
+) -> dict[str, Any]:
+    """A mask for each kind of layer; for attention in the form of `config._attn_implementation`.
+
+    The arguments of transformers' functions differ between its versions: they get those that they know.
+
+    Args:
+        attention_mask: [B, S], 1 at tokens and 0 at padding; or None: no padding.
+        position_ids: [B, T], where documents are packed: a token sees no other document. Else None.
+    """
+    seen = 0 if cache is None else cache.get_seq_length()
+    tokens = inputs_embeds.shape[1]
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "input_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "cache_position": torch.arange(seen, seen + tokens, device=inputs_embeds.device),
+        "past_key_values": cache,
+        "position_ids": position_ids,
+    }
+    arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
+    masks: dict[str, Any] = {
+        "linear_attention": None if attention_mask is None else _unless_full(attention_mask[:, -tokens:])
+    }
+    if "full_attention" in config.layer_types:
+        masks["full_attention"] = create_causal_mask(**arguments)
+    if "sliding_attention" in config.layer_types:
+        # The layers apply the window themselves: without a mask, no [T, S] is made.
+        without = config._attn_implementation == "sdpa" and attention_mask is None and position_ids is None
+        masks["sliding_attention"] = None if without else create_sliding_window_causal_mask(**arguments)
+    return masks
+
+
+def documents(position_ids: Tensor | None, bounds: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """The bounds of documents packed into B x T tokens, [documents + 1] in int32, or None: each row is one document.
+
+    Args:
+        position_ids: [B or 1, T], counting from 0 anew in each document; where `bounds` is not known.
+        bounds: the caller's `cu_seq_lens_q`.
+
+    Raises:
+        ValueError: `bounds` do not divide the tokens, or a document crosses from one row to the next.
+    """
+    if bounds is not None:
+        given = bounds.tolist()
+        rows = range(0, batch * tokens + 1, tokens)
+        if given != sorted(set(given)) or given[0] != 0 or given[-1] != batch * tokens or not set(rows) <= set(given):
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to {batch * tokens}, and no document may cross from one of the "
+                f"{batch} rows of {tokens} tokens to the next."
+            )
+        return bounds
+    if position_ids is None:
+        return None
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff() != 1
+    if not begins[:, 1:].any():
+        return None
+    bounds = begins.expand(batch, tokens).flatten().nonzero().flatten()
+    return torch.cat([bounds, bounds.new_tensor([batch * tokens])]).int()
+
+
+def packed_arguments(
+    bounds: Tensor, position_ids: Tensor | None, batch: int, device: torch.device, *, sdpa: bool
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """What a forward of packed documents needs.
+
+    Args:
+        bounds: [documents + 1].
+        position_ids: [B or 1, T], or None: each document counts from 0.
+        sdpa: whether attention is sdpa, which computes each document in its own call.
+
+    Returns:
+        The positions; those from which a mask is made, or None: no mask; and the layers' arguments, by transformers'
+        names.
+    """
+    bounds = bounds.cpu() if sdpa else bounds
+    if position_ids is None:
+        position_ids = positions_in_documents(bounds, batch).to(device)
+    apart = None if sdpa else positions_in_documents(bounds, batch).to(device)
+    longest = int(bounds.diff().max())
+    arguments = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return position_ids, apart, arguments
+
+
+def cached_tokens(cache: Any) -> int:
+    """The number of tokens in the cache.
+
+    Raises:
+        ValueError: it is not a HypeNetCache.
+    """
+    if cache is None:
+        return 0
+    if not isinstance(cache, HypeNetCache):
+        raise ValueError(f"past_key_values must be a HypeNetCache, not a {type(cache).__name__}.")
+    return cache.get_seq_length()
+
+
+def checked_mask(mask: Tensor | None, seen: int, tokens: int, *, recurrent: bool) -> Tensor | None:
+    """`mask`, [B, S], or None if it marks no padding: as in most calls, and cheaper for every layer.
+
+    Args:
+        seen: the tokens in the cache.
+        recurrent: whether the model has RNN layers.
+
+    Raises:
+        ValueError: the mask has another length than S, or padding after tokens that RNN layers have seen.
+    """
+    if mask is None:
+        return None
+    if mask.shape[1:] != (seen + tokens,):
+        raise ValueError(
+            f"attention_mask must be [batch, {seen + tokens}], one entry for every token seen so far, "
+            f"not {list(mask.shape)}."
+        )
+    mask = _unless_full(mask)
+    if mask is not None and seen and recurrent and (mask.diff() < 0).any():
+        raise ValueError(
+            "attention_mask has padding after tokens that RNN layers have seen, and their states are no longer those "
+            "of before: pad on the left of everything, or continue each row alone."
+        )
+    return mask
+
+
+def _unless_full(mask: Tensor) -> Tensor | None:
+    return None if mask.all() else mask
+
+
+def positions(attention_mask: Tensor | None, seen: int, tokens: int, device: torch.device) -> Tensor:
+    """0-based positions of the last `tokens` tokens: [1, T], or [B, T] if a mask marks padding."""
+    if attention_mask is None:
+        return torch.arange(seen, seen + tokens, device=device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def positions_in_documents(bounds: Tensor, batch: int) -> Tensor:
+    """0-based positions, [B, T], each document counting from 0."""
+    lengths = bounds.diff()
+    within = torch.arange(int(bounds[-1]), device=bounds.device) - bounds[:-1].repeat_interleave(lengths)
+    return within.view(batch, -1)
