@@ -19,16 +19,15 @@ from halo.data.packing import Part
 from halo.data.preparation import HELD_OUT_SHARE, prepare
 from halo.data.sources import FINEWEB_EDU, SAMPLE, fetch_source
 from halo.errors import UserError
+from halo.graph import conversion
 from halo.models.tokenizer import load_tokenizer
-
-STAGES = ("align", "distill", "finetune")
 
 
 def main() -> None:
     arguments, overrides = parse()
     recorded = Path(arguments.run, "config.toml") if arguments.run else None
     config = load_config(arguments.preset, overrides, recorded=recorded)
-    stages = {name: getattr(config, name) for name in STAGES}
+    stages = {stage.name: getattr(config, stage.name) for stage in conversion() if stage.trains}
     source, name = fetch_source(arguments.source, arguments.sample)
     manifests = prepare(
         source,
@@ -77,7 +76,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one a core, {cores} here)")
     parser.add_argument("--task", type=int, default=0, help="which share of the work to do here, from 0")
     parser.add_argument("--tasks", type=int, default=1, help="how many share the work, each with its own --task")
-    parser.add_argument("--ds_config", help=argparse.SUPPRESS)  # the launchers': slurm/table2.sh passes everything on
+    # Options of the launchers: slurm/table2.sh passes all of them.
+    parser.add_argument("--ds_config", help=argparse.SUPPRESS)
+    parser.add_argument("--from", nargs="+", dest="taken", help=argparse.SUPPRESS)
     return parser.parse_known_args()
 
 

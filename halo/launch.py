@@ -41,6 +41,9 @@ class Job:
     ds_config: Path
     prepare: bool
     """Whether to run the stages before this one where they are missing."""
+    taken_from: Path | None = None
+    """Another run's folder, to take finished stages from (halo/taking.py)."""
+    taken_stages: tuple[str, ...] = ()
     split: Split | None = None
     """Which ranks are a dedicated teacher's. None: there are no other ranks."""
 

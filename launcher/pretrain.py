@@ -3,8 +3,7 @@
 deepspeed launcher/pretrain.py --preset tiny --run runs/tiny-teacher
 """
 
-from halo.launch import launch
-from halo.stages import pretrain
+from halo.pipeline import launch_stage
 
 if __name__ == "__main__":
-    launch(pretrain.run, description=__doc__)
+    launch_stage("pretrain", description=__doc__)

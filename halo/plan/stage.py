@@ -13,6 +13,7 @@ from typing import Any
 
 from halo.config import Config, Training
 from halo.errors import UserError
+from halo.graph import STAGES
 from halo.parallel.sequence import check_degree
 from halo.plan.dry_run import Work
 from halo.plan.load import BF16, Load, Models, load_of
@@ -20,8 +21,6 @@ from halo.training.engine import ALONE, split_batch
 from halo.training.gpus import GPU
 
 GIB = 2**30
-STAGES = ("pretrain", "align", "distill", "finetune")
-"""The stages that train, in order."""
 PARTS = (
     *("parameters", "optimizer", "gradients", "made in forward", "step's buffers", "teacher"),
     *("activations", "one layer", "loss", "gathered", "buckets"),
@@ -236,7 +235,7 @@ class StagePlan:
 
 
 def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
-    """Plan one of `STAGES`.
+    """Plan a stage that trains.
 
     Raises:
         UserError: the ranks do not divide the batch, or cannot share its sequences, or a dedicated teacher takes all
@@ -268,8 +267,8 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
 
 
 def stages_of(config: Config) -> list[str]:
-    """Those of `STAGES` that a preset has."""
-    return [stage for stage in STAGES if getattr(config, stage) is not None]
+    """The stages that train, in order, as far as a preset has them."""
+    return [stage.name for stage in STAGES.values() if stage.trains and getattr(config, stage.name) is not None]
 
 
 def _moments(load: Load, setup: Setup, accumulation: int) -> dict[str, dict[str, float]]:

@@ -1,1 +1,1 @@
-"""The stages of HALO, one module each: `run(context)` does the work and completes the stage's folder."""
+"""The stages of HALO, one module each, named as its record in halo/graph.py. halo/pipeline.py says what a module has."""

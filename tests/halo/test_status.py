@@ -11,7 +11,7 @@ import pytest
 
 from halo.config import load_config
 from halo.errors import UserError
-from halo.status import duration, jobs_of, next_command, stages_of, status_text
+from halo.status import duration, jobs_of, next_command, stages_in, status_text
 from halo.tables import config_table, to_toml
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def job(state: str, typed: str, where: str = "node[1-2]") -> str:
 
 
 def states(run: Path) -> dict[str, str]:
-    return {stage.name: stage.state for stage in stages_of(run, jobs_of(run))}
+    return {stage.name: stage.state for stage in stages_in(run, jobs_of(run))}
 
 
 def test_an_interrupted_run_without_slurm(run):
@@ -145,7 +145,7 @@ def test_a_complete_run(run):
     for stage in ("distill", "finetune", "scaling", "export", "niah", "csr"):
         (run / stage).mkdir(exist_ok=True)
         (run / stage / "stage.json").write_text('{"summary": {}}')
-    assert "the run is complete" in next_command(run, stages_of(run, None))
+    assert "the run is complete" in next_command(run, stages_in(run, None))
 
 
 def test_a_slurm_that_does_not_answer_is_said(run, programs):
