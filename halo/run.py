@@ -115,7 +115,7 @@ class StageFolder:
         if other := self.mismatch():
             raise UserError(
                 f"{self.path} was made from another {other}: remove that folder to make it again, or choose another "
-                "--run (--from takes over the stages that this does not change)"
+                "--run, with --from for the stages that stay the same"
             )
         if damage := self.damage():
             raise UserError(f"{damage}: remove {self.path} to make it again")

@@ -58,12 +58,12 @@ def _has(context: Context, other: Path, name: str) -> bool:
     own, source = StageFolder(context.run / name, {}), StageFolder(other / name, {})
     if not own.record_path.is_file():
         if own.path.exists():
-            raise UserError(f"{own.path} was interrupted: remove it to take it from {other}, or leave {name} out of --from")
+            raise UserError(f"{own.path} was interrupted: remove it, or leave {name} out of --from")
         return False
     # The other run may be gone by the time that an interrupted command is typed again.
     same = own.digest() == source.digest() if source.record_path.is_file() else _is_from(own, other)
     if not same:
-        raise UserError(f"{own.path} is not what {source.path} is: remove it to take that, or leave {name} out of --from")
+        raise UserError(f"{own.path} differs from {source.path}: remove it, or leave {name} out of --from")
     return True
 
 
@@ -81,7 +81,8 @@ def _with(context: Context, other: Path, name: str) -> Context:
     seen = replace(context, taken={**context.taken, name: other / name})
     folder = seen.folder(name)
     if not folder.record_path.is_file():
-        what = f"{folder.path} is not finished" if (other / RUN_CONFIG).is_file() else f"no run in {other} (no {RUN_CONFIG})"
+        is_run = (other / RUN_CONFIG).is_file()
+        what = f"{folder.path} is not finished" if is_run else f"no run in {other} (no {RUN_CONFIG})"
         raise UserError(f"{what}: --from names the folder of a run, and stages that are finished there")
     if difference := folder.mismatch():
         raise UserError(

@@ -1,1 +1,1 @@
-"""The stages of HALO, one module each, named as its record in halo/graph.py. halo/pipeline.py says what a module has."""
+"""The stages of HALO: one module for each record in halo/graph.py (`stage_module` says what a module has)."""

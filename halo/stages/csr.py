@@ -82,7 +82,7 @@ def load_tasks(settings: CommonSense) -> "Tasks":
 def _accuracy(
     settings: CommonSense, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, *, progress: Progress
 ) -> float:
-    """The model's accuracy in a task. Rank 0 sends each request of the harness to all ranks, at the end an empty one."""
+    """The model's accuracy in a task. Rank 0 sends the harness's requests to all ranks, then an empty one."""
     likelihoods = partial(log_likelihoods, model, batch_tokens=settings.batch_tokens, progress=progress)
     reached = 0.0
     if rank() == 0:
