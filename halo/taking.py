@@ -10,30 +10,23 @@ from pathlib import Path
 
 from halo.context import Context
 from halo.errors import UserError
-from halo.graph import RUN_CONFIG, STAGES, conversion
+from halo.graph import RUN_CONFIG, STAGES
 from halo.run import StageFolder
-from halo.tables import suggest
 
 
 def with_taken(context: Context, other: Path, names: Sequence[str]) -> Context:
-    """A context that sees the stages `names` of the run in `other` as its own. On rank 0; writes nothing.
+    """A context that sees the stages `names` of the run in `other` as this run's. On rank 0; writes nothing.
 
     Stages that this run has already, and that are the same, are left as they are.
 
     Raises:
-        UserError: there is no such run or stage, a stage is not finished or not what this run would make, its files are
+        UserError: there is no such run, a stage is not finished there or not what this run would make, its files are
             damaged, or this run has another one already.
     """
-    known = [stage.name for stage in conversion()]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--from: no stage '{name}'{suggest(name, known)}; there are: {', '.join(known)}")
-    if not names:
-        raise UserError(f"--from {other} names no stage: add one or more of {', '.join(known)}")
     if other.resolve() == context.run.resolve():
         raise UserError(f"--from {other} is this run's own folder: name another run")
-    for name in known:
-        if name in names and not _has(context, other, name):
+    for name in sorted(names, key=list(STAGES).index):  # each after its inputs
+        if not _has(context, other, name):
             context = _with(context, other, name)
     return context
 
@@ -72,6 +65,7 @@ def _is_from(own: StageFolder, other: Path) -> bool:
 
 
 def _with(context: Context, other: Path, name: str) -> Context:
+    """`with_taken` for one stage that this run does not have."""
     for before in STAGES[name].inputs:
         if not context.is_complete(before):
             raise UserError(
