@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the sbatch scripts of this folder share: how ranks are started, and what becomes of the job when they end.
+# What the sbatch scripts of this folder share: how ranks start, and what the job does when they end.
 #
 #   launch launcher/kd.py --preset hypenet-9b ...    # one rank a GPU, or one a node where the job has no GPUs
 #

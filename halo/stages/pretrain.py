@@ -30,14 +30,14 @@ def run(context: Context) -> None:
     folder, training = context.folder("pretrain"), context.config.pretrain
     assert training is not None  # the pipeline has checked
     tokenizer = folder.path / "tokenizer"
-    shards = on_rank0(_prepare, training, tokenizer, context.run / "data" / "pretrain")
+    shards = on_rank0(_prepare_text, training, tokenizer, context.run / "data" / "pretrain")
     torch.manual_seed(training.seed)
     model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
     result = train(NextToken(model), training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(_save_teacher, folder, model, result, tokenizer)
 
 
-def _prepare(training: Pretrain, tokenizer: Path, shards: Path) -> str | Path:
+def _prepare_text(training: Pretrain, tokenizer: Path, shards: Path) -> str | Path:
     """The tokenizer, trained into its folder, and the shards that are made with it."""
     _train_tokenizer(training, tokenizer)
     return ensure_shards(training, "pretrain", shards, load_tokenizer(tokenizer))

@@ -1,5 +1,6 @@
 """The records of the stages, and what is derived from them."""
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -51,3 +52,39 @@ def test_a_size_that_does_not_exist_is_refused():
     done = ask("preset", "9b")
     assert (done.returncode, done.stdout) == (2, "")
     assert "2b|4b|8b" in done.stderr
+
+
+def table2(folder: Path, *words: object) -> tuple[list[str], list[str]]:
+    """What slurm/table2.sh prints, and the scripts that it submits, to an sbatch that only writes them down."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "sbatch").write_text(f'#!/bin/bash\necho "$@" >>{folder}/typed\nwc -l <{folder}/typed\n')
+    (folder / "bin" / "sbatch").chmod(0o755)
+    (folder / "typed").unlink(missing_ok=True)
+    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "HALO_PYTHON": sys.executable}
+    command = ["bash", "slurm/table2.sh", *(str(word) for word in words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    typed = (folder / "typed").read_text().splitlines() if (folder / "typed").is_file() else []
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), typed
+
+
+def test_table2_leaves_out_what_is_finished_or_taken(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    options = ("--run", run, "--from", other, "align", "selection", "--heldout", "texts", "--align.shards", "shards")
+    printed, typed = table2(tmp_path, "8b", *options)
+    assert printed[:3] == [
+        "align: the first job takes it from another run",
+        "selection: the first job takes it from another run",
+        "distill: job 1",
+    ]
+    told = " ".join(str(word) for word in options)
+    assert typed[0] == f"--parsable slurm/stage2_8b.sh --preset hypenet-9b {told}"
+    assert [line.split("slurm/")[1].split()[0] for line in typed[1:]] == [
+        *("stage3_8b.sh", "export.sh", "niah.sh", "csr.sh")
+    ]
+    for stage in ("align", "selection", "distill", "finetune", "export"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "stage.json").touch()
+    printed, typed = table2(tmp_path, "8b", *options)
+    assert printed[:2] == [f"align: done already, in {run}/align", f"selection: done already, in {run}/selection"]
+    assert printed[-2:] == ["niah: job 1", "csr: job 2"]

@@ -148,6 +148,17 @@ def test_a_complete_run(run):
     assert "the run is complete" in next_command(run, stages_in(run, None))
 
 
+def test_a_stage_of_another_run_and_pretraining_are_shown(run):
+    (run / "align" / "stage.json").write_text('{"summary": {"seconds": 30}, "taken_from": "/runs/other"}')
+    text = status_text(run)
+    assert "align      complete     30 s; taken from /runs/other\n" in text
+    assert "pretrain" not in text
+    (run / "pretrain").mkdir()
+    text = status_text(run)
+    assert "\n  pretrain   interrupted\n" in text
+    assert "next: deepspeed launcher/pretrain.py --preset" in text
+
+
 def test_a_slurm_that_does_not_answer_is_said(run, programs):
     install(programs, "squeue", status=1)
     (programs / "squeue").write_text("#!/bin/bash\necho 'slurm_load_jobs error: no contact' >&2\nexit 1\n")
