@@ -122,9 +122,9 @@ class StageFolder:
         return True
 
     def mismatch(self) -> str:
-        """The first thing that differs between what a finished stage was made from and what this run would take.
+        """How what a finished stage was made from differs from what this run would make it from.
 
-        In words, as `difference` has it; empty where there is none.
+        In the words of `difference`; empty where it does not.
         """
         record = self.record()
         return difference(record.made_from, self.made_from) if record.made_from != self.made_from else ""

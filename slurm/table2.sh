@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit a whole conversion, from text to Table 2, each job after the one before. Prints their ids.
 #   bash slurm/table2.sh 8b
-# Options go on to every launcher. A stage that is finished, or that --from takes, is left out. AFTER=17:18 makes the first
+# Options are passed to every launcher. A stage that is finished, or that --from takes, is left out. AFTER=17:18 makes the first
 # job wait for others. Where neither options, preset nor run name shards or a corpus, shards are prepared first, in
 # HALO_SHARDS, in HALO_DATA_TASKS tasks; HALO_DATA has more options for that (slurm/prepare_data.sh).
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && source slurm/common.sh || exit 2

@@ -1,4 +1,4 @@
-"""Where a run stands, from folders as stages leave them and a squeue that says what is given to it."""
+"""The progress of a run, from folders as stages leave them and a squeue that prints what a test gives it."""
 
 import json
 import os
