@@ -136,8 +136,11 @@ def main(words: Sequence[str]) -> int:
             print("\n".join(f"{stage} {script}" for script, stage in jobs(size).items()))
         case ["training"]:
             print("\n".join(stage.name for stage in conversion() if stage.trains))
+        case ["preset" | "jobs", size]:
+            print(f"error: no teacher of size '{size}': it is one of {', '.join(SIZES)}", file=sys.stderr)
+            return 2
         case _:
-            print(f"usage: python -m halo.graph preset|jobs {'|'.join(SIZES)}, or training", file=sys.stderr)
+            print("usage: python -m halo.graph preset SIZE | jobs SIZE | training", file=sys.stderr)
             return 2
     return 0
 

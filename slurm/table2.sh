@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Submit a whole conversion, from text to Table 2, each job after the one before. Prints their ids.
 #   bash slurm/table2.sh 8b
-# Options are passed to every launcher. A stage that is finished, or that --from takes, is left out. AFTER=17:18 makes the first
-# job wait for others. Where neither options, preset nor run name shards or a corpus, shards are prepared first, in
+# Options are passed to every launcher. Stages that are finished, or that --from takes, are left out. AFTER=17:18 makes the
+# first job wait for others. If neither options, preset nor run name shards or a corpus, shards are prepared first, in
 # HALO_SHARDS, in HALO_DATA_TASKS tasks; HALO_DATA has more options for that (slurm/prepare_data.sh).
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && source slurm/common.sh || exit 2
 
 command -v "$PYTHON" >/dev/null || PYTHON=python3 # where it is in a container; this needs no package
 graph() { "$PYTHON" -m halo.graph "$@"; }
 size=${1:-}
-preset=$(graph preset "$size" 2>/dev/null) || fail "which teacher? bash slurm/table2.sh 2b, 4b or 8b"
+preset=$(graph preset "$size") || exit 2
 options=(--preset "$preset" "${@:2}")
 find_run "${options[@]}"
 

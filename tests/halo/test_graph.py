@@ -13,12 +13,13 @@ from halo.config import Config
 from halo.graph import SIZES, STAGES, Stage, conversion, jobs, stages_to
 
 ROOT = Path(__file__).parents[2]
+IN_ROOT = {"cwd": ROOT, "capture_output": True, "text": True}
 
 
-def ask(*words: str) -> subprocess.CompletedProcess[str]:
+def ask(*words: str) -> subprocess.CompletedProcess:
     """As slurm/table2.sh asks, but with the standard library alone."""
     command = [sys.executable, "-S", "-m", "halo.graph", *words]
-    return subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True)
+    return subprocess.run(command, env={}, **IN_ROOT)
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
@@ -49,9 +50,10 @@ def test_what_table2_asks_is_answered_without_any_package():
 
 
 def test_a_size_that_does_not_exist_is_refused():
-    done = ask("preset", "9b")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "2b|4b|8b" in done.stderr
+    for command in (ask("preset", "9b"), subprocess.run(["bash", "slurm/table2.sh", "9b"], **IN_ROOT)):
+        assert (command.returncode, command.stdout) == (2, "")
+        assert command.stderr == "error: no teacher of size '9b': it is one of 2b, 4b, 8b\n"
+    assert ask("preset").stderr == "usage: python -m halo.graph preset SIZE | jobs SIZE | training\n"
 
 
 def table2(folder: Path, *words: object) -> tuple[list[str], list[str]]:
@@ -62,7 +64,7 @@ def table2(folder: Path, *words: object) -> tuple[list[str], list[str]]:
     (folder / "typed").unlink(missing_ok=True)
     environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "HALO_PYTHON": sys.executable}
     command = ["bash", "slurm/table2.sh", *(str(word) for word in words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, **IN_ROOT)
     typed = (folder / "typed").read_text().splitlines() if (folder / "typed").is_file() else []
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), typed
