@@ -16,11 +16,9 @@ from pathlib import Path
 from halo.cli import new_parser, read
 from halo.data.sources import FINEWEB_EDU, SAMPLE, fetch_source
 from halo.errors import exit_on_user_error
+from halo.graph import conversion
 from halo.options import OneLineParser
 from halo.preset import load_config
-
-TRAINED = ("align", "distill", "finetune")
-"""The stages that train on shards."""
 
 
 def prepare_stages(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -32,7 +30,7 @@ def prepare_stages(arguments: Namespace, overrides: Sequence[str]) -> None:
     from halo.data.preparation import HELD_OUT_SHARE, prepare
     from halo.models.tokenizer import load_tokenizer
 
-    stages = {name: getattr(config, name) for name in TRAINED}
+    stages = {name: getattr(config, name) for name in trained_on_shards()}
     source, name = fetch_source(arguments.source, arguments.sample)
     manifests = prepare(
         source,
@@ -55,6 +53,11 @@ def prepare_stages(arguments: Namespace, overrides: Sequence[str]) -> None:
         tokens = manifest["samples"] * manifest["seq_len"]
         print(f"--{stage}.shards {arguments.out / stage}: {manifest['samples']:,} samples, {tokens:,} tokens")
     print(f"--heldout {arguments.out / 'held_out'}: text that no stage trains on")
+
+
+def trained_on_shards() -> list[str]:
+    """The stages of a conversion that train."""
+    return [stage.name for stage in conversion() if stage.trains]
 
 
 def _preparation_parser() -> OneLineParser:
@@ -82,5 +85,5 @@ def _preparation_parser() -> OneLineParser:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        given, rest = read(_preparation_parser(), shown=("", *TRAINED))
+        given, rest = read(_preparation_parser(), shown=("", *trained_on_shards()))
         prepare_stages(given, rest)

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from halo.config import Config
 from halo.errors import EXIT_USER_ERROR, UserError
-from halo.graph import INPUTS, stages_to
+from halo.graph import STAGES, conversion, stages_to
 from halo.job import Job
 from halo.options import OneLineParser, Setting, settings, with_underscores
 from halo.preset import DEFAULT_PRESET, default_run, load_config, preset_table
@@ -30,9 +30,13 @@ VERSIONS = ("torch", "deepspeed", "transformers")
 """The packages whose versions `--version` gives beside this one's."""
 
 
-def main(stage: str, *, description: str) -> None:
-    """The whole work of a stage's launcher: read the command line, run the stage on all ranks, end them together."""
-    command(partial(_run_stage, stage), stage=stage, description=description)
+def main(stage: str, *, description: str, tables: Sequence[str] | None = None) -> None:
+    """The whole work of a stage's launcher: read the command line, run the stage on all ranks, end them together.
+
+    Args:
+        tables: as `command` takes them.
+    """
+    command(partial(_run_stage, stage), stage=stage, tables=tables, description=description)
 
 
 def command(
@@ -50,7 +54,7 @@ def command(
         tables: the tables whose settings `--help` lists. None: the stage's and the general ones.
         prepare: whether to run missing earlier stages, instead of what the command line says.
     """
-    parser = _stage_parser(description, has_stages=stage is not None)
+    parser = _stage_parser(description, may_take=stage is not None and STAGES[stage].conversion)
     shown = (*GENERAL, stage or "") if tables is None else tables
     job: Job | UserError
     try:
@@ -116,7 +120,7 @@ def version_line() -> str:
     return f"hypenet-halo {version('hypenet-halo')} ({others})\n"
 
 
-def _stage_parser(description: str, has_stages: bool) -> OneLineParser:
+def _stage_parser(description: str, may_take: bool) -> OneLineParser:
     parser = new_parser(description)
     parser.add_argument(
         "--preset",
@@ -132,7 +136,7 @@ def _stage_parser(description: str, has_stages: bool) -> OneLineParser:
         action="store_true",
         help="first run the earlier stages that are missing (always so without --preset)",
     )
-    if has_stages:
+    if may_take:
         parser.add_argument(
             "--from",
             dest="taken",
@@ -170,11 +174,12 @@ def _taken(words: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
     if not words:
         return None, ()
     run, *stages = words
+    known = [stage.name for stage in conversion()]
     if not stages:
-        raise UserError(f"--from {run} names no stage: write --from {run} STAGE ..., of {', '.join(INPUTS)}")
+        raise UserError(f"--from {run} names no stage: write --from {run} STAGE ..., of {', '.join(known)}")
     for stage in stages:
-        if stage not in INPUTS:
-            raise UserError(f"--from: no stage '{stage}'{suggest(stage, list(INPUTS))}; stages: {', '.join(INPUTS)}")
+        if stage not in known:
+            raise UserError(f"--from: no stage '{stage}'{suggest(stage, known)}; stages: {', '.join(known)}")
     return Path(run), tuple(dict.fromkeys(stages))
 
 

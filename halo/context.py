@@ -1,18 +1,16 @@
-"""What a stage is given: the run's settings, its folders, and where the stages before it left their work."""
+"""What a stage is given: the run's settings, its folders, and where earlier stages left their results."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halo.config import Config
 from halo.errors import UserError
-from halo.graph import INPUTS, LAUNCHERS, stages_to
+from halo.graph import STAGES, Seen, stages_to
 from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.tables import config_table
-
-MEASURING = ("selection", "scaling", "niah")
-"""The stages that measure on held-out text."""
 
 FREE = (
     *("micro_batch", "save_every", "activation_checkpointing", "activation_offload", "batch_tokens"),
@@ -22,7 +20,7 @@ FREE = (
     *("keep_last", "keep_every", "max_skipped"),
     *("shards_cache", "shards_cache_gb"),
 )
-"""Settings that change how a result is reached, not the result: they may change when a run goes on."""
+"""Settings that change how a result is reached, not the result: they may change when a run resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,56 +28,70 @@ class Context:
     config: Config
     run: Path
     teacher: Path
-    """The teacher's local folder, or its GGUF file."""
-    fingerprint: str
-    """The teacher's."""
+    """The teacher's local folder, or its GGUF file. Pretraining has no teacher: it makes one."""
+    fingerprint: str = ""
+    """The teacher's (`teacher_fingerprint`)."""
     ds_config: dict[str, Any]
     split: RankLayout | None = None
-    """Which ranks are a dedicated teacher's. None: there are no other ranks."""
-    _checked: set[str] = field(default_factory=set)
+    """Which ranks serve a dedicated teacher. None: all ranks train."""
+    taken: Mapping[str, Path] = field(default_factory=dict)
+    """Stages to take from another run: stage -> its folder there (halo/taking.py)."""
+    verified: set[str] = field(default_factory=set)
+    """Finished stages whose files were read and are what they should be."""
 
     def settings(self, stage: str) -> Any:
-        """The preset's table of a stage; None for one that has no settings."""
+        """The preset's table of a stage; None for a stage without settings."""
         return getattr(self.config, stage, None)
 
     def folder(self, stage: str) -> StageFolder:
-        """A stage's folder, knowing what it must have been made from."""
-        made_from: dict[str, Any] = {
-            "teacher": self.fingerprint,
-            "rnn_mixer": self.config.rnn_mixer,
-            "architecture": config_table(self.config.architecture),
-        }
-        if stage in MEASURING:
-            made_from["heldout"] = self.config.heldout
+        """A stage's folder, with what the stage must have been made from."""
+        record, made_from = STAGES[stage], dict[str, Any]()
+        if record.conversion:
+            made_from["teacher"] = self.fingerprint
+        for part in record.sees:
+            made_from |= self._seen(part)
         settings = self.settings(stage)
         if settings is not None:
             made_from |= {key: value for key, value in config_table(settings).items() if key not in FREE}
-        for before in INPUTS[stage]:
+        for before in record.inputs:
             made_from[before] = self.folder(before).digest()
-        return StageFolder(self.run / stage, made_from)
+        return StageFolder(self.taken.get(stage, self.run / stage), made_from)
+
+    def _seen(self, part: Seen) -> dict[str, Any]:
+        """The settings behind a name in a stage's `sees`."""
+        switches = config_table(self.config.architecture)
+        of_attention = {key: switches.pop(key) for key in list(switches) if key.startswith("attn_")}
+        match part:
+            case "rnn":
+                return {"rnn_mixer": self.config.rnn_mixer, "rnn_switches": switches}
+            case "attention":
+                return {"attention_switches": of_attention}
+            case "heldout":
+                return {"heldout": self.config.heldout}
 
     def is_complete(self, stage: str) -> bool:
-        """Whether `stage` and all that it reads are done, for these settings. Files are verified once.
+        """Whether `stage` and all its inputs are finished, for these settings. Files are verified once.
 
         Raises:
             UserError: one of them was made from something else, or is damaged.
         """
-        if stage not in self._checked:
-            if not (all(self.is_complete(before) for before in INPUTS[stage]) and self.folder(stage).is_complete()):
+        if stage not in self.verified:
+            inputs = STAGES[stage].inputs
+            if not (all(self.is_complete(before) for before in inputs) and self.folder(stage).is_complete()):
                 return False
-            self._checked.add(stage)
+            self.verified.add(stage)
         return True
 
     def require_inputs(self, stage: str) -> None:
-        """Check that all `stage` reads is there.
+        """Check that all stages before `stage` are finished.
 
         Raises:
-            UserError: naming the first stage that is missing, and the command that makes it.
+            UserError: naming the first stage that is not, and the command that runs it.
         """
         for before in stages_to(stage, prepare=True)[:-1]:
             if not self.is_complete(before):
                 state = "was interrupted" if (self.run / before).is_dir() else "is missing"
                 raise UserError(
-                    f"{stage} needs {self.run / before}, which {state}: run launcher/{LAUNCHERS[before]} first, "
+                    f"{stage} needs {self.run / before}, which {state}: run launcher/{STAGES[before].launcher} first, "
                     "or pass --prepare"
                 )

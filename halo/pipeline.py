@@ -1,35 +1,27 @@
 """From a command line to finished stages: check everything on rank 0, then run what is missing, in order."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 from halo.config import Training
 from halo.context import Context
 from halo.distributed import on_rank0, rank, world_size
 from halo.errors import UserError
-from halo.graph import stages_to
+from halo.graph import STAGES, stages_to
 from halo.job import Job
 from halo.models.build import check_teacher
 from halo.models.loading import check_architecture, find_teacher
 from halo.parallel.checks import check_sequence_parallel
 from halo.run import claim, recorded_config, teacher_fingerprint
-from halo.stages import align, csr, distill, export, finetune, niah, scaling, selection
 from halo.tables import suggest
+from halo.taking import take, with_taken
 from halo.training.engine import complete_ds_config, read_ds_config
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
-
-STAGES: dict[str, Callable[[Context], None]] = {
-    "align": align.run,
-    "selection": selection.run,
-    "distill": distill.run,
-    "finetune": finetune.run,
-    "scaling": scaling.run,
-    "export": export.run,
-    "niah": niah.run,
-    "csr": csr.run,
-}
 
 
 def run_stage(job: Job, stage: str) -> Context:
@@ -39,19 +31,32 @@ def run_stage(job: Job, stage: str) -> Context:
         UserError: bad settings, teacher or folder, or a missing predecessor; on every rank, before anything is written.
     """
     names = stages_to(stage, job.prepare)
-    # The store in `split` is each rank's own.
-    context = replace(on_rank0(lambda: _open(job, stage, names)), split=job.split)
+    context = on_rank0(_open, job, stage, names)
     with recorded_config(job.run, job.config):
+        taken = context.taken
+        # The store in `split` is each rank's own.
+        context = replace(on_rank0(take, context), split=job.split)
+        for name in taken:
+            say(f"{name}: taken from {job.taken_from}")
         for name in names:
-            if on_rank0(lambda name=name: context.is_complete(name)):  # type: ignore[misc]
-                say(f"{name}: done already, in {context.run / name}")
+            if on_rank0(context.is_complete, name):
+                say(on_rank0(_done, context, name))
                 continue
             if name != stage:
                 say(f"{name}: missing, preparing it for {stage}")
             began = time.perf_counter()
-            STAGES[name](context)
+            stage_module(name).run(context)
             say(f"{name}: {time.perf_counter() - began:.0f} s -> {context.run / name}")
     return context
+
+
+def stage_module(name: str) -> ModuleType:
+    """The module of a stage.
+
+    It has `run(context)`, which does the work and completes the stage's folder, on all ranks. It may have
+    `check(context)`, on rank 0 before the first stage runs: it raises a UserError where `run` would fail.
+    """
+    return import_module(f"halo.stages.{name}")
 
 
 def say(line: str) -> None:
@@ -60,33 +65,58 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _open(job: Job, stage: str, names: list[str]) -> Context:
+def _done(context: Context, name: str) -> str:
+    other = context.folder(name).record().taken_from
+    return f"{name}: done already, in {context.run / name}" + (f", taken from {other}" if other else "")
+
+
+def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
     """Every check that needs no model. Writes nothing but what is fetched from the hub."""
     ds_config = read_ds_config(job.ds_config)
-    mixer, mixers = job.config.rnn_mixer, sorted(MIXERS.keys() - {ATTENTION})
-    if mixer not in mixers:
-        raise UserError(f"no RNN mixer '{mixer}'{suggest(mixer, mixers)}; there are: {', '.join(mixers)}")
+    converts = STAGES[stage].conversion
+    if converts:
+        _check_mixer(job.config.rnn_mixer)
     for name in names:
         training = getattr(job.config, name, None)
+        if STAGES[name].trains and training is None:
+            raise UserError(f"preset '{job.config.name}' has no [{name}] table")
         if isinstance(training, Training) and world_size() % training.sequence_parallel == 0:  # else refused below
             complete_ds_config(ds_config, training)
     claim(job.run, job.config)
+    teacher = _find_teacher(job, names) if converts else Path()
+    context = Context(
+        config=job.config,
+        run=job.run,
+        teacher=teacher,
+        fingerprint=teacher_fingerprint(teacher) if converts else "",
+        ds_config=ds_config,
+    )
+    if job.taken_from is not None:
+        context = with_taken(context, job.taken_from, job.taken_stages)
+    if not job.prepare:
+        context.require_inputs(stage)
+    for name in names:
+        if not context.is_complete(name):  # refuses what was made from something else
+            getattr(stage_module(name), "check", _nothing)(context)
+    return context
+
+
+def _check_mixer(mixer: str) -> None:
+    mixers = sorted(MIXERS.keys() - {ATTENTION})
+    if mixer not in mixers:
+        raise UserError(f"no RNN mixer '{mixer}'{suggest(mixer, mixers)}; there are: {', '.join(mixers)}")
+
+
+def _find_teacher(job: Job, names: Sequence[str]) -> Path:
+    """The teacher's local files, checked without loading them."""
     teacher = find_teacher(job.config.teacher)
     check_architecture(teacher, job.config)
     for name in names:
         if hasattr(getattr(job.config, name, None), "sequence_parallel"):
             check_sequence_parallel(teacher, job.config, name, world_size())
     check_teacher(teacher)
-    context = Context(
-        config=job.config,
-        run=job.run,
-        teacher=teacher,
-        fingerprint=teacher_fingerprint(teacher),
-        ds_config=ds_config,
-    )
-    if not job.prepare:
-        context.require_inputs(stage)
-    done = {name: context.is_complete(name) for name in names}  # refuses what was made from something else
-    if not done.get("csr", True):
-        csr.load_tasks(job.config.csr)
-    return context
+    return teacher
+
+
+def _nothing(context: Context) -> None:
+    """The `check` of a stage that has none."""

@@ -3,8 +3,8 @@
     runs/<name>/config.toml            the resolved configuration, which later commands start from
     runs/<name>/<stage>/stage.json     written last: what the stage was made from, what it wrote, what it cost
 
-stage.json names every file that the stage hands on, with size and SHA-256. A stage that lacks it was interrupted. A
-stage whose record no longer fits (another teacher, other settings, an altered file) is refused, never overwritten.
+stage.json names every file that the stage hands on, with size and SHA-256. A stage without it was interrupted. A stage
+whose record no longer fits (another teacher, other settings, an altered file) is refused, never overwritten.
 """
 
 import hashlib
@@ -23,12 +23,14 @@ from torch import Tensor
 from halo.config import Config
 from halo.distributed import rank
 from halo.errors import UserError
+from halo.graph import RUN_CONFIG, STAGE_RECORD
 from halo.tables import config_table, read_toml, to_toml
 
-IDENTITY = ("name", "teacher", "rnn_mixer", "architecture")
-"""The settings that make a run what it is: a folder with others belongs to another run."""
+IDENTITY = ("name", "teacher")
+"""The settings that no run changes: a folder with others belongs to another run. For all others, a finished stage
+decides: it refuses those that it sees (halo/graph.py)."""
 JOBS = "slurm"
-"""The subfolder in which slurm/common.sh keeps its jobs' logs, from before a run's first stage."""
+"""The subfolder in which slurm/common.sh keeps its jobs' logs. It may be there before the run's first stage."""
 
 
 @contextmanager
@@ -73,15 +75,22 @@ class Record:
     """What stage.json holds."""
 
     made_from: dict[str, Any]
-    """The teacher's fingerprint, the stage's settings, and the digests of the stages it read."""
+    """The teacher's fingerprint, the settings that the stage sees, and the digests of its inputs."""
     files: dict[str, dict[str, Any]]
     """File name -> {"bytes", "sha256"}."""
     summary: dict[str, Any]
     """Tokens, trained parameters, seconds, and the stage's own results."""
+    taken_from: str | None = None
+    """The folder of the run that did the work, if it was another."""
 
 
 class StageFolder:
-    """One stage's folder: write the outputs, then `complete` it."""
+    """A stage's folder: write the outputs, then `complete` it.
+
+    Args:
+        path: its last part is the stage's name.
+        made_from: as `Record` has it, for a stage that this run would make now.
+    """
 
     def __init__(self, path: Path, made_from: dict[str, Any]):
         self.path = path
@@ -93,33 +102,47 @@ class StageFolder:
 
     @property
     def record_path(self) -> Path:
-        return self.path / "stage.json"
+        return self.path / STAGE_RECORD
 
     def is_complete(self) -> bool:
-        """Whether the stage is done, for just these settings.
+        """Whether the stage is finished, and is what this run would make now. Reads all its files.
 
         Raises:
-            UserError: it is done, but was made from something else, or its files are not what it recorded.
+            UserError: it is finished, but was made from something else, or its files are not what it recorded.
         """
         if not self.record_path.is_file():
             return False
-        record = self.record()
-        if record.made_from != self.made_from:
+        if other := self.mismatch():
             raise UserError(
-                f"{self.path} was made from another {difference(record.made_from, self.made_from)}: "
-                "remove that folder to make it again, or choose another --run"
+                f"{self.path} was made from another {other}: remove that folder to make it again, or choose another "
+                "--run, with --from for the stages that stay the same"
             )
-        for name, expected in record.files.items():
-            file = self.path / name
-            if not file.is_file():
-                raise UserError(
-                    f"{file} is missing although its stage was complete: remove {self.path} to make it again"
-                )
-            if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
-                raise UserError(f"{file} is damaged (not what its stage wrote): remove {self.path} to make it again")
+        if damage := self.damage():
+            raise UserError(f"{damage}: remove {self.path} to make it again")
         return True
 
+    def mismatch(self) -> str:
+        """How what a finished stage was made from differs from what this run would make it from.
+
+        In the words of `difference`; empty where it does not.
+        """
+        record = self.record()
+        return difference(record.made_from, self.made_from) if record.made_from != self.made_from else ""
+
+    def damage(self) -> str:
+        """Which file of a finished stage is not what it recorded, in words; empty where all are."""
+        for name, expected in self.record().files.items():
+            file = self.path / name
+            if not file.is_file():
+                return f"{file} is missing although its stage was complete"
+            if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+                return f"{file} is damaged (not what its stage wrote)"
+        return ""
+
     def record(self) -> Record:
+        """Raises:
+        UserError: stage.json cannot be read.
+        """
         try:
             return Record(**json.loads(self.record_path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:
@@ -128,8 +151,10 @@ class StageFolder:
             ) from error
 
     def digest(self) -> str:
-        """One line that stands for everything the stage hands on."""
-        return sha256(self.record_path)
+        """SHA-256 of what a finished stage was made from and hands on. The cost and a taking do not change it."""
+        record = self.record()
+        stands_for = {"made_from": record.made_from, "files": record.files}
+        return hashlib.sha256(json.dumps(stands_for, sort_keys=True).encode()).hexdigest()
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         with atomic(self.path / name) as partial:
@@ -149,19 +174,47 @@ class StageFolder:
         return json.loads((self.path / name).read_text())
 
     def files_in(self, name: str) -> list[str]:
-        """The files of a subfolder, as `complete` takes them."""
+        """The files of a subfolder, for `complete`."""
         return sorted(f"{name}/{path.name}" for path in (self.path / name).iterdir())
 
     def complete(self, files: list[str], summary: dict[str, Any]) -> None:
-        """Declare the stage done: record the files it hands on. The last thing a stage does, on rank 0.
+        """Finish the stage: record the files that it hands on. The last thing a stage does, on rank 0.
 
-        Its checkpoints go: a finished stage keeps its weights, not its optimizer.
+        Its checkpoints are removed: a finished stage keeps its weights, not its optimizer.
         """
         listed = {
             name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)} for name in files
         }
-        self.save_json("stage.json", {"made_from": self.made_from, "files": listed, "summary": summary})
+        self.save_json(STAGE_RECORD, {"made_from": self.made_from, "files": listed, "summary": summary})
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def take(self, source: "StageFolder") -> None:
+        """Make this stage the finished one in another run's folder: its files are linked, or else copied.
+
+        Raises:
+            UserError: the disk refuses, or a copy is not what was copied.
+        """
+        record = source.record()
+        try:
+            with atomic_folder(self.path) as partial:
+                for name, expected in record.files.items():
+                    _link_or_copy(source.path / name, partial / name, expected["sha256"])
+                origin = str(source.path.parent.resolve())
+                taken = {"made_from": record.made_from, "files": record.files, "summary": record.summary}
+                (partial / STAGE_RECORD).write_text(json.dumps(taken | {"taken_from": origin}, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{source.path} cannot be taken into {self.path.parent}: {error.strerror}") from error
+
+
+def _link_or_copy(source: Path, target: Path, digest: str) -> None:
+    """A link is safe: no stage writes into a finished file, each replaces it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+        if sha256(target) != digest:
+            raise UserError(f"{source} was damaged while it was copied: try again") from None
 
 
 def claim(folder: Path, config: Config) -> None:
@@ -170,7 +223,7 @@ def claim(folder: Path, config: Config) -> None:
     Raises:
         UserError: the folder belongs to another run, or holds files but no run.
     """
-    path = folder / "config.toml"
+    path = folder / RUN_CONFIG
     if path.is_file():
         recorded, table = read_toml(path), config_table(config)
         for key in IDENTITY:
@@ -183,8 +236,8 @@ def claim(folder: Path, config: Config) -> None:
 
 @contextmanager
 def recorded_config(folder: Path, config: Config) -> Iterator[None]:
-    """Write the run's config.toml, on rank 0; later commands start from it. A UserError puts the one before back."""
-    path = folder / "config.toml"
+    """Write the run's config.toml, on rank 0; later commands start from it. A UserError inside restores the old one."""
+    path = folder / RUN_CONFIG
     before = path.read_bytes() if path.is_file() else None
     if rank() == 0:
         with atomic(path) as partial:
@@ -199,7 +252,7 @@ def recorded_config(folder: Path, config: Config) -> Iterator[None]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first thing that differs, in words: `teacher`, or `lr (0.001, now 0.002)`."""
+    """The first thing that differs, in words: "teacher", or "lr (0.001, now 0.002)"."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if a != b:
@@ -211,7 +264,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def teacher_fingerprint(teacher: Path) -> str:
-    """A digest of a teacher: its config, and of each weight file, or of its GGUF file, size, head and tail."""
+    """A digest of a teacher: name, size, first and last MiB of its config and weight files, or of its GGUF file."""
     digest = hashlib.sha256()
     files = [teacher] if teacher.is_file() else [teacher / "config.json", *sorted(teacher.glob("*.safetensors"))]
     for path in files:

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its folder and from Slurm's queue. Answers at once: it imports no torch."""
+"""The progress of a run, read from its folder and from Slurm's queue. Answers at once: it imports no torch."""
 
 import json
 import os
@@ -15,32 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from halo.errors import UserError
-from halo.graph import INPUTS, LAUNCHERS
+from halo.graph import RUN_CONFIG, SIZES, STAGE_RECORD, STAGES, Stage
 
 RECENT = 20
-"""Steps over which speed is taken: their median."""
+"""Speed is the median over this many steps."""
 QUIET = 120.0
-"""Without Slurm, a training stage runs if its last step is not older than this, or than ten steps."""
-SIZES = {"hypenet-2b": "2b", "hypenet-5b": "4b", "hypenet-9b": "8b"}
-"""A preset's scripts in slurm/ end with its teacher's size."""
-CONFIG = "config.toml"
+"""Seconds. Without Slurm, a training stage counts as running if its last step is younger, or younger than ten steps."""
 DATA_SCRIPT = "prepare_data.sh"
-"""It belongs to no stage, nor to a run unless it was told the run's preset or folder, as slurm/table2.sh does."""
-SCRIPTS = {
-    "align": "stage1_{size}.sh",
-    "selection": "selection_{size}.sh",
-    "distill": "stage2_{size}.sh",
-    "finetune": "stage3_{size}.sh",
-    "scaling": "export.sh",
-    "export": "export.sh",
-    "niah": "niah.sh",
-    "csr": "csr.sh",
-}
+"""Runs no stage. It belongs to a run if its options name the run's preset or folder, as those of slurm/table2.sh do."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job of Slurm's, of one run."""
+class SlurmJob:
+    """A job in Slurm's queue."""
 
     id: str
     state: str
@@ -49,7 +36,7 @@ class Job:
     elapsed: str
     limit: str
     where: str
-    """The nodes that it runs on, or why it waits."""
+    """The nodes on which it runs, or why it waits."""
 
     def __str__(self) -> str:
         if self.state == "RUNNING":
@@ -58,8 +45,8 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    name: str
+class StageStatus:
+    record: Stage
     state: str
     """missing, queued, running, interrupted or complete."""
     step: int = 0
@@ -70,32 +57,40 @@ class Stage:
     loss: float | None = None
     tokens_per_s: float | None = None
     seconds: float | None = None
-    """Taken by the stage, if it is complete; else left of it."""
+    """How long a complete stage took; else how long it will still take."""
     age: float | None = None
     """Seconds since its last step."""
     zero: int | None = None
     """The ZeRO stage of the last checkpoint."""
-    jobs: tuple[Job, ...] = ()
+    taken_from: str | None = None
+    """The folder of the run that did the work, if it was another."""
+    jobs: tuple[SlurmJob, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.record.name
 
 
-def stages_of(run: Path, jobs: Sequence[Job] | None) -> list[Stage]:
-    """Every stage of the run in `run`.
+def stages_in(run: Path, jobs: Sequence[SlurmJob] | None) -> list[StageStatus]:
+    """Every stage of a conversion, and pretraining if the run has it.
 
     Args:
-        jobs: the run's in Slurm's queue; None where the run is not Slurm's, or that is not known.
+        jobs: the run's jobs in Slurm's queue; None if the run does not use Slurm, or the queue cannot be read.
 
     Raises:
         UserError: there is no run, or a file of it cannot be read.
     """
     config = _config(run)
-    stages: dict[str, Stage] = {}
-    for name, inputs in INPUTS.items():
-        ready = all(stages[before].state == "complete" for before in inputs)
-        stages[name] = _stage(run, name, config.get(name, {}).get("steps", 0), ready, jobs)
+    stages: dict[str, StageStatus] = {}
+    for record in STAGES.values():
+        if record.conversion or (run / record.name).is_dir():
+            ready = all(stages[before].state == "complete" for before in record.inputs)
+            steps = config.get(record.name, {}).get("steps", 0) if record.trains else 0
+            stages[record.name] = _status(run, record, steps, ready, jobs)
     return list(stages.values())
 
 
-def jobs_of(run: Path) -> list[Job]:
+def jobs_of(run: Path) -> list[SlurmJob]:
     """The jobs in Slurm's queue that were submitted for `run`.
 
     Raises:
@@ -114,12 +109,12 @@ def jobs_of(run: Path) -> list[Job]:
         number, state, elapsed, limit, where, folder, typed = line.split("|", 6)
         script = typed.split(" ", 1)[0]
         if (Path(folder) / _run_of(Path(script), typed)).resolve() == run.resolve():
-            job = Job(id=number, state=state, script=Path(script).name, elapsed=elapsed, limit=limit, where=where)
-            jobs.append(job)
+            name = Path(script).name
+            jobs.append(SlurmJob(id=number, state=state, script=name, elapsed=elapsed, limit=limit, where=where))
     return jobs
 
 
-def next_command(run: Path, stages: Sequence[Stage]) -> str:
+def next_command(run: Path, stages: Sequence[StageStatus]) -> str:
     """What to type now, as one line."""
     for stage in stages:
         if stage.state == "complete":
@@ -129,29 +124,30 @@ def next_command(run: Path, stages: Sequence[Stage]) -> str:
             return f"nothing: {stage.name} is {stage.state}" + (f"; tail -f {log}" if log else "")
         preset = _config(run)["name"]
         options = f"--preset {shlex.quote(preset)} --run {shlex.quote(str(run))}"
-        if preset in SIZES and shutil.which("sbatch"):
-            return f"sbatch slurm/{SCRIPTS[stage.name].format(size=SIZES[preset])} {options}"
+        size = next((size for size, of in SIZES.items() if of == preset), None)
+        if size and stage.record.script and shutil.which("sbatch"):
+            return f"sbatch slurm/{stage.record.script_for(size)} {options}"
         zero = f" --ds_config ds_configs/zero{stage.zero}.json" if stage.zero else ""
-        return f"deepspeed launcher/{LAUNCHERS[stage.name]} {options}{zero}"
+        return f"deepspeed launcher/{stage.record.launcher} {options}{zero}"
     return f"nothing: the run is complete; its tables are {run / 'niah' / 'niah.md'} and {run / 'csr' / 'csr.md'}"
 
 
 def status_text(run: Path) -> str:
-    """All of it, to be read in a terminal."""
+    """The whole answer, for a terminal."""
     jobs, lines = None, []
     if shutil.which("squeue"):
         try:
             jobs = jobs_of(run)
         except UserError as error:
             lines.append(f"  its jobs are not known: {error}")
-    if jobs and not (run / CONFIG).is_file():
+    if jobs and not (run / RUN_CONFIG).is_file():
         waiting = [f"  {job.script:<20} {job}" for job in jobs]
         return "\n".join([f"{run}: not begun", *waiting, "next: nothing: its jobs are in the queue"]) + "\n"
     config = _config(run)
     lines.insert(0, f"{run}: {config['name']}, from {config['teacher']}")
     lines += [f"  {'data':<23} {job}" for job in jobs or () if job.script == DATA_SCRIPT]
     by_slurm = jobs or (run / "slurm").is_dir()
-    stages = stages_of(run, jobs if by_slurm else None)
+    stages = stages_in(run, jobs if by_slurm else None)
     for stage in stages:
         lines.append(f"  {stage.name:<10} {stage.state:<12} {'; '.join(_details(stage))}".rstrip())
         lines += [f"{'':26}{job}" for job in stage.jobs]
@@ -165,7 +161,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _details(stage: Stage) -> list[str]:
+def _details(stage: StageStatus) -> list[str]:
     parts = []
     if stage.steps and stage.state in ("running", "interrupted"):
         saved = "no checkpoint" if stage.checkpoint is None else f"last checkpoint {stage.checkpoint:,}"
@@ -178,29 +174,33 @@ def _details(stage: Stage) -> list[str]:
         parts.append(duration(stage.seconds) + (" left" if stage.state != "complete" else ""))
     if stage.age is not None and stage.state != "complete":
         parts.append(f"last step {duration(stage.age)} ago")
+    if stage.taken_from:
+        parts.append(f"taken from {stage.taken_from}")
     return parts
 
 
-def _stage(run: Path, name: str, steps: int, ready: bool, all_jobs: Sequence[Job] | None) -> Stage:
-    """Args:
-    ready: all that the stage reads is there, so that a running job of its script is at this stage.
+def _status(run: Path, record: Stage, steps: int, ready: bool, all_jobs: Sequence[SlurmJob] | None) -> StageStatus:
     """
-    folder = run / name
-    jobs = tuple(job for job in all_jobs or () if _makes(job.script, name))
-    lines = _metrics(folder / "metrics.jsonl") if steps else []
+    Args:
+        ready: all inputs of the stage are complete, so that a running job of its script is at this stage.
+    """
+    folder = run / record.name
+    jobs = tuple(job for job in all_jobs or () if _runs(job.script, record))
+    lines = _last_steps(folder / "metrics.jsonl") if steps else []
     last = lines[-1] if lines else {}
-    speed = statistics.median(line["tokens_per_s"] for line in lines[-RECENT:]) if lines else None
-    if (folder / "stage.json").is_file():
-        summary = _read_json(folder / "stage.json")["summary"]
-        return Stage(
-            name=name,
+    speed = statistics.median(line["tokens_per_s"] for line in lines) if lines else None
+    if (folder / STAGE_RECORD).is_file():
+        written = _read_json(folder / STAGE_RECORD)
+        return StageStatus(
+            record=record,
             state="complete",
-            loss=summary.get("loss"),
+            loss=written["summary"].get("loss"),
             tokens_per_s=speed,
-            seconds=summary.get("seconds"),
+            seconds=written["summary"].get("seconds"),
+            taken_from=written.get("taken_from"),
             jobs=jobs,
         )
-    step_s = statistics.median(line["step_s"] for line in lines[-RECENT:]) if lines else 0.0
+    step_s = statistics.median(line["step_s"] for line in lines) if lines else 0.0
     age = time.time() - (folder / "metrics.jsonl").stat().st_mtime if lines else None
     checkpoint, zero = _checkpoint(folder / "checkpoints")
     recent = all_jobs is None and age is not None and age < max(QUIET, 10 * step_s)
@@ -211,8 +211,8 @@ def _stage(run: Path, name: str, steps: int, ready: bool, all_jobs: Sequence[Job
     else:
         state = "interrupted" if folder.is_dir() else "missing"
     step = last["step"] + 1 if last else 0
-    return Stage(
-        name=name,
+    return StageStatus(
+        record=record,
         state=state,
         step=step,
         steps=steps,
@@ -226,12 +226,12 @@ def _stage(run: Path, name: str, steps: int, ready: bool, all_jobs: Sequence[Job
     )
 
 
-def _makes(script: str, stage: str) -> bool:
-    return re.fullmatch(SCRIPTS[stage].format(size=r"\w+"), script) is not None
+def _runs(script: str, record: Stage) -> bool:
+    return re.fullmatch(record.script_for(r"\w+"), script) is not None
 
 
 def _run_of(script: Path, typed: str) -> str:
-    """The run's folder that a script of slurm/ works on, from how it was submitted. As slurm/common.sh finds it."""
+    """The folder of the run that a script of slurm/ works on, from its options, as slurm/common.sh finds it."""
     run = re.findall(r"--run[ =](.*?)(?= --|$)", typed)  # squeue does not quote: a folder's name may have blanks
     if run:
         return run[-1]
@@ -241,7 +241,7 @@ def _run_of(script: Path, typed: str) -> str:
     return str(Path(os.environ.get("HALO_RUNS", "runs")) / Path(preset[-1]).stem) if preset else ""
 
 
-def _log(run: Path, stage: Stage) -> Path | None:
+def _log(run: Path, stage: StageStatus) -> Path | None:
     """Rank 0's log of the job that runs the stage."""
     for job in stage.jobs:
         logs = list((run / "slurm").glob(f"*-{job.id}/rank-0.log"))
@@ -251,7 +251,7 @@ def _log(run: Path, stage: Stage) -> Path | None:
 
 
 def _config(run: Path) -> dict[str, Any]:
-    path = run / CONFIG
+    path = run / RUN_CONFIG
     if not path.is_file():
         raise UserError(f"no run in {run} (no config.toml): give the folder that a launcher's --run names")
     try:
@@ -260,21 +260,21 @@ def _config(run: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The last lines, as many as speed is taken over; a last line that is half-written is left out."""
+def _last_steps(path: Path) -> list[dict[str, Any]]:
+    """The last RECENT lines of a metrics.jsonl. A last line that is half-written is left out."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
-        whole = [line for line in file.read().split(b"\n")[-RECENT - 2 : -1] if line.startswith(b"{")]
+        whole = [line for line in file.read().split(b"\n")[-RECENT - 1 : -1] if line.startswith(b"{")]
     try:
         return [json.loads(line) for line in whole]
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} has a line that is not JSON ({error}): the stage's next start mends it") from error
+        raise UserError(f"{path} has a line that is not JSON ({error}): the stage's next start repairs it") from error
 
 
 def _checkpoint(folder: Path) -> tuple[int | None, int | None]:
-    """The step of the checkpoint that a stage goes on from, and its ZeRO stage."""
+    """The step of the checkpoint from which a stage resumes, and its ZeRO stage."""
     pointer = folder / "latest"
     if not pointer.is_file():
         return None, None

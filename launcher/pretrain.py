@@ -3,15 +3,7 @@
 deepspeed launcher/pretrain.py --preset tiny --run runs/tiny-teacher
 """
 
-from halo.cli import command
-from halo.job import Job
-
-
-def pretraining(job: Job) -> None:
-    from halo.stages import pretrain  # not before the command line is read
-
-    pretrain.run(job)
-
+from halo.cli import main
 
 if __name__ == "__main__":
-    command(pretraining, description=__doc__, tables=("pretrain",))
+    main("pretrain", description=__doc__, tables=("pretrain",))

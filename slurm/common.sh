@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What the sbatch scripts of this folder share: how ranks are started, and what becomes of the job when they end.
+# What the sbatch scripts of this folder share: how ranks start, and what the job does when they end.
 #
 #   launch launcher/kd.py --preset hypenet-9b ...    # one rank a GPU, or one a node where the job has no GPUs
 #
-# Ranks end with 0 (done), 2 (a mistake of the user's: one line), 75 (told to stop by a signal, and saved), or otherwise.
-# After 75 the job queues again and goes on from there. After anything else each node is tried: if one is sick, the job
+# Ranks end with 0 (done), 2 (a mistake of the user's: one line), 75 (stopped by a signal, and saved), or another status.
+# After 75 the job queues again and resumes from there. After another status each node is checked: if one is sick, the job
 # queues again without it; if all are well, the job has failed.
 
 set -euo pipefail
@@ -22,19 +22,21 @@ fail() {
 }
 
 # From a launcher's options sets `run`, the run's folder (the last --run, else where HALO_RUNS keeps the last --preset's),
-# and `preset_file`.
+# `preset_file`, and `taken`, the words after --from (a run's folder, then stages).
 find_run() {
-  local word before="" preset=""
-  run=""
+  local word before="" option="" preset=""
+  run="" taken=""
   for word in "$@"; do
     case $before in --run) run=$word ;; --preset) preset=$word ;; esac
     case $word in --run=*) run=${word#*=} ;; --preset=*) preset=${word#*=} ;; esac
+    [[ $word != --* ]] || option=$word
+    [[ $option != --from || $word == --from ]] || taken+=" $word"
     before=$word
   done
   [[ -n $preset ]] || fail "no preset: add --preset hypenet-9b, or another"
   run=${run:-${HALO_RUNS:-runs}/$(basename "$preset" .toml)}
   [[ $preset == *.toml ]] || preset=halo/presets/$preset.toml
-  # shellcheck disable=SC2034 # table2.sh reads it
+  # shellcheck disable=SC2034 # table2.sh reads it, and `taken`
   preset_file=$preset
 }
 
@@ -66,7 +68,7 @@ launch() {
   exit "$status"
 }
 
-# Two jobs must not write one run's folder at a time.
+# Two jobs must not write to one run's folder at the same time.
 claim_run() {
   local other=""
   mkdir -p "$run/slurm"
@@ -114,9 +116,9 @@ requeue() {
   echo "$1: queued again"
 }
 
-# Try all nodes at once, and queue the job again without those that are sick. One that does not answer is left to Slurm,
-# which queues the job again itself once it has noticed; a job that does so before finds its GPUs miscounted (22.05).
-# Arguments: a folder for what the nodes say, and the nodes.
+# Check all nodes at once, and queue the job again without those that are sick. A node that does not answer is left to
+# Slurm: it queues the job again once it notices. A job that queues itself before finds its GPUs miscounted (22.05).
+# Arguments: a folder for the nodes' answers, and the nodes.
 find_failed_nodes() {
   local logs=$1 node silent="" sick=()
   shift

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Text to every stage's token shards, on nodes without GPUs, which share the work. Options are those of
-# data/prepare_fineweb_edu.py. Typed again, it goes on:
+# data/prepare_fineweb_edu.py. Typed again, it resumes:
 #   sbatch slurm/prepare_data.sh --preset hypenet-9b --out shards
 #SBATCH --job-name=hypenet-data --nodes=1 --array=0-3 --time=12:00:00
 #SBATCH --exclusive --mem=0 --requeue --open-mode=append

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # What is special about your cluster: copy this to slurm/site.sh, uncomment and change what you need.
 # The jobs read it, and table2.sh. Before you type sbatch yourself: source slurm/site.sh
-# Everything may as well be set in the environment.
+# You may also set all of it in the environment.
 
-# Slurm's own names for what sbatch would otherwise be told with an option.
+# Slurm's own names for sbatch's options.
 # export SBATCH_ACCOUNT=my-project
 # export SBATCH_PARTITION=gpu
 # export SBATCH_GPUS_PER_NODE=4
@@ -16,8 +16,7 @@
 # export HALO_RUNS=/scratch/$USER/runs
 # export HF_HOME=/scratch/$USER/huggingface
 
-# Where slurm/table2.sh has shards prepared, on how many nodes (default: 4), and more options for that, such as text of
-# your own.
+# Where slurm/table2.sh prepares shards, on how many nodes (default: 4), and more options for that, such as your own text.
 # export HALO_SHARDS=/scratch/$USER/shards
 # export HALO_DATA_TASKS=16
 # export HALO_DATA="--source /scratch/$USER/texts --whole"

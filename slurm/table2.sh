@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Submit a whole conversion, from text to Table 2, each job after the one before. Prints their ids.
 #   bash slurm/table2.sh 8b
-# Options go on to every launcher. A stage that is finished is left out. AFTER=17:18 has the first job wait for others.
-# Where neither options, preset nor run name shards or a corpus, shards are prepared first, in HALO_SHARDS, in
-# HALO_DATA_TASKS tasks; HALO_DATA has more options for that (slurm/prepare_data.sh).
+# Options are passed to every launcher. Stages that are finished, or that --from takes, are left out. AFTER=17:18 makes the
+# first job wait for others. If neither options, preset nor run name shards or a corpus, shards are prepared first, in
+# HALO_SHARDS, in HALO_DATA_TASKS tasks; HALO_DATA has more options for that (slurm/prepare_data.sh).
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && source slurm/common.sh || exit 2
 
-declare -A presets=([2b]=hypenet-2b [4b]=hypenet-5b [8b]=hypenet-9b)
+command -v "$PYTHON" >/dev/null || PYTHON=python3 # where it is in a container; this needs no package
+graph() { "$PYTHON" -m halo.graph "$@"; }
 size=${1:-}
-[[ -n $size && -n ${presets[$size]:-} ]] || fail "say which teacher: bash slurm/table2.sh 2b, 4b or 8b"
-options=(--preset "${presets[$size]}" "${@:2}")
+preset=$(graph preset "$size") || exit 2
+options=(--preset "$preset" "${@:2}")
 find_run "${options[@]}"
 
 before=${AFTER:-}
@@ -23,10 +24,6 @@ submit() { # a name, what there is once it is done, a script, and its options
   echo "$1: job $before"
 }
 
-submit_stage() { # a stage, and its script
-  submit "$1" "$run/$1/stage.json" "$2" "${options[@]}"
-}
-
 has_data() {
   [[ " ${options[*]}" =~ \ --[a-z]+\.(shards|corpus\.source)[\ =] ]] ||
     grep -Eqs '(shards|source) = "[^"]' "$preset_file" "$run/config.toml"
@@ -37,14 +34,14 @@ if ! has_data; then
   read -ra data <<<"${HALO_DATA:-}"
   submit data "$shards/held_out/held_out.json" ${HALO_DATA_TASKS:+--array="0-$((HALO_DATA_TASKS - 1))"} \
     slurm/prepare_data.sh --out "$shards" "${data[@]}" "${options[@]}"
-  for stage in align distill finetune; do options=("--$stage.shards" "$shards/$stage" "${options[@]}"); done
+  for stage in $(graph training); do options=("--$stage.shards" "$shards/$stage" "${options[@]}"); done
   options=(--heldout "$shards/held_out" "${options[@]}") # one that was given comes later, and stays
 fi
 
-submit_stage align "slurm/stage1_$size.sh"
-submit_stage selection "slurm/selection_$size.sh"
-submit_stage distill "slurm/stage2_$size.sh"
-submit_stage finetune "slurm/stage3_$size.sh"
-submit_stage export slurm/export.sh
-submit_stage niah slurm/niah.sh
-submit_stage csr slurm/csr.sh
+while read -r stage script; do
+  if [[ " $taken " == *" $stage "* && ! -f $run/$stage/stage.json ]]; then
+    echo "$stage: the first job takes it from another run"
+  else
+    submit "$stage" "$run/$stage/stage.json" "slurm/$script" "${options[@]}"
+  fi
+done < <(graph jobs "$size")

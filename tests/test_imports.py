@@ -135,7 +135,7 @@ def test_a_room_has_a_sign_and_nothing_behind_it(room: str) -> None:
         ("halo/stages/align.py", "from halo.plan.stage import plan"),
         ("halo/context.py", "from halo.models.loading import load_teacher"),
         ("halo/run.py", "from halo import pipeline"),
-        ("halo/plan/stage.py", "from halo.launch import launch"),
+        ("halo/plan/stage.py", "from halo.launch import run_job"),
         ("launcher/kd.py", "from launcher.align import main"),
         ("data/prepare_fineweb_edu.py", "import deepspeed"),
     ],
@@ -153,7 +153,7 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
         ("halo/training/trainer.py", "from hypenet.mixers import MIXERS\nfrom datasets import load_dataset"),
         ("halo/training/trainer.py", "from halo.training.metrics import Metrics\nfrom halo.context import Context"),
         ("halo/plan/stage.py", "from halo.stages import align"),
-        ("halo/pipeline.py", "from halo.launch import launch"),
+        ("halo/pipeline.py", "from halo.launch import run_job"),
         ("launcher/kd.py", "from halo.pipeline import run_stage"),
     ],
 )

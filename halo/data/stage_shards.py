@@ -1,4 +1,4 @@
-"""The token shards of a training stage: given by the preset, or prepared from its corpus into the run's folder."""
+"""The token shards of a training stage: named by the preset, or prepared from its corpus into the run's folder."""
 
 from pathlib import Path
 
@@ -13,18 +13,24 @@ from halo.models.tokenizer import load_tokenizer, tokenizer_hash
 
 
 def shards_for(context: Context, stage: str) -> str | Path:
-    """The verified shards that `stage` trains on, prepared first if they are the run's own and missing."""
-    training: Training = context.settings(stage)
-    return on_rank0(
-        lambda: ensure_shards(training, stage, context.run / "data" / stage, load_tokenizer(context.teacher))
-    )
+    """The verified shards that `stage` trains on; prepared first where the preset names none. On all ranks.
+
+    Raises:
+        UserError: as `ensure_shards`.
+    """
+    return on_rank0(_ensure_for, context, stage)
+
+
+def _ensure_for(context: Context, stage: str) -> str | Path:
+    own = context.run / "data" / stage
+    return ensure_shards(context.settings(stage), stage, own, load_tokenizer(context.teacher))
 
 
 def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrainedTokenizerBase) -> str | Path:
-    """See `shards_for`; on one rank.
+    """The folder or URL of a stage's verified shards. On one rank.
 
     Args:
-        own: where to prepare shards from the stage's corpus, if the preset names no prepared ones.
+        own: the folder in which to prepare shards from the stage's corpus, if the preset names none.
 
     Raises:
         UserError: neither shards nor a corpus are set, or the shards are not what the stage needs.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from halo.config import Config
+from halo.graph import STAGES
 from halo.parallel.checks import check_degree
 from halo.plan.assumptions import BF16, CONTEXT, FRAGMENTATION, GIB, NCCL, OPTIMIZER_STATE, STEP_BUFFERS
 from halo.plan.cluster import Setup
@@ -15,9 +16,6 @@ from halo.plan.load import Load, Models, load_of
 from halo.plan.memory import memory_by_moment
 from halo.plan.timing import step_time
 from halo.training.engine import split_batch
-
-STAGES = ("pretrain", "align", "distill", "finetune")
-"""The stages that train, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ class StagePlan:
 
 
 def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
-    """Plan one of `STAGES`.
+    """Plan a stage that trains.
 
     Raises:
         UserError: the ranks do not divide the batch, or cannot share its sequences, or a dedicated teacher needs all
@@ -118,5 +116,5 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
 
 
 def stages_of(config: Config) -> list[str]:
-    """Those of `STAGES` that a preset has."""
-    return [stage for stage in STAGES if getattr(config, stage) is not None]
+    """The stages that train, in order, as far as a preset has them."""
+    return [stage.name for stage in STAGES.values() if stage.trains and getattr(config, stage.name) is not None]

@@ -1,1 +1,1 @@
-"""The stages of HALO, a module for each: `run(context)` does the work and completes the stage's folder."""
+"""The stages of HALO: one module for each record in halo/graph.py (`stage_module` says what a module has)."""

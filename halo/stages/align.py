@@ -1,4 +1,4 @@
-"""Stage 1: each RNN layer, made from its attention layer's weights, learns to give what that layer gives (Eq. 7).
+"""Stage 1: each RNN layer starts from its attention layer's weights and learns to give the same output (Eq. 7).
 
 Writes `mixers.safetensors`: every layer's RNN mixer, keys `<layer>.<parameter>`, and nothing of the teacher.
 """
@@ -22,7 +22,7 @@ from halo.training.objectives import Alignment
 from halo.training.trainer import train
 from hypenet.transfer import hybrid_config, mixer_from_attention
 
-MIXERS = "mixers.safetensors"
+MIXERS_FILE = "mixers.safetensors"
 
 
 def run(context: Context) -> None:
@@ -37,8 +37,8 @@ def run(context: Context) -> None:
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
 
     def finish() -> None:
-        folder.save_tensors(MIXERS, {name.removeprefix("mixers."): w for name, w in result.weights.items()})
-        folder.complete([MIXERS], result.summary())
+        folder.save_tensors(MIXERS_FILE, {name.removeprefix("mixers."): w for name, w in result.weights.items()})
+        folder.complete([MIXERS_FILE], result.summary())
 
     on_rank0(finish)
 
@@ -47,7 +47,10 @@ def new_mixers(teacher: PreTrainedModel, rnn_mixer: str, **switches: Any) -> dic
     """An RNN mixer for every attention layer of the teacher, initialised from its weights (Sec. 4.1).
 
     Args:
-        switches: as `hybrid_config` takes them.
+        switches: those of `hybrid_config`.
+
+    Returns:
+        Layer index -> mixer, in the teacher's dtype and on its device.
     """
     config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=rnn_mixer, **switches)
     return {
@@ -59,7 +62,7 @@ def new_mixers(teacher: PreTrainedModel, rnn_mixer: str, **switches: Any) -> dic
 def load_mixers(folder: StageFolder) -> Mapping[int, dict[str, Tensor]]:
     """Stage 1's result: layer index -> that mixer's state dict."""
     mixers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in folder.load_tensors(MIXERS).items():
+    for name, tensor in folder.load_tensors(MIXERS_FILE).items():
         layer, _, parameter = name.partition(".")
         mixers.setdefault(int(layer), {})[parameter] = tensor
     return mixers

@@ -1,6 +1,6 @@
 """Common-sense reasoning (CSR) of teacher and hybrid, zero-shot, by LM-Evaluation-Harness (Figure 1, Appendix E.2).
 
-Rank 0 has the tasks; the likelihoods that they ask for, all ranks find out together. Writes `csr.json` and `csr.md`.
+Rank 0 has the tasks; all ranks share the work of computing likelihoods. Writes `csr.json` and `csr.md`.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,13 @@ from halo.stages.export import MODEL
 
 if TYPE_CHECKING:
     from halo.measuring.harness import Tasks
+
+
+def check(context: Context) -> None:
+    """Raises:
+    UserError: as `load_tasks`.
+    """
+    load_tasks(context.config.csr)
 
 
 def run(context: Context) -> None:
@@ -62,12 +69,12 @@ def run(context: Context) -> None:
 
 @cache
 def load_tasks(settings: CommonSense) -> "Tasks":
-    """The harness's tasks with their data: on rank 0, which alone asks the hub for it, before the first stage.
+    """The harness's tasks with their data. On rank 0, which alone downloads it.
 
     Raises:
         UserError: there is no such task, or its data cannot be had.
     """
-    from halo.measuring.harness import Tasks  # not at every start: the harness takes seconds to import
+    from halo.measuring.harness import Tasks  # only where tasks are needed: the harness takes seconds to import
 
     return Tasks(settings.tasks, settings.task_folder, settings.samples)
 
@@ -80,7 +87,7 @@ def _accuracy(
     *,
     progress: ProgressCallback,
 ) -> float:
-    """What the model reaches in a task. Rank 0 sends what the harness asks to all, then nothing."""
+    """The model's accuracy in a task. Rank 0 sends the harness's requests to all ranks, then an empty one."""
     likelihoods = partial(log_likelihoods, model, batch_tokens=settings.batch_tokens, progress=progress)
     reached = 0.0
     if rank() == 0:

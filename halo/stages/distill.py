@@ -1,4 +1,4 @@
-"""Stage 2: the hybrid, whole for the first time, learns the teacher's distribution end to end (Eq. 10).
+"""Stage 2: the whole hybrid learns the teacher's distribution, end to end (Eq. 10).
 
 Writes `hybrid/`: the model as transformers saves it.
 """
@@ -21,7 +21,7 @@ from halo.models.loading import load_model_config
 from halo.parallel.sequence import SequenceGroup
 from halo.ranks import RankLayout
 from halo.run import StageFolder, atomic_folder
-from halo.stages.align import MIXERS
+from halo.stages.align import MIXERS_FILE
 from halo.teacher.colocated import Teacher, TeacherSource, teacher_group
 from halo.teacher.dedicated import DedicatedTeacher, Order
 from halo.teacher.logits import LogitsForm
@@ -47,7 +47,7 @@ def run(context: Context) -> None:
     form = logits_form(training, config.vocab_size)
     with teacher_of(training, context.teacher, context.split, form) as teacher:
         torch.manual_seed(training.seed)
-        mixers = context.folder("align").path / MIXERS
+        mixers = context.folder("align").path / MIXERS_FILE
         student = build_student(context.teacher, config, mixers, placement(context.ds_config, training))
         objective = Distillation(
             student,
@@ -57,13 +57,13 @@ def run(context: Context) -> None:
             **options_of(training),
         )
         result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
-    on_rank0(lambda: save_hybrid(folder, student, result))
+    on_rank0(save_hybrid, folder, student, result)
 
 
 def teacher_of(
     training: Distill, source: Path, split: RankLayout | None, form: LogitsForm
 ) -> AbstractContextManager[TeacherSource]:
-    """The teacher where the settings place it, for as long as it is asked.
+    """The teacher, where the settings place it, for as long as the block lasts.
 
     Raises:
         UserError: it could not be loaded.
@@ -84,15 +84,18 @@ def teacher_of(
 
 
 def logits_form(training: Distill, words: int) -> LogitsForm:
-    """The form in which the teacher supplies its logits, of the `words` that teacher and student both have.
+    """The form in which the teacher supplies its logits.
+
+    Args:
+        words: size of the vocabulary that teacher and student share.
 
     Raises:
-        UserError: it is to supply more of them than there are.
+        UserError: `teacher_top_k` is more than that.
     """
     if training.teacher_logits == "top_k" and training.teacher_top_k > words:
         raise UserError(
             f"distill.teacher_top_k = {training.teacher_top_k} is more than the {words} words of the vocabulary: "
-            f"take fewer, or teacher_logits = full"
+            f"set a smaller one, or teacher_logits = full"
         )
     return LogitsForm(
         kind=training.teacher_logits, words=words, top_k=training.teacher_top_k, temperature=training.temperature
@@ -100,7 +103,7 @@ def logits_form(training: Distill, words: int) -> LogitsForm:
 
 
 def options_of(training: CheckpointedTraining) -> dict[str, Any]:
-    """What every objective with a head takes of a stage's settings. Every rank must call this."""
+    """The settings that every objective with a head uses, as arguments. A collective: every rank must call it."""
     return {
         "sequence": SequenceGroup(training.sequence_parallel),
         "activation_checkpointing": training.activation_checkpointing,

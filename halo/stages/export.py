@@ -15,7 +15,7 @@ MODEL = "model"
 
 
 def run(context: Context) -> None:
-    on_rank0(lambda: _export(context))
+    on_rank0(_export, context)
 
 
 def _export(context: Context) -> None:

@@ -21,4 +21,4 @@ def run(context: Context) -> None:
         **options_of(training),
     )
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
-    on_rank0(lambda: save_hybrid(folder, student, result))
+    on_rank0(save_hybrid, folder, student, result)

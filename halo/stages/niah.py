@@ -13,6 +13,7 @@ from halo.context import Context
 from halo.data.held_out import HeldOut
 from halo.data.needle import VARIANTS, NeedleSample
 from halo.distributed import device, on_rank0
+from halo.graph import conversion
 from halo.measuring.evaluation import needle_recall, share_sequences
 from halo.measuring.figures import measuring
 from halo.measuring.report import Cell, Results, StageCost, to_json, to_markdown, to_png
@@ -21,14 +22,12 @@ from halo.models.tokenizer import load_tokenizer
 from halo.parallel.sequence import SequenceGroup
 from halo.stages.export import MODEL
 
-COSTED = ("align", "selection", "distill", "finetune", "scaling")
-
 
 def run(context: Context) -> None:
     settings = context.config.niah
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
     group = SequenceGroup(settings.sequence_parallel)
-    rows = _rows(context, group)
+    rows = _models(context, group)
     cells = []
     folder = context.folder("niah")
     with measuring(folder, len(rows) * len(VARIANTS) * sum(settings.samples), "evaluate") as measure:
@@ -59,8 +58,8 @@ def _recall(
     return needle_recall(model, needles(variant), **how)
 
 
-def _rows(context: Context, group: SequenceGroup) -> dict[str, Callable[[int], PreTrainedModel]]:
-    """The table's rows: name -> the model as it is run at a length."""
+def _models(context: Context, group: SequenceGroup) -> dict[str, Callable[[int], PreTrainedModel]]:
+    """The table's rows: name -> the model, set up for a length in tokens."""
     teacher = load_teacher(context.teacher).to(device())
     hybrid = load_hybrid(context.run / "export" / MODEL).to(device())
     for model in (teacher, hybrid):
@@ -92,7 +91,8 @@ def _rows(context: Context, group: SequenceGroup) -> dict[str, Callable[[int], P
 
 def _costs(context: Context) -> list[StageCost]:
     costs = []
-    for stage in COSTED:
-        summary = context.folder(stage).record().summary
-        costs.append(StageCost(name=stage, **{k: summary[k] for k in ("tokens", "parameters", "seconds")}))
+    for stage in conversion():
+        if stage.costed:
+            summary = context.folder(stage.name).record().summary
+            costs.append(StageCost(name=stage.name, **{k: summary[k] for k in ("tokens", "parameters", "seconds")}))
     return costs

@@ -5,60 +5,42 @@ Writes `teacher/`: a Hugging Face folder, its tokenizer trained on the same text
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from halo.config import Pretrain
-from halo.context import FREE
+from halo.context import Context
 from halo.data.corpus import read_documents
 from halo.data.needle import template_texts
 from halo.data.stage_shards import ensure_shards
 from halo.distributed import on_rank0
 from halo.errors import UserError
-from halo.job import Job
 from halo.models.tokenizer import load_tokenizer, train_tokenizer
-from halo.run import StageFolder, atomic_folder, claim, recorded_config
-from halo.tables import config_table
-from halo.training.engine import complete_ds_config, read_ds_config
+from halo.run import StageFolder, atomic_folder
 from halo.training.objectives import NextToken
-from halo.training.trainer import train
+from halo.training.trainer import Result, train
 
-TEACHER = "teacher"
+TEACHER_FOLDER = "teacher"
 TEMPLATE_COPIES = 200
-"""How often the needle's wording is in the tokenizer's training text: enough for its words to be single tokens."""
+"""How often the tokenizer's training text holds the needle's wording: enough for its words to become single tokens."""
 
 
-def run(job: Job) -> Path:
-    """Pretrain, unless it is done; returns the teacher's folder."""
-    training = job.config.pretrain
-    if training is None:
-        raise UserError(f"preset '{job.config.name}' has no [pretrain] table")
-    made_from = {k: v for k, v in config_table(training).items() if k not in FREE}
-    folder = StageFolder(job.run / "pretrain", made_from)
+def run(context: Context) -> None:
+    folder, training = context.folder("pretrain"), context.config.pretrain
+    assert training is not None  # the pipeline has checked
+    tokenizer = folder.path / "tokenizer"
+    shards = on_rank0(_prepare_text, training, tokenizer, context.run / "data" / "pretrain")
+    torch.manual_seed(training.seed)
+    model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
+    result = train(NextToken(model), training, shards=shards, folder=folder, ds_config=context.ds_config)
+    on_rank0(_save_teacher, folder, model, result, tokenizer)
 
-    def check() -> dict[str, Any]:
-        ds_config = read_ds_config(job.ds_config)
-        complete_ds_config(ds_config, training)
-        claim(job.run, job.config)
-        return ds_config
 
-    def prepare() -> tuple[bool, Path, str | Path]:
-        tokenizer = _tokenizer(training, folder.path / "tokenizer")
-        shards = ensure_shards(training, "pretrain", job.run / "data" / "pretrain", load_tokenizer(tokenizer))
-        return folder.is_complete(), tokenizer, shards
-
-    ds_config = on_rank0(check)
-    with recorded_config(job.run, job.config):
-        done, tokenizer, shards = on_rank0(prepare)
-        if not done:
-            torch.manual_seed(training.seed)
-            model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
-            result = train(NextToken(model), training, shards=shards, folder=folder, ds_config=ds_config)
-            on_rank0(lambda: _save(folder, model, result.weights, tokenizer, result.summary()))
-    return folder.path / TEACHER
+def _prepare_text(training: Pretrain, tokenizer: Path, shards: Path) -> str | Path:
+    """The tokenizer, trained into its folder, and the shards that are made with it."""
+    _train_tokenizer(training, tokenizer)
+    return ensure_shards(training, "pretrain", shards, load_tokenizer(tokenizer))
 
 
 def model_config(training: Pretrain, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen3Config:
@@ -80,24 +62,24 @@ def model_config(training: Pretrain, tokenizer: PreTrainedTokenizerBase | None =
     )
 
 
-def _tokenizer(training: Pretrain, folder: Path) -> Path:
-    """Train the tokenizer on the corpus and on the needle's wording, once."""
+def _train_tokenizer(training: Pretrain, folder: Path) -> None:
+    """Train the tokenizer on the corpus and on the needle's wording, unless it is there.
+
+    Raises:
+        UserError: it is there, with another vocabulary.
+    """
     if not folder.is_dir():
         texts = itertools.chain(read_documents(training.corpus.source, "train"), template_texts(TEMPLATE_COPIES))
         with atomic_folder(folder) as partial:
             train_tokenizer(texts, training.vocab_size).save_pretrained(partial)
     if len(load_tokenizer(folder)) != training.vocab_size:
         raise UserError(f"{folder} has another vocab_size than {training.vocab_size}: remove it to train it again")
-    return folder
 
 
-def _save(
-    folder: StageFolder, model: Qwen3ForCausalLM, weights: dict[str, Tensor], tokenizer: Path, summary: dict[str, Any]
-) -> None:
-    """Write the teacher in bfloat16, in one step."""
-    with atomic_folder(folder.path / TEACHER) as partial:
-        model.to(torch.bfloat16).save_pretrained(
-            partial, state_dict={name.removeprefix("student."): w.to(torch.bfloat16) for name, w in weights.items()}
-        )
+def _save_teacher(folder: StageFolder, model: Qwen3ForCausalLM, result: Result, tokenizer: Path) -> None:
+    """Write the teacher in bfloat16, in one step, and complete the stage."""
+    weights = {name.removeprefix("student."): w.to(torch.bfloat16) for name, w in result.weights.items()}
+    with atomic_folder(folder.path / TEACHER_FOLDER) as partial:
+        model.to(torch.bfloat16).save_pretrained(partial, state_dict=weights)
         load_tokenizer(tokenizer).save_pretrained(partial)
-    folder.complete(folder.files_in(TEACHER), summary)
+    folder.complete(folder.files_in(TEACHER_FOLDER), result.summary())

@@ -1,4 +1,4 @@
-"""The choice of the attention logits scaling (Eq. 11): least loss on held-out documents, at a length beyond training's.
+"""The choice of the attention logits scaling (Eq. 11): the least loss on held-out text longer than in training.
 
 Writes `scaling.json`: the chosen `attn_logits_scaling`, and every candidate's loss.
 """

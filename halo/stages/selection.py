@@ -57,7 +57,7 @@ def run(context: Context) -> None:
 
 
 def _measure(context: Context, teacher: PreTrainedModel) -> tuple[dict[str, Any], dict[str, float]]:
-    """Recall and CSR of the teacher with each layer replaced, in [0, 1], and the tokens and seconds that this took."""
+    """Recall and CSR of the teacher with each layer replaced, in [0, 1], and what measuring cost."""
     settings = context.config.selection
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
     needles = [
@@ -89,7 +89,7 @@ def _measure(context: Context, teacher: PreTrainedModel) -> tuple[dict[str, Any]
 
 @contextmanager
 def replaced(teacher: PreTrainedModel, layer: int, mixer: nn.Module) -> Iterator[None]:
-    """M^(i): the teacher with one attention layer replaced by `mixer`, for as long as the block lasts."""
+    """M^(i) of Eq. 8: the teacher with one attention layer replaced by `mixer`, while the block lasts."""
     original = teacher.model.layers[layer].self_attn
     teacher.model.layers[layer].self_attn = mixer.eval().to(teacher.device)
     try:

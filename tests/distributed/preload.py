@@ -6,7 +6,10 @@ import gc
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-import halo.pipeline  # noqa: F401  # what launchers import
 import tests.distributed.jobs  # noqa: F401
+from halo.graph import STAGES
+from halo.pipeline import stage_module
 
+for stage in STAGES:
+    stage_module(stage)
 gc.freeze()  # the ranks need not search all this for garbage

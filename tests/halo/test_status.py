@@ -1,4 +1,4 @@
-"""Where a run stands, from folders as stages leave them and a squeue that says what is given to it."""
+"""The progress of a run, from folders as stages leave them and a squeue that prints what a test gives it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from halo.errors import UserError
 from halo.preset import load_config
-from halo.status import duration, jobs_of, next_command, stages_of, status_text
+from halo.status import duration, jobs_of, next_command, stages_in, status_text
 from halo.tables import config_table, to_toml
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def job(state: str, typed: str, where: str = "node[1-2]") -> str:
 
 
 def states(run: Path) -> dict[str, str]:
-    return {stage.name: stage.state for stage in stages_of(run, jobs_of(run))}
+    return {stage.name: stage.state for stage in stages_in(run, jobs_of(run))}
 
 
 def test_an_interrupted_run_without_slurm(run):
@@ -145,7 +145,18 @@ def test_a_complete_run(run):
     for stage in ("distill", "finetune", "scaling", "export", "niah", "csr"):
         (run / stage).mkdir(exist_ok=True)
         (run / stage / "stage.json").write_text('{"summary": {}}')
-    assert "the run is complete" in next_command(run, stages_of(run, None))
+    assert "the run is complete" in next_command(run, stages_in(run, None))
+
+
+def test_a_stage_of_another_run_and_pretraining_are_shown(run):
+    (run / "align" / "stage.json").write_text('{"summary": {"seconds": 30}, "taken_from": "/runs/other"}')
+    text = status_text(run)
+    assert "align      complete     30 s; taken from /runs/other\n" in text
+    assert "pretrain" not in text
+    (run / "pretrain").mkdir()
+    text = status_text(run)
+    assert "\n  pretrain   interrupted\n" in text
+    assert "next: deepspeed launcher/pretrain.py --preset" in text
 
 
 def test_a_slurm_that_does_not_answer_is_said(run, programs):

@@ -11,7 +11,6 @@ from halo.errors import EXIT_USER_ERROR, UserError
 from halo.job import Job
 from halo.pipeline import run_stage
 from halo.preset import load_config
-from halo.tables import config_table, to_toml
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
 
 TEACHER = Path(load_config("tiny").teacher)
@@ -240,12 +239,15 @@ def test_a_misspelt_option_of_a_mixer(tmp_path):
     )
 
 
-def test_another_architecture_than_the_one_aligned(finished):
-    change = ("--architecture.attn_use_rope", "true")
-    message = f"{finished} belongs to another run, with another attn_use_rope (False, now True): choose another --run"
-    assert refusal("distill", finished, *change) == message
-    (finished / "config.toml").write_text(to_toml(config_table(load_config("tiny", [*SMALL, *change]))))
-    assert "align was made from another attn_use_rope (False, now True)" in refusal("distill", finished, *change)
+def test_an_architecture_that_a_finished_stage_does_not_have(finished):
+    """Switches of attention layers are seen from stage 2 on, those of the RNN from stage 1 on."""
+    attention, rnn = ("--architecture.attn_use_rope", "true"), ("--architecture.lightning_use_rope", "false")
+    assert refusal("distill", finished, *attention) == (
+        f"{finished}/distill was made from another attn_use_rope (False, now True): remove that folder to make it "
+        "again, or choose another --run, with --from for the stages that stay the same"
+    )
+    assert "align was made from another lightning_use_rope (True, now False)" in refusal("distill", finished, *rnn)
+    assert "align was made from another rnn_mixer" in refusal("distill", finished, "--rnn_mixer", "gla")
 
 
 def test_a_refused_command_leaves_the_run_as_it_was(finished):

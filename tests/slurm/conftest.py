@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder, and what they ask of its jobs."""
+"""One cluster for all tests of this folder, and helpers for its jobs."""
 
 import json
 import os
@@ -56,7 +56,7 @@ class Jobs:
         return path.read_text() if path.is_file() else ""
 
     def wait_for_steps(self, job: str, run: Path, steps: int) -> None:
-        """Until stage 2 has done so many."""
+        """Until stage 2 has done that many."""
         self.cluster.wait(lambda: len(metrics(run)) >= steps or self.ended(job), STARTED, f"{steps} steps")
         assert not self.ended(job), self.said(job)
 

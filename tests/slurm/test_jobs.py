@@ -105,7 +105,7 @@ def test_preempted_cancelled_and_after_a_node_failed_the_result_is_the_same(jobs
     ],
 )
 def test_ranks_that_fail(jobs, check, state, said):
-    """A node that fails its check is done without, and nothing else is tried again."""
+    """A node that fails its check is excluded; nothing else is tried again."""
     ranks = ranks_that(jobs, "exit 1")
     run = ("--preset", "tiny", "--run", jobs.folder / "run")
     job = jobs.submit("slurm/stage2_8b.sh", *run, HALO_PYTHON=ranks, HALO_CHECK=check)
@@ -115,7 +115,7 @@ def test_ranks_that_fail(jobs, check, state, said):
         assert jobs.cluster.job(job)["NodeList"] == "127.0.0.[2,4]"
 
 
-def test_ranks_are_told_before_the_time_is_over(jobs):
+def test_ranks_are_signalled_before_the_time_is_over(jobs):
     ranks = ranks_that(jobs, "trap 'exit 75' TERM", "while true; do sleep 0.1; done")
     run = ("--preset", "tiny", "--run", jobs.folder / "run")
     job = jobs.submit("--time=15", "slurm/stage2_8b.sh", *run, HALO_PYTHON=ranks)
@@ -146,7 +146,7 @@ def test_the_whole_graph(jobs):
 
 
 def ranks_that(jobs: Jobs, *lines: str) -> str:
-    """A stand-in for Python that does so, and all is well where the job was queued again."""
+    """A stand-in for Python that runs these lines, and succeeds if the job was queued again."""
     path = jobs.folder / "ranks"
     path.write_text("\n".join(["#!/bin/bash", "[[ -z ${SLURM_RESTART_COUNT:-} ]] || exit 0", *lines]) + "\n")
     path.chmod(0o755)
@@ -162,7 +162,7 @@ def restarts(cluster: Cluster, job: str) -> int:
 
 
 def saved(run: Path) -> int:
-    """The step that the run's next start goes on from."""
+    """The step from which the run's next start resumes."""
     return int((run / "distill" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
 
 
