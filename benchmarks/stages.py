@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: R
     if rank() == 0:
         lines = [json.loads(line) for line in (stage.path / "metrics.jsonl").read_text().splitlines()]
         counted = lines[args.warm_up : -2 if args.profile else -1] or lines[-1:]
-        report(args, training, counted, trained, frozen, ds_config)
+        report(args, training, counted, trained, frozen, ds_config, first=lines[0]["step_s"])
         if args.profile:
             print(f"trace in {stage.path / 'tensorboard'}")
 
@@ -228,8 +228,14 @@ def report(
     trained: int,
     frozen: int,
     ds_config: dict[str, Any],
+    *,
+    first: float,
 ) -> None:
-    """Print medians over the steps but the last, which prefetches nothing, and the memory beyond that of the state."""
+    """Print medians over the steps but the last, which prefetches nothing, and the memory beyond that of the state.
+
+    Args:
+        first: seconds of the first step, which compiles.
+    """
     of = {name: median(line[name] for line in lines) for name in lines[0] if lines[0][name] is not None}
     stage = ds_config["zero_optimization"]["stage"]
     whole = {1: 2 + 14 / world_size(), 2: 2 + 14 / world_size(), 3: 16 / world_size()}[stage]
@@ -241,7 +247,7 @@ def report(
         f"{'emulated ' if args.emulate else ''}ranks, {training.sequence_parallel} a sequence, of {accumulation} x "
         f"{micro_batch} x {training.seq_len} tokens, ZeRO-{stage}, {'offload, ' if training.activation_offload else ''}"
         f"checkpointing {'on' if training.activation_checkpointing else 'off'}: "
-        f"{of['tokens_per_s_gpu']:,.0f} tokens/s a GPU, {1000 * of['step_s']:.0f} ms a step, "
+        f"{of['tokens_per_s_gpu']:,.0f} tokens/s a GPU, {1000 * of['step_s']:.0f} ms a step (the first {first:.1f} s), "
         f"MFU {of.get('mfu', 0):.1%} of the data sheet's peak, "
         f"waiting {of.get('teacher_wait_s', 0) / of['step_s']:.1%} for the teacher, "
         f"{of.get('data_wait_s', 0) / of['step_s']:.1%} for data, peak {of['peak_gib']:.1f} GiB, "

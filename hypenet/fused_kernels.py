@@ -16,11 +16,12 @@ except ImportError:  # nothing here is called then
     triton = None
 
 
-def _jit(function: Any) -> Any:
+def jit(function: Any) -> Any:
+    """triton.jit, where there is Triton. Elsewhere the kernel is never called."""
     return function if triton is None else triton.jit(function)
 
 
-@_jit
+@jit
 def turn_forward(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -56,7 +57,7 @@ def turn_forward(  # type: ignore[no-untyped-def]
     tl.store(y + place + HALF, b.to(y.dtype.element_ty), mask=there)
 
 
-@_jit
+@jit
 def turn_backward(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -111,7 +112,7 @@ def turn_backward(  # type: ignore[no-untyped-def]
         tl.store(to_weight + row + HALF + lane, tl.sum(sum_b, axis=0))
 
 
-@_jit
+@jit
 def gate_forward(  # type: ignore[no-untyped-def]
     x, weight, z, y, eps, WIDTH: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr
 ):
@@ -125,7 +126,7 @@ def gate_forward(  # type: ignore[no-untyped-def]
     tl.store(y + place, (a * opened).to(y.dtype.element_ty), mask=there)
 
 
-@_jit
+@jit
 def gate_backward(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -167,7 +168,7 @@ def gate_backward(  # type: ignore[no-untyped-def]
         tl.store(to_weight + tl.program_id(0) * WIDTH + lane, total, mask=there)
 
 
-@_jit
+@jit
 def swiglu_forward(gate, up, y, size, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     g = tl.load(gate + place, mask=place < size, other=0.0).to(tl.float32)
@@ -175,7 +176,7 @@ def swiglu_forward(gate, up, y, size, LANES: tl.constexpr):  # type: ignore[no-u
     tl.store(y + place, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=place < size)
 
 
-@_jit
+@jit
 def swiglu_backward(gate, up, to_y, to_gate, to_up, size, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     g = tl.load(gate + place, mask=place < size, other=0.0).to(tl.float32)
@@ -186,7 +187,7 @@ def swiglu_backward(gate, up, to_y, to_gate, to_up, size, LANES: tl.constexpr): 
     tl.store(to_up + place, (d * g * s).to(to_up.dtype.element_ty), mask=place < size)
 
 
-@_jit
+@jit
 def scale(x, factor, size, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """x *= factor, in place. A factor of one moves nothing."""
     by = tl.load(factor).to(tl.float32)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .fixed_decay import fixed_decay_attention, fixed_decay_serves
 from .kernels import check_gated_backward, kernel, serves
 
 
@@ -93,7 +94,8 @@ def linear_attention(
     keep_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """By the fastest form: one step for one token, fla's kernel for half precision on a GPU, else chunks.
+    """By the fastest form: one step for one token; on a GPU in half precision a kernel, our own for a fixed decay and
+    fla's for others; else chunks.
 
     Args:
         state: the state to continue; of documents, [documents, H, K, V].
@@ -107,24 +109,19 @@ def linear_attention(
         RuntimeError: the installed triton cannot compute this.
     """
     final: Tensor | None
+    one_step = q.shape[1] == 1 and cu_seqlens is None
+    if not one_step and (log_decay is None or log_decay.ndim == 1) and fixed_decay_serves(q, v):
+        return fixed_decay_attention(
+            q, k, v, log_decay, scale=scale, state=state, keep_state=keep_state, cu_seqlens=cu_seqlens
+        )
     if cu_seqlens is not None and not serves(q):
         return each_document(
             linear_attention, (q, k, v, log_decay), cu_seqlens, state=state, scale=scale, keep_state=keep_state
         )
-    if q.shape[1] == 1 and cu_seqlens is None:
+    if one_step:
         output, final = linear_attention_recurrence(q, k, v, log_decay, scale=scale, state=state)
     elif serves(q):
-        size = q.shape[-1] * v.shape[-1]
-        run = kernel("simple_gla.chunk_simple_gla", state=size)
-        gate: dict[str, Tensor] = {}
-        if log_decay is not None:
-            if log_decay.ndim == 1:
-                gate = {"g_gamma": log_decay}
-            elif log_decay.ndim == 3:
-                check_gated_backward(log_decay)
-                gate = {"g": log_decay}
-            else:
-                run, gate = kernel("gla.chunk_gla", state=size), {"g": log_decay}
+        run, gate = _fla_kernel(q, v, log_decay)
         output, final = run(
             q,
             k,
@@ -138,6 +135,20 @@ def linear_attention(
     else:
         output, final = linear_attention_chunked(q, k, v, log_decay, scale=scale, state=state)
     return output, final if keep_state else None
+
+
+def _fla_kernel(q: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """fla's kernel for a log-decay, and the argument that carries it."""
+    size = q.shape[-1] * v.shape[-1]
+    if log_decay is not None and log_decay.ndim == 4:
+        return kernel("gla.chunk_gla", state=size), {"g": log_decay}
+    run = kernel("simple_gla.chunk_simple_gla", state=size)
+    if log_decay is None:
+        return run, {}
+    if log_decay.ndim == 1:
+        return run, {"g_gamma": log_decay}
+    check_gated_backward(log_decay)
+    return run, {"g": log_decay}
 
 
 def each_document(

@@ -27,6 +27,8 @@ from transformers.utils.generic import can_return_tuple
 from .cache import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
 from .delta_rule import delta_rule
+from .fixed_decay import fixed_decay_attention
+from .fixed_decay_kernels import segment_outputs
 from .fused import swiglu
 from .fused_kernels import triton
 from .inputs import cached_tokens, checked_mask, documents, layer_masks, packed_arguments, positions

@@ -20,6 +20,8 @@ FUNCTION, FILE = 60, 400
 STRAIGHT_STORIES = {
     "halo/losses/linear_kl_kernel.py _kl_rows": "a Triton kernel: one pass over a row in registers, which no function "
     "can share without reading it again",
+    "hypenet/fixed_decay_kernels.py segment_outputs": "a Triton kernel: one walk over a segment with the "
+    "state in registers; a third of its lines are the names of its arguments",
 }
 """The functions that may be longer, and why each is better in one piece."""
 

@@ -302,7 +302,7 @@ def _on_host(value: Any) -> Any:
     """
     memo: dict[int, Any] = {}  # of deepcopy: the id of an object -> its copy
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
-    for tensor in _tensors_in(value):
+    for tensor in _state_tensors(value):
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if place not in copies:
             copies[place] = tensor.detach().to("cpu", copy=True)
@@ -310,12 +310,12 @@ def _on_host(value: Any) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def _state_tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _tensors_in(part)
+            yield from _state_tensors(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors_in(part)
+            yield from _state_tensors(part)

@@ -10,17 +10,14 @@ import pytest
 
 from halo import cli
 from halo.errors import UserError
+from halo.graph import conversion
 from halo.job import Job
 from halo.options import settings, type_name
 from halo.preset import load_config, preset_table
 from halo.tables import config_table, to_toml, toml_value
 from tests.launcher.conftest import ROOT
 
-STAGES = {
-    **{"align": "align.py", "selection": "selection.py", "distill": "kd.py", "finetune": "finetune.py"},
-    **{"scaling": "scaling.py", "export": "export.py", "niah": "niah.py", "csr": "csr.py"},
-}
-EVERY = [(f"launcher/{name}", ("", "architecture", stage)) for stage, name in STAGES.items()]
+EVERY = [(f"launcher/{stage.launcher}", ("", "architecture", stage.name)) for stage in conversion()]
 EVERY += [
     ("launcher/pretrain.py", ("pretrain",)),
     ("launcher/demo.py", ("", "architecture", "align", "selection", "distill", "finetune", "scaling", "niah")),
@@ -50,7 +47,7 @@ def typed(monkeypatch, tmp_path):
     def run(*words: str) -> Job:
         monkeypatch.setattr(sys, "argv", ["kd.py", *words])
         monkeypatch.chdir(tmp_path)
-        return cli._read_job(cli._stage_parser("", has_stages=True), cli.GENERAL, None)
+        return cli._read_job(cli._stage_parser("", may_take=True), cli.GENERAL, None)
 
     return run
 

@@ -1,0 +1,69 @@
+"""The kernels of fixed decays, in Triton's interpreter, against the recurrence in float64. tests/gpu compiles them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INTERPRETED = """
+import torch
+from hypenet import fixed_decay
+from hypenet.fixed_decay import fixed_decay_attention
+from hypenet.linear_attention import each_document, linear_attention_recurrence
+from hypenet.mixer_lightning import lightning_log_decay
+
+fixed_decay.SHORTEST = fixed_decay.LONGEST = 64
+torch.manual_seed(0)
+
+
+def check(batch, tokens, heads, keys, values, *, bounds=None, state=False, decay=True):
+    q, k = (torch.randn(batch, tokens, heads, keys) for _ in range(2))
+    v, to_output = (torch.randn(batch, tokens, heads, values) for _ in range(2))
+    documents = batch if bounds is None else len(bounds) - 1
+    first, to_left = (torch.randn(documents, heads, keys, values) for _ in range(2))
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    results = []
+    for function, dtype in ((fixed_decay_attention, torch.float32), (linear_attention_recurrence, torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, first)]
+        given = inputs[3] if state else None
+        gamma = lightning_log_decay(heads).to(dtype) if decay else None
+        options = {"scale": 0.3, "state": given}
+        if function is fixed_decay_attention:
+            output, left = function(*inputs[:3], gamma, keep_state=state, cu_seqlens=cu_seqlens, **options)
+        elif bounds is not None:
+            output, left = each_document(function, (*inputs[:3], gamma), cu_seqlens, **options)
+        else:
+            output, left = function(*inputs[:3], gamma, **options)
+        loss = (output * to_output).sum()
+        if state:
+            loss = loss + (left * to_left).sum()
+        wanted = inputs if state else inputs[:3]
+        results.append([output, *([left] if state else []), *torch.autograd.grad(loss, wanted)])
+    for got, expected in zip(*results, strict=True):
+        assert (got.double() - expected).norm() <= 1e-6 * expected.norm()
+
+
+check(2, 203, 3, 32, 32, state=True)  # several segments, the last of them cut short
+check(2, 203, 3, 32, 32, decay=False)
+check(1, 130, 2, 24, 40)  # widths that are no powers of two, and differ
+check(3, 70, 4, 16, 16)  # one segment a row
+check(1, 300, 2, 16, 16, bounds=[0, 5, 133, 134, 300], state=True)
+
+# An empty document changes no other, and leaves the state that it was given.
+q, k, v = (torch.randn(1, 130, 2, 16) for _ in range(3))
+given = torch.randn(3, 2, 16, 16)
+options = {"scale": 0.3, "keep_state": True}
+some = torch.tensor([0, 70, 130])
+output, left = fixed_decay_attention(q, k, v, None, state=given[[0, 2]], cu_seqlens=some, **options)
+some = torch.tensor([0, 70, 70, 130])
+with_empty, left_with = fixed_decay_attention(q, k, v, None, state=given, cu_seqlens=some, **options)
+assert torch.equal(output, with_empty) and torch.equal(left, left_with[[0, 2]]) and torch.equal(left_with[1], given[1])
+"""
+
+
+def test_the_kernels_compute_the_recurrence():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment, cwd=Path(__file__).parents[2])
