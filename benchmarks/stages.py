@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -144,7 +145,9 @@ class Drawn(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         scale = 1.0 if "norm" in name else 0.02
-        return torch.randn(shape, device=device(), dtype=torch.bfloat16) * scale + float("norm" in name)
+        generator = torch.Generator(device()).manual_seed(crc32(name.encode()))  # the same in every run
+        drawn = torch.randn(shape, device=device(), dtype=torch.bfloat16, generator=generator)
+        return drawn * scale + float("norm" in name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

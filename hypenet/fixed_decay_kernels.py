@@ -12,8 +12,8 @@ passes in reverse, from the last token to the first: each kernel has a REVERSE. 
 and v in the forward pass.
 
 Decays are applied without a [C, C] matrix of them: gamma^(i - j) = gamma^(i - m) gamma^(m - j), with m the middle of a
-chunk. The second factor scales c, the first the output. All of these are finite, and none is zero, if log(gamma) is not below
-LEAST_LOG_DECAY (hypenet/fixed_decay.py).
+chunk. The second factor scales c, the first the output. None of these overflows or becomes zero if log(gamma) is at
+least LEAST_LOG_DECAY (hypenet/fixed_decay.py).
 
 Shapes: N tokens of all rows, H heads, D the width of a and b, E that of c; BD and BE are the powers of two that hold D
 and a block of E. Inputs are [N, H, D] or [N, H, E], states [segments, H, D, E] in float32.

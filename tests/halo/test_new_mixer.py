@@ -78,7 +78,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import hypenet
-from halo.config import load_config
+from halo.preset import load_config
 from halo.errors import UserError
 from halo.parallel.checks import check_degree
 from halo.parallel.exchanges import parallelize

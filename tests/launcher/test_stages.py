@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from halo.config import load_config
 from halo.context import Context
 from halo.errors import UserError
 from halo.graph import STAGES, Stage, jobs
 from halo.job import Job
 from halo.pipeline import run_stage
+from halo.preset import load_config
 from halo.run import sha256
 from halo.status import status_text
 from tests.distributed.ranks import run_ranks
