@@ -1,20 +1,21 @@
-"""The mixers' speed: Lightning against itself fed float32 copies, then every mixer's layer by length (Figure 7).
+"""The mixers' speed: Lightning on our kernels and on fla's, then every mixer's layer by length (Figure 7).
 
 python -m benchmarks.mixers [--heads 32] [--head_dim 128] [--lengths 4096 16384 65536] [--mixers lightning-attn gdn ...]
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import header, milliseconds, peak_gib, table
+from benchmarks.measure import as_graph, header, milliseconds, milliseconds_in_turn, table
 from halo.errors import first_line
 from hypenet import HypeNetConfig
+from hypenet.fixed_decay import fixed_decay_attention
 from hypenet.kernels import kernel
-from hypenet.linear_attention import linear_attention
 from hypenet.mixer_lightning import lightning_log_decay
 from hypenet.mixers import MIXERS, build_mixer
 from hypenet.modeling_hypenet import HypeNetRotaryEmbedding
@@ -28,33 +29,32 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", default=sorted(MIXERS))
     args = parser.parse_args()
     print(header())
-    lightning(args.heads, args.head_dim)
+    print("Lightning Attention in bf16, ms on the GPU (a CUDA graph's replay)\n")
+    shapes = [(1, 16_384, args.heads, args.head_dim), (1, 131_072, 16, 128), (12, 512, 16, 128), (96, 512, 9, 64)]
+    columns = ["", "forward", "fla's", "and backward", "fla's", "fla's / ours"]
+    print(table(columns, [lightning(*shape) for shape in shapes]), flush=True)
     layers(args.mixers, args.heads, args.head_dim, args.lengths)
 
 
-def lightning(heads: int, dim: int, length: int = 16_384) -> None:
-    """Forward and backward of the operation on [1, length, heads, dim] in bf16, and on float32 copies of the same."""
+def lightning(batch: int, length: int, heads: int, dim: int) -> list[Any]:
+    """A row of the table: forward, then forward and backward, on [batch, length, heads, dim] in bf16."""
     torch.manual_seed(0)
-    draw = partial(torch.randn, 1, length, heads, dim, device="cuda", dtype=torch.bfloat16)
+    draw = partial(torch.randn, batch, length, heads, dim, device="cuda", dtype=torch.bfloat16)
     q, k, v, grad = draw(requires_grad=True), draw(requires_grad=True), draw(requires_grad=True), draw()
-    decay = lightning_log_decay(heads, q.device)
+    decay, scale = lightning_log_decay(heads, q.device), dim**-0.5
+    fla = kernel("simple_gla.chunk_simple_gla", state=dim * dim)
+    operations: dict[str, Callable[[], Tensor]] = {
+        "hypenet": lambda: fixed_decay_attention(q, k, v, decay, scale=scale)[0],
+        "fla": lambda: fla(q, k, v, g_gamma=decay, scale=scale)[0],
+    }
 
-    def ours() -> None:
-        output, _ = linear_attention(q, k, v, decay, scale=dim**-0.5)
-        torch.autograd.grad(output, (q, k, v), grad)
+    def both(name: str) -> None:
+        torch.autograd.grad(operations[name](), (q, k, v), grad)
 
-    def copies() -> None:
-        run = kernel("simple_gla.chunk_simple_gla", state=dim * dim)
-        output, _ = run(q.float(), k.float(), v.float(), g_gamma=decay, scale=dim**-0.5)
-        torch.autograd.grad(output, (q, k, v), grad.float())
-
-    rows = [
-        ("bf16 in (hypenet)", milliseconds(ours), peak_gib(ours)),
-        ("float32 copies", milliseconds(copies), peak_gib(copies)),
-    ]
-    print(f"Lightning Attention, forward and backward, {length:,} tokens, {heads} heads of {dim}\n")
-    print(table(["", "ms", "GiB"], rows))
-    print(f"\nfloat32 copies / bf16: {rows[1][1] / rows[0][1]:.2f}\n", flush=True)
+    forward = milliseconds_in_turn({name: as_graph(run) for name, run in operations.items()})
+    trained = milliseconds_in_turn({name: as_graph(partial(both, name)) for name in operations})
+    shape = f"{batch} x {length:,}, {heads} heads of {dim}"
+    return [shape, *forward.values(), *trained.values(), trained["fla"] / trained["hypenet"]]
 
 
 def layers(names: list[str], heads: int, dim: int, lengths: list[int]) -> None:
