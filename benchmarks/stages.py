@@ -214,6 +214,7 @@ def objective_of(
     args: argparse.Namespace, training: Distill, teacher: Path, source: TeacherSource, ds_config: dict[str, Any]
 ) -> Objective:
     config, place = source.model.config, placement(ds_config, training)
+    torch.manual_seed(training.seed)  # as stages do: new weights (the gates) are the same in every run
     if args.stage == "align":
         assert isinstance(source, Teacher)
         return Alignment(build.build_mixers(teacher, hybrid_config(config, []), place), source)

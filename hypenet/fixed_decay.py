@@ -116,27 +116,33 @@ _TABLES = WeakTensorKeyDictionary()
 def _packed(cu_seqlens: Tensor, q: Tensor, v: Tensor) -> _Segments:
     """Made once for all layers: from the tensor of bounds that they are given."""
     length = _length(q.shape[1], q, v)
+    if cu_seqlens.is_inference():  # it does not tell whether it was written anew
+        return _of_documents(cu_seqlens, length, q.device)
     key = (cu_seqlens._version, q.device, length)
     made, segments = _TABLES.get(cu_seqlens, (None, None))
     if made != key:
-        bounds = cu_seqlens.cpu().long()
-        counts = -(-bounds.diff() // length)
-        before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        document = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        begin = bounds[document] + (torch.arange(len(document)) - before[document]) * length
-        end = torch.minimum(begin + length, bounds[document + 1])
-        segments = _Segments(
-            count=len(document),
-            documents=len(counts),
-            tokens=0,
-            length=length,
-            per_row=0,
-            table=torch.stack([begin, end], dim=1).int().to(q.device),
-            before=before.int().to(q.device),
-        )
+        segments = _of_documents(cu_seqlens, length, q.device)
         _TABLES[cu_seqlens] = key, segments
     assert segments is not None
     return segments
+
+
+def _of_documents(cu_seqlens: Tensor, length: int, device: torch.device) -> _Segments:
+    bounds = cu_seqlens.cpu().long()
+    counts = -(-bounds.diff() // length)
+    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    document = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+    begin = bounds[document] + (torch.arange(len(document), device="cpu") - before[document]) * length
+    end = torch.minimum(begin + length, bounds[document + 1])
+    return _Segments(
+        count=len(document),
+        documents=len(counts),
+        tokens=0,
+        length=length,
+        per_row=0,
+        table=torch.stack([begin, end], dim=1).int().to(device),
+        before=before.int().to(device),
+    )
 
 
 def _length(tokens: int, q: Tensor, v: Tensor) -> int:

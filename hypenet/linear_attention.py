@@ -188,6 +188,8 @@ def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     what it derives from them, and to derive it the host waits."""
     if cu_seqlens is None or cu_seqlens.device == x.device:
         return cu_seqlens
+    if cu_seqlens.is_inference():  # it does not tell whether it was written anew
+        return cu_seqlens.to(x.device)
     version, moved = _MOVED.get(cu_seqlens, (-1, x))
     if version != cu_seqlens._version or moved.device != x.device:  # written anew, or for another device
         moved = cu_seqlens.to(x.device)

@@ -60,6 +60,16 @@ output, left = fixed_decay_attention(q, k, v, None, state=given[[0, 2]], cu_seql
 some = torch.tensor([0, 70, 70, 130])
 with_empty, left_with = fixed_decay_attention(q, k, v, None, state=given, cu_seqlens=some, **options)
 assert torch.equal(output, with_empty) and torch.equal(left, left_with[[0, 2]]) and torch.equal(left_with[1], given[1])
+
+# Bounds may be written anew, and be those of inference mode, which do not tell that.
+for inference in (False, True):
+    with torch.inference_mode(inference):
+        reused = torch.tensor([0, 70, 130])
+        for bounds in ([0, 70, 130], [0, 100, 130]):
+            reused.copy_(torch.tensor(bounds))
+            again, _ = fixed_decay_attention(q, k, v, None, scale=0.3, cu_seqlens=reused)
+            expected, _ = each_document(linear_attention_recurrence, (q, k, v, None), reused, state=None, scale=0.3)
+            torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 """
 
 
