@@ -30,11 +30,28 @@ STATE_LANES = 1024
 """Elements of a state that a program of the scan takes."""
 
 
-def fixed_decay_serves(q: Tensor, v: Tensor) -> bool:
-    """Whether these kernels compute the tensors: bfloat16 on a GPU, Triton installed, heads that registers hold.
+_IN_RANGE = WeakTensorKeyDictionary()
+
+
+def fixed_decay_serves(q: Tensor, v: Tensor, log_decay: Tensor | None) -> bool:
+    """Whether these kernels compute the tensors: bfloat16 on a GPU, Triton installed, heads that registers hold, decays
+    that are one per head, constant, and not too strong.
 
     Not float16, which cannot hold the scaled values.
     """
+    if log_decay is not None and (log_decay.ndim != 1 or log_decay.requires_grad):
+        return False
+    return _kernels_take(q, v) and (log_decay is None or _in_range(log_decay))
+
+
+def _in_range(log_decay: Tensor) -> bool:
+    """Whether no decay is stronger than LEAST_LOG_DECAY. Found out once for a tensor: the host waits for it."""
+    if log_decay not in _IN_RANGE:
+        _IN_RANGE[log_decay] = float(log_decay.min()) >= LEAST_LOG_DECAY
+    return _IN_RANGE[log_decay]
+
+
+def _kernels_take(q: Tensor, v: Tensor) -> bool:
     return q.is_cuda and q.dtype == torch.bfloat16 and has_triton() and q.shape[-1] <= 256 and v.shape[-1] <= 256
 
 

@@ -110,7 +110,7 @@ def linear_attention(
     """
     final: Tensor | None
     one_step = q.shape[1] == 1 and cu_seqlens is None
-    if not one_step and (log_decay is None or log_decay.ndim == 1) and fixed_decay_serves(q, v):
+    if not one_step and fixed_decay_serves(q, v, log_decay):
         return fixed_decay_attention(
             q, k, v, log_decay, scale=scale, state=state, keep_state=keep_state, cu_seqlens=cu_seqlens
         )

@@ -33,7 +33,7 @@ def test_outputs_states_and_gradients(dims, decay, packed):
     log_decay = DECAYS[decay]()
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32) if packed else None
     scale = dims[0] ** -0.5
-    assert fixed_decay_serves(q, v)
+    assert fixed_decay_serves(q, v, log_decay)
 
     inputs = [x.clone().requires_grad_() for x in (q, k, v, first)]
     output, left = fixed_decay_attention(
@@ -63,6 +63,10 @@ def test_outputs_states_and_gradients(dims, decay, packed):
     assert max(errors) < TOLERANCE, errors
 
 
-def test_float16_is_left_to_other_kernels():
-    x = torch.zeros(1, 64, 1, 32, device="cuda", dtype=torch.float16)
-    assert not fixed_decay_serves(x, x)
+def test_what_is_left_to_other_kernels():
+    x = torch.zeros(1, 64, 1, 32, device="cuda", dtype=torch.bfloat16)
+    decay = torch.tensor([LEAST_LOG_DECAY], device="cuda")
+    assert fixed_decay_serves(x, x, decay)
+    assert not fixed_decay_serves(x.half(), x.half(), decay)
+    assert not fixed_decay_serves(x, x, 2 * decay)
+    assert not fixed_decay_serves(x, x, decay.requires_grad_())

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from hypenet import fixed_decay
 
 INTERPRETED = """
 import torch
@@ -77,3 +80,21 @@ def test_the_kernels_compute_the_recurrence():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("log_decay", "serves"),
+    [
+        (torch.tensor([-1.25, 0.0]), True),
+        (torch.tensor([-2.0, 0.0]), False),
+        (torch.zeros(1, 4, 2), False),
+        (None, True),
+    ],
+)
+def test_decays_that_the_kernels_compute(monkeypatch, log_decay, serves):
+    """A stronger decay would overflow; one of the token, or a learnt one, is no fixed decay."""
+    monkeypatch.setattr(fixed_decay, "_kernels_take", lambda q, v: True)
+    x = torch.zeros(1, 4, 2, 16)
+    assert fixed_decay.fixed_decay_serves(x, x, log_decay) is serves
+    if log_decay is not None:
+        assert not fixed_decay.fixed_decay_serves(x, x, log_decay.clone().requires_grad_())
