@@ -83,7 +83,7 @@ def draw_documents(count: int) -> list[str]:
 
 
 def write_parquet(texts: list[str], folder: Path) -> None:
-    """In FineWeb-Edu's schema, a thousand documents a row group."""
+    """Write texts in FineWeb-Edu's schema, a thousand documents in each row group."""
     count = len(texts)
     columns = {
         "text": texts,
@@ -109,7 +109,7 @@ def rates(run: Callable[[], int]) -> tuple[float, float]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children that have ended."""
+    """The CPU time of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def losses() -> dict[str, Callable[..., Tensor]]:
-    """By name: (hidden, head, teacher_hidden, teacher_head) -> KL, mean over tokens."""
+    """The losses to compare, by name: (hidden, head, teacher_hidden, teacher_head) -> KL, mean over tokens."""
 
     def ours(hidden: Tensor, head: Tensor, *teacher: Tensor) -> Tensor:
         labels = torch.arange(len(hidden), device=hidden.device)  # as stage 2 gives them, for the metrics
@@ -94,7 +94,7 @@ def products(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head:
 
 
 def reference(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> tuple[Tensor, ...]:
-    """In float32 (and no tf32) from the same bf16 operands, 512 tokens at a time."""
+    """Loss and gradients in float32 (and no tf32) from the same bf16 operands, 512 tokens at a time."""
     torch.backends.cuda.matmul.allow_tf32 = False
     w, w_t = head.detach().float(), teacher_head.float()
     loss, to_hidden, to_head = torch.zeros((), device="cuda", dtype=torch.float64), [], torch.zeros_like(w)

@@ -26,13 +26,13 @@ class Stage:
     """What is known of a stage without running it."""
 
     name: str
-    """Of its module in halo/stages/, its table in a preset, and its folder in a run."""
+    """Also the name of its module in halo/stages/, of its table in a preset, and of its folder in a run."""
     inputs: tuple[str, ...] = ()
     """The stages whose results it reads."""
     launcher: str
     """Its file in launcher/."""
     script: str = ""
-    """The file in slurm/ that runs it, perhaps among others; {size} stands for the teacher's. Empty: none does."""
+    """The file in slurm/ that runs it, perhaps with other stages. {size} stands for the teacher's size. Empty: none."""
     sees: tuple[Seen, ...] = ()
     """Settings that its result depends on, beside its own table and its inputs: the RNN mixer and its switches ("rnn"),
     the switches of attention layers ("attention"), the text to measure on ("heldout")."""

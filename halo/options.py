@@ -39,7 +39,7 @@ class Setting:
     """A key of a preset that is no table."""
 
     key: str
-    """With its tables: distill.corpus.needles."""
+    """Its name with its tables: distill.corpus.needles."""
     kind: Any
     """The type hint."""
     default: Any

@@ -88,7 +88,7 @@ class RankLayout:
         dist.barrier()  # NCCL connects at the first collective, and has a limit for that: not while rank 0 works alone
 
     def dismiss(self, status: int) -> None:
-        """Of a student: tell the teacher ranks to end with `status`, and wait until they have read it."""
+        """Called by a student: asks the teacher ranks to end with `status`, and waits until they have read it."""
         if self.teachers and self.rank == 0:
             self.store.set(LEAVE, str(status))
             teachers = [r for r in range(self.size) if r % self.per_node >= self.students]
@@ -96,7 +96,7 @@ class RankLayout:
                 self.store.wait([f"{LEFT}/{r}" for r in teachers], timedelta(seconds=30))
 
     def leave(self) -> None:
-        """Of a teacher rank: tell that it ends."""
+        """Called by a teacher rank: reports that it ends."""
         self.store.set(f"{LEFT}/{self.rank}", "")
 
     def met_error(self) -> bool:
@@ -104,7 +104,7 @@ class RankLayout:
         return self.store.add(ERRORS, 0) > 0
 
     def wait_for(self, *names: str) -> str:
-        """Of a teacher rank: wait, without a limit, until one of the names is in the store. Returns that name.
+        """Called by a teacher rank: waits, without a limit, until one of the names is in the store. Returns that name.
 
         Raises:
             UserError: another rank met a user's mistake.

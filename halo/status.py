@@ -155,7 +155,7 @@ def status_text(run: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits: 42 s, 12 min, 3.4 h."""
+    """A time in the unit that suits it: 42 s, 12 min, 3.4 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

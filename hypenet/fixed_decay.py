@@ -25,9 +25,9 @@ LEAST_LOG_DECAY = -1.25
 SHORTEST, LONGEST = 256, 2048
 """Tokens of a segment."""
 ENOUGH_PROGRAMS = 512
-"""So many are enough to fill a GPU: some four for each multiprocessor of an H100."""
+"""This many fill a GPU: about four for each multiprocessor of an H100."""
 STATE_LANES = 1024
-"""Elements of a state that a program of the scan takes."""
+"""Elements of a state that one program of the scan processes."""
 
 
 _IN_RANGE = WeakTensorKeyDictionary()
@@ -174,7 +174,7 @@ def _tile(width: int) -> int:
 
 
 def _block(width: int) -> int:
-    """Of the values' width, what one program takes."""
+    """The part of the values' width that one program processes."""
     return 32 if width > 128 else min(64, _tile(width))
 
 

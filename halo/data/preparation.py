@@ -43,12 +43,12 @@ from halo.run import atomic, difference, sha256
 PIECE = 1 << 25
 """Bytes of text in a piece: about eight million tokens, half a minute of work for a core."""
 HELD_OUT_SHARE = 0.005
-"""Of the documents: 12 million of 2.3 billion tokens, more than the measuring stages read."""
+"""The share of documents: 12 million of 2.3 billion tokens, more than the measuring stages read."""
 
 PLAN = "plan.json"
 LOCK = "plan.lock"
 FAR_TOO_SMALL = 0.8
-"""Of the tokens that are needed: a source that seems to have fewer is refused after its first piece, not at its end."""
+"""A share of the tokens needed. A source that seems to have fewer is refused after its first piece, not at its end."""
 
 
 def prepare(

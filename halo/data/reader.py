@@ -37,9 +37,9 @@ class ShardReader:
     def __init__(self, source: str | Path, cache: Cache | None = None):
         files = _Files(source, cache)
         self.samples = files.samples
-        """Of each shard, int64 [shards]."""
+        """The number of samples in each shard, int64 [shards]."""
         self.bytes = files.bytes
-        """Of each shard, uncompressed, int64 [shards]."""
+        """The size of each shard, uncompressed, int64 [shards]."""
         self._ends = np.cumsum(self.samples).tolist()
         self._open: dict[int, Future[np.ndarray]] = {}
         self._queue: SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | None] = SimpleQueue()

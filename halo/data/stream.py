@@ -121,7 +121,7 @@ class Epoch:
     blocks: list[list[int]]
     """The shards of each block."""
     ends: list[int]
-    """Of each block, the number of samples in it and in all blocks before it."""
+    """For each block, the number of samples in it and in all blocks before it."""
     order: np.ndarray
     """The samples' numbers, int64 [samples]."""
 

@@ -106,7 +106,7 @@ class Tasks:
 
 
 def _manager(names: Sequence[str], folder: str) -> TaskManager:
-    """Of the folder only, if it has all tasks: the harness's own tasks are thousands of files."""
+    """The manager of the folder alone, if it has all tasks: the harness's own tasks are thousands of files."""
     if folder:
         manager = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):

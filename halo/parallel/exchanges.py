@@ -209,7 +209,7 @@ _REPLACED: dict[str, tuple[str, Callable[[Any, SequenceGroup], Any]]] = {
     "states": ("recurrence", ChunkStates),
     "heads": ("recurrence", HeadParallel),
 }
-"""By how a mixer can be split: its method that is replaced, and by what."""
+"""A mixer's `split` -> the method that is replaced, and the class that replaces it."""
 
 
 def parallelize(mixers: Iterable[nn.Module], group: SequenceGroup) -> None:

@@ -95,7 +95,7 @@ def _checkpoint_layers(*, checkpointing: bool, offload: bool = False) -> Change:
 
 
 def _teacher_sharded(value: bool) -> Change:
-    """Of a teacher beside the student: one on other GPUs needs no memory here."""
+    """Only for a teacher beside the student: one on other GPUs needs no memory here."""
 
     def change(stage: str, setup: Setup) -> Setup | None:
         training = setup.training

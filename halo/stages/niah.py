@@ -30,7 +30,7 @@ def run(context: Context) -> None:
     rows = _models(context, group)
     cells = []
     folder = context.folder("niah")
-    with measuring(folder, len(rows) * len(VARIANTS) * sum(settings.samples), "evaluate") as measure:
+    with measuring(folder, len(rows) * len(VARIANTS) * sum(settings.samples), "niah") as measure:
         for length, count in zip(settings.lengths, settings.samples, strict=True):
             needles = cache(partial(held_out.needles, length=length, count=count, seed=settings.seed))
             recall_of = partial(_recall, needles=needles, batch=max(1, settings.batch_tokens // length), group=group)

@@ -31,7 +31,7 @@ def run(context: Context) -> None:
     specs: dict[str, str | float | None] = {"none": None} | scaled
     losses = {}
     folder = context.folder("scaling")
-    with measuring(folder, len(specs) * len(samples), "scale") as measure:
+    with measuring(folder, len(specs) * len(samples), "scaling") as measure:
         for name, spec in specs.items():
             hybrid.config.attn_logits_scaling = spec
             losses[name] = measure(name, len(samples), partial(loss_at_length, hybrid, samples, group=group))

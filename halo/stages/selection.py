@@ -77,7 +77,7 @@ def _measure(context: Context, teacher: PreTrainedModel) -> tuple[dict[str, Any]
     choices = len(questions) * CHOICES
     measure_recall = partial(needle_recall, teacher, needles, batch=batch)
     measure_csr = partial(continuation_accuracy, teacher, questions, batch_tokens=batch_tokens)
-    with measuring(context.folder("selection"), len(mixers) * (len(needles) + choices), "select") as measure:
+    with measuring(context.folder("selection"), len(mixers) * (len(needles) + choices), "selection") as measure:
         for layer, mixer in mixers.items():
             mixer.load_state_dict(weights[layer])
             with replaced(teacher, layer, mixer):

@@ -87,8 +87,9 @@ def test_a_misspelt_key_is_told_before_anything_heavy_is_imported(script):
     assert done.stderr == "error: --distill.lrr is an unknown key (did you mean 'lr'?)\n"
 
 
-def test_the_version():
-    done = light("launcher/kd.py", "--version")
+@pytest.mark.parametrize("script", ["launcher/kd.py", "launcher/status.py", "data/prepare_fineweb_edu.py"])
+def test_the_version(script):
+    done = light(script, "--version")
     assert done.stdout.startswith(f"hypenet-halo {version('hypenet-halo')} (torch {version('torch')}, ")
 
 

@@ -79,8 +79,8 @@ def test_table2_leaves_out_what_is_finished_or_taken(tmp_path):
         "selection: the first job takes it from another run",
         "distill: job 1",
     ]
-    told = " ".join(str(word) for word in options)
-    assert typed[0] == f"--parsable slurm/stage2_8b.sh --preset hypenet-9b {told}"
+    given = " ".join(str(word) for word in options)
+    assert typed[0] == f"--parsable slurm/stage2_8b.sh --preset hypenet-9b {given}"
     assert [line.split("slurm/")[1].split()[0] for line in typed[1:]] == [
         *("stage3_8b.sh", "export.sh", "niah.sh", "csr.sh")
     ]

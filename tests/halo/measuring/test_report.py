@@ -16,7 +16,7 @@ RESULTS = Results(
     ],
     stages=[
         StageCost(name="align", tokens=819_200, parameters=1_234_567, seconds=61.7),
-        StageCost(name="select", tokens=100_000, parameters=0, seconds=1030.2),
+        StageCost(name="selection", tokens=100_000, parameters=0, seconds=1030.2),
     ],
 )
 
@@ -33,7 +33,7 @@ def test_markdown() -> None:
         "| Stage | Tokens | Trained parameters | Seconds |\n"
         "| :-- | --: | --: | --: |\n"
         "| align | 819,200 | 1,234,567 | 62 |\n"
-        "| select | 100,000 | 0 | 1,030 |\n"
+        "| selection | 100,000 | 0 | 1,030 |\n"
         "| **all** | 919,200 |  | 1,092 |\n"
     )
 

@@ -71,7 +71,7 @@ def test_documents_end_with_the_separator_or_the_row():
 
 
 def test_what_the_second_of_two_ranks_has():
-    """A document that goes on and ends, and one that fills the chunk; then one that goes on for the whole chunk."""
+    """A document that continues and ends, one that fills the chunk, then one that continues through all of it."""
     bounds = torch.tensor([0, 2, 6, 8, 16])
     rows = Rows((2, 8), bounds, 2, 1)
     assert rows.chunk_bounds.tolist() == [0, 2, 4, 8]
