@@ -236,7 +236,10 @@ def claim(folder: Path, config: Config) -> None:
 
 @contextmanager
 def recorded_config(folder: Path, config: Config) -> Iterator[None]:
-    """Write the run's config.toml, on rank 0; later commands start from it. A UserError inside restores the old one."""
+    """Write the run's config.toml, on rank 0; later commands start from it.
+
+    A UserError inside restores the old one. Where there was none, and nothing else was written, the new one goes.
+    """
     path = folder / RUN_CONFIG
     before = path.read_bytes() if path.is_file() else None
     if rank() == 0:
@@ -245,9 +248,12 @@ def recorded_config(folder: Path, config: Config) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if rank() == 0 and before is not None:
-            with atomic(path) as partial:
-                partial.write_bytes(before)
+        if rank() == 0:
+            if before is not None:
+                with atomic(path) as partial:
+                    partial.write_bytes(before)
+            elif all(other.name in (RUN_CONFIG, JOBS) for other in folder.iterdir()):
+                path.unlink()
         raise
 
 

@@ -35,7 +35,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 def deepspeed(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Run DeepSpeed's launcher as a user types it, from the repository's root."""
-    return _run(BIN / "deepspeed", "--num_gpus", str(ranks), *arguments)
+    return _run(BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -256,6 +256,12 @@ def test_a_refused_command_leaves_the_run_as_it_was(finished):
     assert load_config("tiny", recorded=finished / "config.toml").align.lr == 0.003
 
 
+def test_a_new_run_does_not_remember_settings_that_failed(tmp_path):
+    too_short = ("--align.seq_len", "16")
+    assert "no needle samples of 16 tokens" in refusal("align", tmp_path / "run", *too_short)
+    assert not list((tmp_path / "run").iterdir())
+
+
 # Every rank ends
 
 
