@@ -9,7 +9,7 @@ import torch
 
 from halo.config import COMMON_SENSE, DEFAULT_MIXER, Architecture, Training
 from halo.errors import UserError
-from halo.preset import PRESETS, load_config
+from halo.preset import PRESETS, default_run, load_config
 from halo.tables import config_table, to_toml
 from halo.training.trainer import learning_rate
 from hypenet import HypeNetConfig, HypeNetForCausalLM
@@ -233,6 +233,29 @@ def test_a_run_stands_in_for_its_preset(tmp_path):
     recorded.write_text(to_toml(config_table(load_config("tiny", ["--distill.lr", "0.5", "--align.steps", "3"]))))
     config = load_config("tiny", ["--align.steps", "4"], recorded=recorded)
     assert (config.distill.lr, config.align.steps) == (0.5, 4)
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\t\x00\x1f\x7f", '"\\', "é\u2028"])
+def test_a_run_records_any_text(text):
+    config = replace(load_config("tiny"), heldout=text)
+    assert tomllib.loads(to_toml(config_table(config)))["heldout"] == text
+
+
+@pytest.mark.parametrize(
+    ("preset", "line"),
+    [
+        ('base = "tiny"\nname = 3', "name must be a string, not 3"),
+        ("teacher = " + "9" * 5000, "is not valid TOML: Exceeds the limit"),
+        ("teacher = " + "[" * 5000, "is not valid TOML: maximum recursion depth"),
+    ],
+)
+def test_a_preset_that_is_no_preset(tmp_path, preset, line):
+    path = tmp_path / "mine.toml"
+    path.write_text(preset)
+    with pytest.raises(UserError) as error:
+        assert default_run(path).parent == Path("runs")
+        load_config(path)
+    assert line in str(error.value)
 
 
 def test_unknown_preset_is_named():
