@@ -11,6 +11,7 @@ from halo.errors import EXIT_USER_ERROR, UserError
 from halo.job import Job
 from halo.pipeline import run_stage
 from halo.preset import load_config
+from halo.run import claim
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
 
 TEACHER = Path(load_config("tiny").teacher)
@@ -162,6 +163,21 @@ def test_a_half_written_predecessor(finished):
     assert "stage.json cannot be read" in refusal("distill", finished)
 
 
+@pytest.mark.parametrize(
+    "text", ["\xff", "{", "[]", '{"made_from": [], "files": {}, "summary": {}}']
+    + [f'{{"made_from": {{}}, "files": {files}, "summary": {{}}}}' for files in ("[1]", '{"x": {}}', '{"x": 3}')]
+)  # fmt: skip
+def test_a_record_that_is_no_record(finished, text):
+    (finished / "align" / "stage.json").write_text(text, encoding="latin1")
+    assert f"remove {finished / 'align'} to make it again" in refusal("distill", finished)
+
+
+def test_a_command_that_was_killed_before_it_wrote_anything(tmp_path):
+    """Its folder is still free."""
+    (tmp_path / "config.toml.partial").write_text("name")
+    claim(tmp_path, load_config("tiny"))
+
+
 def test_a_damaged_predecessor(finished):
     weights = finished / "align" / "mixers.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -192,6 +208,15 @@ def test_a_folder_of_another_run(finished, teacher, tmp_path):
     assert "holds files but no run" in refusal("align", tmp_path / "papers")
 
 
+def test_a_run_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        assert refusal("align", tmp_path / name) == f"{tmp_path / name} is no folder: choose another --run"
+    message = refusal("align", tmp_path / "file" / "run")
+    assert message == f"{tmp_path / 'file' / 'run' / 'config.toml'} cannot be written: Not a directory"
+
+
 def test_a_deepspeed_config_that_says_what_the_preset_says(tmp_path):
     for settings, message in [
         ({"train_batch_size": 7}, "train_batch_size = 7, the preset 4"),
@@ -200,6 +225,12 @@ def test_a_deepspeed_config_that_says_what_the_preset_says(tmp_path):
         path = tmp_path / "mine.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 1}} | settings))
         assert message in refusal("align", tmp_path / "run", ds_config=str(path))
+    for text in ("[]", '{"zero_optimization": 3}'):
+        path.write_text(text)
+        assert "must be JSON objects" in refusal("align", tmp_path / "run", ds_config=str(path))
+    path.write_bytes(b"\xff")
+    assert "is not valid JSON" in refusal("align", tmp_path / "run", ds_config=str(path))
+    assert "cannot be read: Is a directory" in refusal("align", tmp_path / "run", ds_config=str(tmp_path))
     path.write_text("{")
     assert "is not valid JSON" in refusal("align", tmp_path / "run", ds_config=str(path))
     assert "no DeepSpeed config at" in refusal("align", tmp_path / "run", ds_config=str(tmp_path / "none.json"))
