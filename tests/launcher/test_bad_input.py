@@ -142,6 +142,25 @@ def test_no_data_at_all(tmp_path):
     assert "--align.shards" in message
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["--heldout", "/nowhere"], "text source /nowhere does not exist"),
+        (["--heldout", ""], "the preset's `heldout` is empty"),
+        (["--selection.layers", "[8]"], "the teacher's layers are 0 to 7"),
+        (["--selection.attention_layers", "9"], "the teacher has 8 layers"),
+        (["--distill.corpus.source", "/nowhere"], "text source /nowhere does not exist"),
+        (["--distill.corpus.source", ""], "distill has no data"),
+        (["--distill.shards", "/nowhere"], "/nowhere holds no token shards"),
+        (["--distill.teacher_logits=top_k", "--distill.teacher_top_k=2000"], "teacher_top_k = 2000 is more than the"),
+        (["--finetune.corpus.source", "/nowhere"], "text source /nowhere does not exist"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_told_before_the_first(tmp_path, settings, line):
+    assert line in refusal("niah", tmp_path / "run", *settings, prepare=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_fewer_samples_than_a_batch(tmp_path):
     message = refusal("align", tmp_path / "run", "--align.corpus.samples", "3")
     assert "holds 3 samples, fewer than one batch of 4" in message
