@@ -276,9 +276,13 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "version"
 
 
-def teacher_fingerprint(teacher: Path) -> str:
-    """A digest of a teacher: name, size, first and last MiB of its config and weight files, or of its GGUF file."""
-    digest = hashlib.sha256()
+def teacher_fingerprint(teacher: Path, tokenizer: str) -> str:
+    """A digest of a teacher: name, size, first and last MiB of its config and weight files, or of its GGUF file.
+
+    Args:
+        tokenizer: the digest of its tokenizer (`tokenizer_hash`).
+    """
+    digest = hashlib.sha256(tokenizer.encode())
     files = [teacher] if teacher.is_file() else [teacher / "config.json", *sorted(teacher.glob("*.safetensors"))]
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}".encode())

@@ -51,7 +51,7 @@ def names_of_two_things(sources: Sources) -> list[str]:
     homes: dict[str, list[str]] = defaultdict(list)
     for path, source in sources.items():
         for name in dict.fromkeys(definitions(ast.parse(source).body)):
-            # Every stage has a `run`, many have a `check`, and every script a `main`: each is the same thing of another stage.
+            # Of stages `run` and `check`, of scripts `main`: each is the same thing of another one.
             if not (name in ("run", "check") and path.parent == Path("halo/stages")) and name != "main":
                 homes[name].append(str(path))
     return [f"{name} is defined in {' and in '.join(paths)}" for name, paths in sorted(homes.items()) if len(paths) > 1]

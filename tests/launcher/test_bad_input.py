@@ -212,6 +212,17 @@ def test_a_predecessor_made_for_another_teacher(finished):
     assert "align was made from another teacher" in refusal("distill", finished)
 
 
+def test_a_tokenizer_that_was_changed_in_the_teachers_folder(finished, teacher, monkeypatch):
+    """The ids of all texts are others then."""
+    content = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, two = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    edit(teacher / "tokenizer.json", model=content["model"])
+    monkeypatch.setattr("halo.pipeline.find_teacher", lambda _: teacher)
+    assert "align was made from another teacher" in refusal("align", finished)
+
+
 def test_a_stage_made_with_other_settings(finished):
     assert "align was made from another lr (0.003, now 0.5)" in refusal("distill", finished, "--align.lr", "0.5")
 
