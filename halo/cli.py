@@ -141,6 +141,7 @@ def _stage_parser(description: str, may_take: bool) -> OneLineParser:
             "--from",
             dest="taken",
             nargs="+",
+            action="append",
             default=[],
             metavar=("RUN", "STAGE"),
             help="take finished stages from another run's folder",
@@ -169,11 +170,13 @@ def _read_job(parser: OneLineParser, shown: Sequence[str], prepare: bool | None)
     )
 
 
-def _taken(words: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
-    """What `--from` names."""
-    if not words:
+def _taken(given: Sequence[Sequence[str]]) -> tuple[Path | None, tuple[str, ...]]:
+    """What `--from` names; `given` are the words of each."""
+    if not given:
         return None, ()
-    run, *stages = words
+    if len(given) > 1:
+        raise UserError("--from is given twice: name one run, and all stages of it after one --from")
+    run, *stages = given[0]
     known = [stage.name for stage in conversion()]
     if not stages:
         raise UserError(f"--from {run} names no stage: write --from {run} STAGE ..., of {', '.join(known)}")

@@ -5,6 +5,7 @@ presets' JSON schema are made from these (halo/preset.py, halo/schema.py). A val
 no effect beside the others, raises ValueError; the message begins with the field's name.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -60,6 +61,7 @@ class Corpus:
     """The fraction of samples that contain a RULER-style needle and its question."""
 
     def __post_init__(self) -> None:
+        _check(self.samples >= 0, "samples", self.samples, "at least 0")
         _check(0 <= self.needles <= 1, "needles", self.needles, "from 0 to 1")
 
 
@@ -122,19 +124,26 @@ class Training:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "min_lr", "warmup", "decay", "weight_decay", "clip", "profile_from", "profile_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("keep_every", "max_skipped"):
+        for name in ("keep_every", "max_skipped", "seed"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("lr", "min_lr", "weight_decay", "clip"):
+            _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "finite")
+        _check(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "at least 0 and less than 1 each")
+        _check(self.shards_cache_gb > 0, "shards_cache_gb", self.shards_cache_gb, "more than 0")
         _check(self.keep_every % self.save_every == 0, "keep_every", self.keep_every, "a multiple of save_every")
         cached = bool(self.shards_cache) or self.shards_cache_gb == CACHE_GB
         _check(cached, "shards_cache_gb", self.shards_cache_gb, f"left at {CACHE_GB} without shards_cache")
         if self.schedule == "wsd":
             _check(self.decay > 0, "decay", self.decay, "at least 1 for a wsd schedule")
+            _check(self.decay <= self.steps, "decay", self.decay, f"at most steps ({self.steps})")
         else:
             _check(self.decay == 0, "decay", self.decay, "0 unless schedule is wsd")
         falls = self.schedule != "constant" or self.min_lr == MIN_LR
         _check(falls, "min_lr", self.min_lr, f"left at {MIN_LR} with a constant schedule")
         traced = self.profile_steps > 0 or self.profile_from == 0
         _check(traced, "profile_from", self.profile_from, "0 without profile_steps")
+        reached = self.profile_from < self.steps
+        _check(reached, "profile_from", self.profile_from, f"less than steps ({self.steps})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +175,11 @@ class Pretrain(Training):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.sequence_parallel == 1, "sequence_parallel", self.sequence_parallel, "1 in training from scratch")
+        for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "ffn"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})")
+        _check(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for RoPE")
+        _check(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "more than 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +237,8 @@ class Distill(CheckpointedTraining):
         _check(self.teacher_top_k >= 1, "teacher_top_k", self.teacher_top_k, "at least 1")
         takes_k = self.teacher_logits == "top_k" or self.teacher_top_k == TOP_K
         _check(takes_k, "teacher_top_k", self.teacher_top_k, f"left at {TOP_K} unless teacher_logits is top_k")
-        _check(self.temperature > 0, "temperature", self.temperature, "more than 0")
-        _check(self.cross_entropy >= 0, "cross_entropy", self.cross_entropy, "at least 0")
+        _check(0 < self.temperature < math.inf, "temperature", self.temperature, "more than 0 and finite")
+        _check(0 <= self.cross_entropy < math.inf, "cross_entropy", self.cross_entropy, "at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +263,10 @@ class Selection:
     def __post_init__(self) -> None:
         for name in ("needles", "questions", "seq_len"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.epsilon > 0, "epsilon", self.epsilon, "more than 0")
+        for name in ("attention_layers", "seed"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _check(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "more than 0 and finite")
+        _check(min(self.layers, default=0) >= 0, "layers", self.layers, "0 or more each")
         _check(len(set(self.layers)) == len(self.layers), "layers", self.layers, "without repeats")
         alone = not (self.layers and self.attention_layers)
         _check(alone, "attention_layers", self.attention_layers, "0 beside layers")
@@ -271,7 +288,9 @@ class Scaling:
     """The number of ranks that share a window, each with a part of its tokens."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.candidates) and min(self.candidates) > 1, "candidates", self.candidates, "numbers above 1")
+        above = bool(self.candidates) and all(1 < candidate < math.inf for candidate in self.candidates)
+        _check(above, "candidates", self.candidates, "numbers above 1")
+        _check(self.seq_len >= 2, "seq_len", self.seq_len, "at least 2")
         small = self.form == "hype" or max(self.candidates) <= 10
         _check(small, "candidates", self.candidates, "at most 10 where they are constants")
         for name in ("documents", "sequence_parallel"):
@@ -299,7 +318,11 @@ class Evaluation:
         same = len(self.samples) == len(self.lengths) > 0
         _check(same, "samples", self.samples, "one number for each of lengths")
         _check(len(set(self.lengths)) == len(self.lengths), "lengths", self.lengths, "without repeats")
-        _check(min(self.samples) >= 1, "samples", self.samples, "at least 1 each")
+        for name in ("lengths", "samples"):
+            _check(min(getattr(self, name)) >= 1, name, getattr(self, name), "at least 1 each")
+        for name in ("yarn_from", "batch_tokens"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.seed >= 0, "seed", self.seed, "at least 0")
         _check(self.sequence_parallel >= 1, "sequence_parallel", self.sequence_parallel, "at least 1")
 
 
@@ -356,6 +379,7 @@ class Config:
     """Common-sense reasoning."""
 
     def __post_init__(self) -> None:
+        _check(bool(self.name), "name", "''", "the name of a folder")
         plain, mixer = Architecture(), self.rnn_mixer
         for name, value in vars(self.architecture).items():
             if name.startswith("lightning_") and mixer != DEFAULT_MIXER and value != getattr(plain, name):

@@ -120,9 +120,10 @@ def read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def read_value(text: str) -> Any:
     """A value as TOML writes it. Other text stays a string, and is refused later where the setting is no string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return table["value"] if len(table) == 1 else text  # a line more would be another key
 
 
 def attribute_docs(cls: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ from halo.graph import STAGES, stages_to
 from halo.job import Job
 from halo.models.build import check_teacher
 from halo.models.loading import check_architecture, find_teacher
+from halo.models.tokenizer import load_tokenizer, tokenizer_hash
 from halo.parallel.checks import check_sequence_parallel
 from halo.run import claim, recorded_config, teacher_fingerprint
 from halo.tables import suggest
@@ -88,7 +89,7 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
         config=job.config,
         run=job.run,
         teacher=teacher,
-        fingerprint=teacher_fingerprint(teacher) if converts else "",
+        fingerprint=teacher_fingerprint(teacher, tokenizer_hash(load_tokenizer(teacher))) if converts else "",
         ds_config=ds_config,
     )
     if job.taken_from is not None:

@@ -7,6 +7,7 @@ Unknown keys are refused with a suggestion. In a preset, a path that starts with
 preset's file.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ def preset_table(preset: str | Path, recorded: Path | None = None) -> tuple[Path
     path = Path(preset)
     if path.suffix != ".toml":
         path = PRESETS / f"{preset}.toml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long for a file
         names = sorted(p.stem for p in PRESETS.glob("*.toml"))
         raise UserError(f"no preset '{preset}'{suggest(str(preset), names)}; presets: {', '.join(names)}")
     table = {"name": path.stem} | _read_preset(path)
-    if recorded is not None and recorded.is_file():
+    if recorded is not None and os.path.isfile(recorded):
         return recorded, read_toml(recorded) | {"name": table["name"]}
     return path, table
 
@@ -63,7 +64,7 @@ def default_run(preset: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     _, table = preset_table(preset)
     given, _ = read_overrides(overrides)
-    return Path("runs") / _merged(table, given)["name"]
+    return Path("runs") / str(_merged(table, given)["name"])  # no string is refused with all other settings
 
 
 def _read_preset(path: Path) -> dict[str, Any]:

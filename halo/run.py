@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halo.config import Config
-from halo.distributed import rank
+from halo.distributed import on_rank0, rank
 from halo.errors import UserError
 from halo.graph import RUN_CONFIG, STAGE_RECORD
 from halo.tables import config_table, read_toml, to_toml
@@ -31,6 +31,9 @@ IDENTITY = ("name", "teacher")
 decides: it refuses those that it sees (halo/graph.py)."""
 JOBS = "slurm"
 """The subfolder in which slurm/common.sh keeps its jobs' logs. It may be there before the run's first stage."""
+MAY_BE_THERE = (JOBS, f"{RUN_CONFIG}.partial")
+"""What a folder may hold and yet be free: the second is left by a command that was killed while it wrote its first
+file."""
 
 
 @contextmanager
@@ -144,8 +147,10 @@ class StageFolder:
         UserError: stage.json cannot be read.
         """
         try:
-            return Record(**json.loads(self.record_path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+            record = Record(**json.loads(self.record_path.read_text()))
+            _ = [(file["bytes"], file["sha256"]) for file in record.files.values()], record.made_from.items()
+            return record
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{self.record_path} cannot be read ({error}): remove {self.path} to make it again"
             ) from error
@@ -221,8 +226,10 @@ def claim(folder: Path, config: Config) -> None:
     """Check that a run's folder is this run's, or is free. Writes nothing.
 
     Raises:
-        UserError: the folder belongs to another run, or holds files but no run.
+        UserError: the folder belongs to another run, holds files but no run, or cannot be a folder.
     """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is no folder: choose another --run")
     path = folder / RUN_CONFIG
     if path.is_file():
         recorded, table = read_toml(path), config_table(config)
@@ -230,7 +237,7 @@ def claim(folder: Path, config: Config) -> None:
             if recorded.get(key) != table[key]:
                 other = difference({key: recorded.get(key)}, {key: table[key]})
                 raise UserError(f"{folder} belongs to another run, with another {other}: choose another --run")
-    elif folder.exists() and any(path.name != JOBS for path in folder.iterdir()):
+    elif folder.exists() and any(path.name not in MAY_BE_THERE for path in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run (no config.toml): choose another --run")
 
 
@@ -242,9 +249,7 @@ def recorded_config(folder: Path, config: Config) -> Iterator[None]:
     """
     path = folder / RUN_CONFIG
     before = path.read_bytes() if path.is_file() else None
-    if rank() == 0:
-        with atomic(path) as partial:
-            partial.write_text(to_toml(config_table(config)))
+    on_rank0(_write_config, path, to_toml(config_table(config)))
     try:
         yield
     except UserError:
@@ -255,6 +260,14 @@ def recorded_config(folder: Path, config: Config) -> Iterator[None]:
             elif all(other.name in (RUN_CONFIG, JOBS) for other in folder.iterdir()):
                 path.unlink()
         raise
+
+
+def _write_config(path: Path, text: str) -> None:
+    try:
+        with atomic(path) as partial:
+            partial.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -269,9 +282,13 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "version"
 
 
-def teacher_fingerprint(teacher: Path) -> str:
-    """A digest of a teacher: name, size, first and last MiB of its config and weight files, or of its GGUF file."""
-    digest = hashlib.sha256()
+def teacher_fingerprint(teacher: Path, tokenizer: str) -> str:
+    """A digest of a teacher: name, size, first and last MiB of its config and weight files, or of its GGUF file.
+
+    Args:
+        tokenizer: the digest of its tokenizer (`tokenizer_hash`).
+    """
+    digest = hashlib.sha256(tokenizer.encode())
     files = [teacher] if teacher.is_file() else [teacher / "config.json", *sorted(teacher.glob("*.safetensors"))]
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}".encode())

@@ -51,8 +51,8 @@ def names_of_two_things(sources: Sources) -> list[str]:
     homes: dict[str, list[str]] = defaultdict(list)
     for path, source in sources.items():
         for name in dict.fromkeys(definitions(ast.parse(source).body)):
-            # Every stage has a `run` and every script a `main`: each is the same thing of another stage.
-            if not (name == "run" and path.parent == Path("halo/stages")) and name != "main":
+            # Of stages `run` and `check`, of scripts `main`: each is the same thing of another one.
+            if not (name in ("run", "check") and path.parent == Path("halo/stages")) and name != "main":
                 homes[name].append(str(path))
     return [f"{name} is defined in {' and in '.join(paths)}" for name, paths in sorted(homes.items()) if len(paths) > 1]
 
@@ -96,7 +96,7 @@ def test_violations_are_seen() -> None:
 
 
 def test_what_may_repeat() -> None:
-    again = "T = TypeVar('T')\nP = ParamSpec('P')\n__all__ = []\ndef run(): ...\ndef main(): ...\n"
+    again = "T = TypeVar('T')\nP = ParamSpec('P')\n__all__ = []\ndef run(): ...\ndef check(): ...\ndef main(): ...\n"
     assert names_of_two_things(_sources(a=again, b=again)) == []
     assert names_of_two_things({Path("halo/a.py"): "def run(): ...", Path("halo/b.py"): "def run(): ..."})
     assert (

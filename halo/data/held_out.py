@@ -1,13 +1,14 @@
 """The held-out text of a run. Selection, the choice of the base a (Eq. 11), and evaluation measure on it."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halo.data.corpus import read_documents
+from halo.data.corpus import read_documents, text_files
 from halo.data.needle import EVAL_KEYS, NeedleSample, Prose, build_needle
 from halo.data.packing import cut_samples, join_documents
 from halo.errors import UserError
@@ -25,10 +26,7 @@ class HeldOut:
     """
 
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase):
-        if not source:
-            raise UserError(
-                "the preset's `heldout` is empty: set it to a folder of text, whose held-out documents are then used"
-            )
+        check_held_out(source)
         self.tokenizer = tokenizer
         self.documents = list(_until(read_documents(source, "held_out"), CHARACTERS))
         if not self.documents:
@@ -63,6 +61,19 @@ class HeldOut:
         if len(samples) == 0:
             raise UserError(f"`heldout` has {len(tokens)} held-out tokens, fewer than one window of {length}")
         return torch.from_numpy(samples[:count])
+
+
+def check_held_out(source: str) -> None:
+    """Whether there is a source to read, found out without reading it.
+
+    Raises:
+        UserError: none is set, or there is nothing to read.
+    """
+    if not source:
+        raise UserError(
+            "the preset's `heldout` is empty: set it to a folder of text, whose held-out documents are then used"
+        )
+    text_files(Path(source))
 
 
 def _until(documents: Iterable[str], characters: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halo.config import Training
 from halo.context import Context
+from halo.data.corpus import text_files
 from halo.data.shards import prepare_shards, verify_shards
 from halo.distributed import on_rank0
 from halo.errors import UserError
@@ -19,6 +20,19 @@ def shards_for(context: Context, stage: str) -> str | Path:
         UserError: as `ensure_shards`.
     """
     return on_rank0(_ensure_for, context, stage)
+
+
+def check_data(context: Context, stage: str) -> None:
+    """Whether a stage has shards that fit, or text to prepare them from. On rank 0; prepares nothing.
+
+    Raises:
+        UserError: as `ensure_shards`.
+    """
+    training = context.settings(stage)
+    if training.shards or not training.corpus.source or (context.run / "data" / stage).exists():
+        _ensure_for(context, stage)
+    else:
+        text_files(Path(training.corpus.source))
 
 
 def _ensure_for(context: Context, stage: str) -> str | Path:

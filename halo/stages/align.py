@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halo.context import Context
-from halo.data.stage_shards import shards_for
+from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
 from halo.models.build import build_mixers, build_teacher
 from halo.parallel.sequence import SequenceGroup
@@ -23,6 +23,13 @@ from halo.training.trainer import train
 from hypenet.transfer import hybrid_config, mixer_from_attention
 
 MIXERS_FILE = "mixers.safetensors"
+
+
+def check(context: Context) -> None:
+    """Raises:
+    UserError: as `check_data`.
+    """
+    check_data(context, "align")
 
 
 def run(context: Context) -> None:

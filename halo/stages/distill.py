@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from halo.config import CheckpointedTraining, Distill
 from halo.context import Context
-from halo.data.stage_shards import shards_for
+from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
 from halo.errors import UserError
 from halo.models.build import build_student, build_teacher
@@ -31,6 +31,14 @@ from halo.training.trainer import Result, train
 from hypenet.transfer import hybrid_config
 
 HYBRID = "hybrid"
+
+
+def check(context: Context) -> None:
+    """Raises:
+    UserError: as `check_data` and `logits_form`.
+    """
+    check_data(context, "distill")
+    logits_form(context.config.distill, load_model_config(context.teacher).vocab_size)
 
 
 def run(context: Context) -> None:

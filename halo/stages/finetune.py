@@ -1,7 +1,7 @@
 """Stage 3: next-token training at long context and a small learning rate (Sec. 4.5). Writes `hybrid/`."""
 
 from halo.context import Context
-from halo.data.stage_shards import shards_for
+from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
 from halo.models.build import build_hybrid
 from halo.models.tokenizer import load_tokenizer, separator_id
@@ -9,6 +9,13 @@ from halo.stages.distill import HYBRID, options_of, save_hybrid
 from halo.training.engine import placement
 from halo.training.objectives import NextToken
 from halo.training.trainer import train
+
+
+def check(context: Context) -> None:
+    """Raises:
+    UserError: as `check_data`.
+    """
+    check_data(context, "finetune")
 
 
 def run(context: Context) -> None:

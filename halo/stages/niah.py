@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from halo.context import Context
-from halo.data.held_out import HeldOut
+from halo.data.held_out import HeldOut, check_held_out
 from halo.data.needle import VARIANTS, NeedleSample
 from halo.distributed import device, on_rank0
 from halo.graph import conversion
@@ -21,6 +21,13 @@ from halo.models.loading import apply_yarn, load_hybrid, load_teacher
 from halo.models.tokenizer import load_tokenizer
 from halo.parallel.sequence import SequenceGroup
 from halo.stages.export import MODEL
+
+
+def check(context: Context) -> None:
+    """Raises:
+    UserError: as `check_held_out`.
+    """
+    check_held_out(context.config.heldout)
 
 
 def run(context: Context) -> None:

@@ -6,7 +6,7 @@ Writes `scaling.json`: the chosen `attn_logits_scaling`, and every candidate's l
 from functools import partial
 
 from halo.context import Context
-from halo.data.held_out import HeldOut
+from halo.data.held_out import HeldOut, check_held_out
 from halo.distributed import device, on_rank0
 from halo.measuring.evaluation import loss_at_length, share_sequences
 from halo.measuring.figures import measuring
@@ -17,6 +17,13 @@ from halo.stages.distill import HYBRID
 from hypenet.configuration_hypenet import hype_scaling
 
 SCALING = "scaling.json"
+
+
+def check(context: Context) -> None:
+    """Raises:
+    UserError: as `check_held_out`.
+    """
+    check_held_out(context.config.heldout)
 
 
 def run(context: Context) -> None:

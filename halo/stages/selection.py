@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halo.context import Context
-from halo.data.held_out import HeldOut
+from halo.data.held_out import HeldOut, check_held_out
 from halo.data.needle import VARIANTS
 from halo.distributed import device, on_rank0
 from halo.errors import UserError
@@ -21,22 +21,32 @@ from halo.measuring.evaluation import CHOICES, build_questions, continuation_acc
 from halo.measuring.figures import measuring
 from halo.measuring.importance import default_k, importance, ranking
 from halo.measuring.report import selection_png
-from halo.models.loading import load_teacher
+from halo.models.loading import load_model_config, load_teacher
 from halo.models.tokenizer import load_tokenizer
 from halo.stages.align import load_mixers, new_mixers
 
 SCORES = "scores.json"
 
 
+def check(context: Context) -> None:
+    """Raises:
+    UserError: the teacher has no such layers, or as `check_held_out`.
+    """
+    settings, layers = context.config.selection, load_model_config(context.teacher).num_hidden_layers
+    if not 1 <= (settings.attention_layers or default_k(layers)) <= layers:
+        raise UserError(
+            f"selection.attention_layers = {settings.attention_layers}, but the teacher has {layers} layers"
+        )
+    if not set(settings.layers) <= set(range(layers)):
+        raise UserError(f"selection.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
+    if not settings.layers:
+        check_held_out(context.config.heldout)
+
+
 def run(context: Context) -> None:
     settings = context.config.selection
     teacher = load_teacher(context.teacher).eval().to(device())
-    layers = len(teacher.model.layers)
-    keep = settings.attention_layers or default_k(layers)
-    if not 1 <= keep <= layers:
-        raise UserError(f"selection.attention_layers = {keep}, but the teacher has {layers} layers")
-    if not set(settings.layers) <= set(range(layers)):
-        raise UserError(f"selection.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
+    keep = settings.attention_layers or default_k(len(teacher.model.layers))
     report: dict[str, Any] = {"attention_layers": sorted(settings.layers)}
     cost = {"tokens": 0, "seconds": 0.0}
     if not settings.layers:

@@ -43,15 +43,19 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        UserError: the file is missing, is not JSON, sets a key that the preset decides, or has no ZeRO stage that can
-            skip a step.
+        UserError: the file is missing, is no JSON object, sets a key that the preset decides, or has no ZeRO stage that
+            can skip a step.
     """
     try:
         config = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise UserError(f"no DeepSpeed config at {path}") from error
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"the DeepSpeed config {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not JSON, or no text at all
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"{path} is no DeepSpeed config: it and its zero_optimization must be JSON objects")
     for key in PRESET_KEYS:
         if key in config:
             raise UserError(f"{path} sets '{key}', which HALO's preset decides: remove it")

@@ -9,7 +9,7 @@ import torch
 
 from halo.config import COMMON_SENSE, DEFAULT_MIXER, Architecture, Training
 from halo.errors import UserError
-from halo.preset import PRESETS, load_config
+from halo.preset import PRESETS, default_run, load_config
 from halo.tables import config_table, to_toml
 from halo.training.trainer import learning_rate
 from hypenet import HypeNetConfig, HypeNetForCausalLM
@@ -104,7 +104,25 @@ def test_a_base_that_does_not_ship(tmp_path):
         (["--distill.micro_batch", "0"], "micro_batch must be at least 1, not 0"),
         (["--distill.corpus.needles", "1.5"], "needles must be from 0 to 1, not 1.5"),
         (["--distill.schedule", "wsd"], "tiny.toml: distill.decay must be at least 1 for a wsd schedule, not 0"),
-        (["--selection.epsilon", "0"], "epsilon must be more than 0, not 0.0"),
+        (["--selection.epsilon", "0"], "epsilon must be more than 0 and finite, not 0.0"),
+        (["--distill.lr", "inf"], "--distill.lr must be finite, not inf"),
+        (["--distill.betas", "[0.9, 1]"], "betas must be at least 0 and less than 1 each, not [0.9, 1.0]"),
+        (["--distill.betas", "[nan, 0.9]"], "betas must be at least 0 and less than 1 each, not [nan, 0.9]"),
+        (["--distill.seed", "-1"], "--distill.seed must be at least 0, not -1"),
+        (["--distill.corpus.samples", "-1"], "--distill.corpus.samples must be at least 0, not -1"),
+        (["--distill.schedule", "wsd", "--distill.decay", "999"], "decay must be at most steps (350), not 999"),
+        (["--distill.shards_cache", "x", "--distill.shards_cache_gb", "0"], "shards_cache_gb must be more than 0"),
+        (["--distill.temperature", "inf"], "temperature must be more than 0 and finite, not inf"),
+        (["--pretrain.heads", "0"], "--pretrain.heads must be at least 1, not 0"),
+        (["--pretrain.kv_heads", "3"], "--pretrain.kv_heads must be a divisor of heads (4), not 3"),
+        (["--pretrain.head_dim", "31"], "--pretrain.head_dim must be even, for RoPE, not 31"),
+        (["--selection.attention_layers", "-3"], "attention_layers must be at least 0, not -3"),
+        (["--selection.layers", "[-1]"], "--selection.layers must be 0 or more each, not [-1]"),
+        (["--scaling.candidates", "[2, nan]"], "candidates must be numbers above 1, not [2.0, nan]"),
+        (["--scaling.seq_len", "0"], "--scaling.seq_len must be at least 2, not 0"),
+        (["--niah.lengths", "[-1]", "--niah.samples", "[1]"], "--niah.lengths must be at least 1 each, not [-1]"),
+        (["--niah.yarn_from", "0"], "--niah.yarn_from must be at least 1, not 0"),
+        (["--name", ""], "--name must be the name of a folder, not ''"),
         (["--selection.layers", "[1, 1]"], "layers must be without repeats, not [1, 1]"),
         (["--scaling.candidates", "[1]"], "candidates must be numbers above 1, not [1.0]"),
         (["--scaling.form", "constant"], "candidates must be at most 10 where they are constants, not [128.0, 256.0"),
@@ -146,6 +164,7 @@ def test_overrides_take_effect():
         (["--distill.decay", "5"], "must be 0 unless schedule is wsd, not 5"),
         (["--finetune.min_lr", "1e-6"], "must be left at 1e-05 with a constant schedule, not 1e-06"),
         (["--distill.profile_from", "5"], "must be 0 without profile_steps, not 5"),
+        (["--distill.profile_from=350", "--distill.profile_steps=1"], "must be less than steps (350), not 350"),
         (["--distill.shards_cache_gb", "5"], "must be left at 64.0 without shards_cache, not 5.0"),
         (["--csr.task_folder=x", f"--csr.tasks={list(COMMON_SENSE)}"], "must be empty unless tasks names tasks of it"),
     ],
@@ -214,6 +233,29 @@ def test_a_run_stands_in_for_its_preset(tmp_path):
     recorded.write_text(to_toml(config_table(load_config("tiny", ["--distill.lr", "0.5", "--align.steps", "3"]))))
     config = load_config("tiny", ["--align.steps", "4"], recorded=recorded)
     assert (config.distill.lr, config.align.steps) == (0.5, 4)
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\t\x00\x1f\x7f", '"\\', "é\u2028"])
+def test_a_run_records_any_text(text):
+    config = replace(load_config("tiny"), heldout=text)
+    assert tomllib.loads(to_toml(config_table(config)))["heldout"] == text
+
+
+@pytest.mark.parametrize(
+    ("preset", "line"),
+    [
+        ('base = "tiny"\nname = 3', "name must be a string, not 3"),
+        ("teacher = " + "9" * 5000, "is not valid TOML: Exceeds the limit"),
+        ("teacher = " + "[" * 5000, "is not valid TOML: maximum recursion depth"),
+    ],
+)
+def test_a_preset_that_is_no_preset(tmp_path, preset, line):
+    path = tmp_path / "mine.toml"
+    path.write_text(preset)
+    with pytest.raises(UserError) as error:
+        assert default_run(path).parent == Path("runs")
+        load_config(path)
+    assert line in str(error.value)
 
 
 def test_unknown_preset_is_named():

@@ -11,6 +11,7 @@ from halo.errors import EXIT_USER_ERROR, UserError
 from halo.job import Job
 from halo.pipeline import run_stage
 from halo.preset import load_config
+from halo.run import claim
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
 
 TEACHER = Path(load_config("tiny").teacher)
@@ -141,6 +142,25 @@ def test_no_data_at_all(tmp_path):
     assert "--align.shards" in message
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["--heldout", "/nowhere"], "text source /nowhere does not exist"),
+        (["--heldout", ""], "the preset's `heldout` is empty"),
+        (["--selection.layers", "[8]"], "the teacher's layers are 0 to 7"),
+        (["--selection.attention_layers", "9"], "the teacher has 8 layers"),
+        (["--distill.corpus.source", "/nowhere"], "text source /nowhere does not exist"),
+        (["--distill.corpus.source", ""], "distill has no data"),
+        (["--distill.shards", "/nowhere"], "/nowhere holds no token shards"),
+        (["--distill.teacher_logits=top_k", "--distill.teacher_top_k=2000"], "teacher_top_k = 2000 is more than the"),
+        (["--finetune.corpus.source", "/nowhere"], "text source /nowhere does not exist"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_told_before_the_first(tmp_path, settings, line):
+    assert line in refusal("niah", tmp_path / "run", *settings, prepare=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_fewer_samples_than_a_batch(tmp_path):
     message = refusal("align", tmp_path / "run", "--align.corpus.samples", "3")
     assert "holds 3 samples, fewer than one batch of 4" in message
@@ -162,6 +182,21 @@ def test_a_half_written_predecessor(finished):
     assert "stage.json cannot be read" in refusal("distill", finished)
 
 
+@pytest.mark.parametrize(
+    "text", ["\xff", "{", "[]", '{"made_from": [], "files": {}, "summary": {}}']
+    + [f'{{"made_from": {{}}, "files": {files}, "summary": {{}}}}' for files in ("[1]", '{"x": {}}', '{"x": 3}')]
+)  # fmt: skip
+def test_a_record_that_is_no_record(finished, text):
+    (finished / "align" / "stage.json").write_text(text, encoding="latin1")
+    assert f"remove {finished / 'align'} to make it again" in refusal("distill", finished)
+
+
+def test_a_command_that_was_killed_before_it_wrote_anything(tmp_path):
+    """Its folder is still free."""
+    (tmp_path / "config.toml.partial").write_text("name")
+    claim(tmp_path, load_config("tiny"))
+
+
 def test_a_damaged_predecessor(finished):
     weights = finished / "align" / "mixers.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -175,6 +210,17 @@ def test_a_predecessor_made_for_another_teacher(finished):
     record["made_from"]["teacher"] = "0" * 64
     (finished / "align" / "stage.json").write_text(json.dumps(record))
     assert "align was made from another teacher" in refusal("distill", finished)
+
+
+def test_a_tokenizer_that_was_changed_in_the_teachers_folder(finished, teacher, monkeypatch):
+    """The ids of all texts are others then."""
+    content = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, two = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    edit(teacher / "tokenizer.json", model=content["model"])
+    monkeypatch.setattr("halo.pipeline.find_teacher", lambda _: teacher)
+    assert "align was made from another teacher" in refusal("align", finished)
 
 
 def test_a_stage_made_with_other_settings(finished):
@@ -192,6 +238,15 @@ def test_a_folder_of_another_run(finished, teacher, tmp_path):
     assert "holds files but no run" in refusal("align", tmp_path / "papers")
 
 
+def test_a_run_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        assert refusal("align", tmp_path / name) == f"{tmp_path / name} is no folder: choose another --run"
+    message = refusal("align", tmp_path / "file" / "run")
+    assert message == f"{tmp_path / 'file' / 'run' / 'config.toml'} cannot be written: Not a directory"
+
+
 def test_a_deepspeed_config_that_says_what_the_preset_says(tmp_path):
     for settings, message in [
         ({"train_batch_size": 7}, "train_batch_size = 7, the preset 4"),
@@ -200,6 +255,12 @@ def test_a_deepspeed_config_that_says_what_the_preset_says(tmp_path):
         path = tmp_path / "mine.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 1}} | settings))
         assert message in refusal("align", tmp_path / "run", ds_config=str(path))
+    for text in ("[]", '{"zero_optimization": 3}'):
+        path.write_text(text)
+        assert "must be JSON objects" in refusal("align", tmp_path / "run", ds_config=str(path))
+    path.write_bytes(b"\xff")
+    assert "is not valid JSON" in refusal("align", tmp_path / "run", ds_config=str(path))
+    assert "cannot be read: Is a directory" in refusal("align", tmp_path / "run", ds_config=str(tmp_path))
     path.write_text("{")
     assert "is not valid JSON" in refusal("align", tmp_path / "run", ds_config=str(path))
     assert "no DeepSpeed config at" in refusal("align", tmp_path / "run", ds_config=str(tmp_path / "none.json"))
