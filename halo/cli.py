@@ -178,6 +178,8 @@ def _taken(given: Sequence[Sequence[str]]) -> tuple[Path | None, tuple[str, ...]
         raise UserError("--from is given twice: name one run, and all stages of it after one --from")
     run, *stages = given[0]
     known = [stage.name for stage in conversion()]
+    if not run:
+        raise UserError("--from '' names no run: write --from RUN STAGE ...")
     if not stages:
         raise UserError(f"--from {run} names no stage: write --from {run} STAGE ..., of {', '.join(known)}")
     for stage in stages:

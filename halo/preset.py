@@ -14,7 +14,7 @@ from typing import Any
 
 from halo.config import Config
 from halo.errors import UserError
-from halo.options import read_overrides
+from halo.options import MIXER_OPTIONS, read_overrides
 from halo.tables import build, read_toml, suggest
 
 PRESETS = Path(__file__).parent / "presets"
@@ -35,6 +35,8 @@ def load_config(preset: str | Path, overrides: Sequence[str] = (), recorded: Pat
     """
     path, table = preset_table(preset, recorded)
     given, keys = read_overrides(overrides)
+    if MIXER_OPTIONS in keys:  # typed as a whole: none of the old ones stays
+        table.get("architecture", {}).pop("mixer_options", None)
     return build(Config, _merged(table, given), where=str(path), typed=keys)
 
 

@@ -224,6 +224,15 @@ def test_another_mixers_options():
     assert tomllib.loads(to_toml(config_table(config))) == config_table(config)
 
 
+def test_mixer_options_that_are_typed_as_a_whole_replace_those_before(tmp_path):
+    recorded, gla = tmp_path / "config.toml", ["--rnn_mixer", "gla"]
+    config = load_config("tiny", [*gla, "--architecture.mixer_options.gla.use_rope", "false"])
+    recorded.write_text(to_toml(config_table(config)))
+    assert load_config("tiny", recorded=recorded).architecture.mixer_options == {"gla": {"use_rope": False}}
+    again = load_config("tiny", ["--architecture.mixer_options", "{}"], recorded=recorded)
+    assert again.architecture.mixer_options == {}
+
+
 def test_a_path_on_the_command_line_is_relative_to_where_one_stands():
     assert load_config("tiny", ["--distill.shards", "./shards"]).distill.shards == "./shards"
 
