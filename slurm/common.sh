@@ -88,8 +88,13 @@ show_error() {
 }
 
 # Whether this script still speaks for its job: it was not cancelled, and Slurm has not itself started it elsewhere.
+# Asked three times: a busy controller may not answer at once, and the job would be lost.
 is_ours() {
-  [[ $(state_of "$SLURM_JOB_ID") == RUNNING && $(job_field Restarts) == "${SLURM_RESTART_COUNT:-0}" ]]
+  for _ in 1 2 3; do
+    [[ $(state_of "$SLURM_JOB_ID") != RUNNING || $(job_field Restarts) != "${SLURM_RESTART_COUNT:-0}" ]] || return 0
+    sleep 1
+  done
+  return 1
 }
 
 job_field() {
