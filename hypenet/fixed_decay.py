@@ -29,7 +29,6 @@ ENOUGH_PROGRAMS = 512
 STATE_LANES = 1024
 """Elements of a state that one program of the scan processes."""
 
-
 _IN_RANGE = WeakTensorKeyDictionary()
 
 
@@ -113,6 +112,11 @@ class _Segments:
         return self.table is not None
 
     @property
+    def cut(self) -> tuple[Tensor | None, int, int, int]:
+        """What a kernel finds its segment from."""
+        return self.table, self.tokens, self.length, self.per_row
+
+    @property
     def one_each(self) -> bool:
         """Whether each row is one segment, so that no state passes from one to another."""
         return self.per_row == 1
@@ -164,7 +168,7 @@ def _of_documents(cu_seqlens: Tensor, length: int, device: torch.device) -> _Seg
 
 def _length(tokens: int, q: Tensor, v: Tensor) -> int:
     """Tokens of a segment: a power of two, for ENOUGH_PROGRAMS programs where there are as many tokens."""
-    programs = tokens * q.shape[2] * -(-v.shape[-1] // _block(v.shape[-1])) // ENOUGH_PROGRAMS
+    programs = tokens * q.shape[2] * _blocks(v.shape[-1]) // ENOUGH_PROGRAMS
     return max(SHORTEST, min(LONGEST, 1 << max(0, programs.bit_length() - 1)))
 
 
@@ -176,6 +180,15 @@ def _tile(width: int) -> int:
 def _block(width: int) -> int:
     """The part of the values' width that one program processes."""
     return 32 if width > 128 else min(64, _tile(width))
+
+
+def _blocks(width: int) -> int:
+    return -(-width // _block(width))
+
+
+def _shape(heads: int, d: int, e: int) -> dict[str, int]:
+    """The constants of a kernel that walks over chunks."""
+    return {"H": heads, "D": d, "E": e, "BD": _tile(d), "BE": _block(e), "C": CHUNK_TOKENS}
 
 
 class _FixedDecay(torch.autograd.Function):
@@ -231,16 +244,10 @@ def _states_between(
     heads, d, e = *b.shape[2:], c.shape[-1]
     states = b.new_empty(segments.count, heads, d, e, dtype=torch.float32)
     left = b.new_empty(segments.documents, heads, d, e, dtype=torch.float32) if keep else None
-    cut = (segments.table, segments.tokens, segments.length, segments.per_row)
     with torch.cuda.device_of(b):
-        segment_states[(segments.count, heads * -(-e // _block(e)))](
-            *(b, c, states, log_decay, *cut),
-            H=heads,
-            D=d,
-            E=e,
-            BD=_tile(d),
-            BE=_block(e),
-            C=CHUNK_TOKENS,
+        segment_states[(segments.count, heads * _blocks(e))](
+            *(b, c, states, log_decay, *segments.cut),
+            **_shape(heads, d, e),
             REVERSE=reverse,
             PACKED=segments.packed,
             num_warps=4,
@@ -276,16 +283,10 @@ def _outputs(
     """`segment_outputs` in c's shape."""
     heads, d, e = *a.shape[2:], c.shape[-1]
     out = torch.empty_like(c)
-    cut = (segments.table, segments.tokens, segments.length, segments.per_row)
     with torch.cuda.device_of(a):
-        segment_outputs[(segments.count, heads * -(-e // _block(e)))](
-            *(a, b, c, out, states, log_decay, *cut, scale),
-            H=heads,
-            D=d,
-            E=e,
-            BD=_tile(d),
-            BE=_block(e),
-            C=CHUNK_TOKENS,
+        segment_outputs[(segments.count, heads * _blocks(e))](
+            *(a, b, c, out, states, log_decay, *segments.cut, scale),
+            **_shape(heads, d, e),
             REVERSE=reverse,
             TRANSPOSED=transposed,
             PACKED=segments.packed,
