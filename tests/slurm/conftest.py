@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,12 @@ class Jobs:
         assert self.cluster.state(job) == state, self.said(job)
 
     def ended(self, job: str) -> bool:
-        return self.cluster.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        """Seen twice: a job that queues itself again is at an end for a moment."""
+        unfinished = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        if self.cluster.state(job) in unfinished:
+            return False
+        time.sleep(1)
+        return self.cluster.state(job) not in unfinished
 
 
 @pytest.fixture
