@@ -9,6 +9,7 @@ files. No checkpoint is written. It prints the medians of metrics.jsonl, over th
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from benchmarks.measure import header
 from halo.config import Distill
@@ -46,9 +47,28 @@ from halo.training.objectives import Alignment, Distillation, NextToken
 from halo.training.trainer import Objective, train
 from hypenet.transfer import empty_hybrid, hybrid_config
 
-TEACHERS = {"1.7b": "Qwen/Qwen3-1.7B", "4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}
-PRESETS = {"1.7b": "hypenet-2b", "4b": "hypenet-5b", "8b": "hypenet-9b"}
-KEPT = {"1.7b": [3, 21, 2, 9, 25, 6, 8], "4b": [10, 6, 7, 24, 33, 2, 4, 1, 34], "8b": [10, 6, 7, 24, 33, 2, 4, 1, 34]}
+TEACHERS: dict[str, PretrainedConfig] = {
+    size: Qwen3Config(**PUBLISHED[f"Qwen/Qwen3-{size.upper()}"], rope_theta=1e6, architectures=["Qwen3ForCausalLM"])
+    for size in ("1.7b", "4b", "8b")
+}
+TEACHERS["135m"] = LlamaConfig(  # SmolLM2-135M
+    vocab_size=49_152,
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    intermediate_size=1536,
+    rope_theta=1e5,
+    tie_word_embeddings=True,
+    architectures=["LlamaForCausalLM"],
+)
+PRESETS = {"135m": "hypenet-2b", "1.7b": "hypenet-2b", "4b": "hypenet-5b", "8b": "hypenet-9b"}
+KEPT = {  # Table 7; SmolLM2 is not in it
+    "135m": [2, 6, 10, 14, 18, 22, 26],
+    "1.7b": [3, 21, 2, 9, 25, 6, 8],
+    "4b": [0, 7, 1, 33, 24, 15, 34, 22, 14],
+    "8b": [10, 6, 7, 24, 33, 2, 4, 1, 34],
+}
 MIXERS = "mixers.safetensors"
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -158,10 +178,11 @@ class Drawn(Mapping[str, Tensor]):
 
 def write_teacher(args: argparse.Namespace, folder: Path) -> Path:
     """A teacher's folder without weights: random ones are drawn when they are read."""
-    config = Qwen3Config(**PUBLISHED[TEACHERS[args.teacher]], rope_theta=1e6)
-    config.num_hidden_layers = args.layers or config.num_hidden_layers
-    config.layer_types = config.layer_types[: config.num_hidden_layers]
-    config.architectures = ["Qwen3ForCausalLM"]
+    config = copy.deepcopy(TEACHERS[args.teacher])
+    if args.layers:
+        config.num_hidden_layers = args.layers
+        if hasattr(config, "layer_types"):
+            config.layer_types = config.layer_types[: args.layers]
     on_rank0(lambda: config.save_pretrained(folder / "teacher"))
     model = build.empty_teacher(folder / "teacher")
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -176,7 +197,7 @@ def write_teacher(args: argparse.Namespace, folder: Path) -> Path:
 
 def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: RankLayout) -> None:
     """Train for some steps, and print their time and memory."""
-    ds_config = read_ds_config(args.ds_config)
+    ds_config, words = read_ds_config(args.ds_config), TEACHERS[args.teacher].vocab_size
     stage = StageFolder(teacher.parent / args.stage, {})
     shards = teacher.parent / f"shards-{training.batch}-{training.seq_len}"
 
@@ -184,7 +205,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: R
         (stage.path / "metrics.jsonl").unlink(missing_ok=True)
         if not shards.exists():
             samples = min(512, training.batch * (training.steps + 2))
-            tokens = np.random.default_rng(0).integers(0, 151_936, (samples, training.seq_len), dtype=np.uint32)
+            tokens = np.random.default_rng(0).integers(0, words, (samples, training.seq_len), dtype=np.uint32)
             write_shards(shards, tokens, {"tokenizer": "none"})
 
     on_rank0(prepare)
@@ -192,7 +213,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: R
     nothing |= {"publish": lambda: None}
     trainer.Checkpoints = lambda *_: SimpleNamespace(**nothing)  # type: ignore
     Engine.parameters_on_rank0 = lambda engine: {}  # type: ignore
-    form = logits_form(training, PUBLISHED[TEACHERS[args.teacher]]["vocab_size"])
+    form = logits_form(training, words)
     shapes = nullcontext(SimpleNamespace(model=build.empty_teacher(teacher)))
     source: Any
     with shapes if args.stage == "finetune" else teacher_of(training, teacher, split, form) as source:
