@@ -1,11 +1,14 @@
 """The operations between a layer's matrix products, each as one kernel on a GPU and as plain torch elsewhere.
 
+    normed(x, delta, w)   RMSNorm(x + delta) w, and x + delta: the residual stream (Eq. 15 and 16)
+    projections(x, ...)   x W of several W: their gradients of x are one sum
     turn(x, w, rope)      RoPE(RMSNorm(x) w), head by head: queries and keys (Eq. 12 and 18)
     gated(x, w, z)        RMSNorm(x) w * sigmoid(z): the output gate (Eq. 14 and 17)
     swiglu(g, u)          silu(g) u: the MLP
     scale_(x, factor)     x factor, in place
 
 A kernel rounds once, while torch rounds after each operation; it keeps only its inputs for backward.
+`fused_kernel_serves` is the switch: where it is false, all of this is plain torch.
 
 Shapes: B batch, T tokens, H heads, D their width, W any width.
 """
@@ -14,12 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from .fused_kernels import (
     gate_backward,
     gate_forward,
+    norm_backward,
+    norm_forward,
     scale,
     swiglu_backward,
     swiglu_forward,
@@ -44,6 +49,46 @@ WIDEST = 16_384
 def fused_kernel_serves(x: Tensor) -> bool:
     """Whether this file's kernels compute `x`: half precision on a GPU, Triton installed."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_triton()
+
+
+def normed(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[..., W] -> (RMSNorm(x + delta) times `weight` [W], x + delta). Without a `delta`, the latter is x.
+
+    Use what is returned in place of x from there on: then backward adds the two gradients of x in the norm's kernel.
+    """
+    if fused_kernel_serves(x) and x.shape[-1] <= WIDEST:
+        return _Normed.apply(x, delta, weight, eps)
+    total = x if delta is None else x + delta
+    # Under autocast the weight has another precision, which torch's kernel does not take.
+    return F.rms_norm(total, weight.shape, weight.to(total.dtype), eps), total
+
+
+def projections(x: Tensor, *layers: nn.Module | None) -> tuple[Any, ...]:
+    """The output of each layer for x, [..., W]; None for a layer that is None.
+
+    Backward adds the gradients of x inside of the products, if layers are plain linear ones.
+    """
+    together = [layer for layer in layers if layer is not None and _is_plain(layer, x.dtype) and _has_gradient(x)]
+    outputs = iter(_Projections.apply(x, *(layer.weight for layer in together)) if together else ())
+    return tuple(None if layer is None else next(outputs) if layer in together else layer(x) for layer in layers)
+
+
+def _has_gradient(x: Tensor) -> bool:
+    """Whether x has a gradient, and products of it are of its own precision."""
+    wanted = x.requires_grad and torch.is_grad_enabled() and fused_kernel_serves(x)
+    return wanted and not torch.is_autocast_enabled(x.device.type)
+
+
+def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a call of the layer is x W and nothing else: no bias, no adapter, no hook, no forward of its own."""
+    if (
+        type(layer) is not nn.Linear
+        or dict(layer.named_parameters()).keys() != {"weight"}
+        or layer.weight.dtype != dtype
+    ):
+        return False
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return "forward" not in vars(layer) and not any(hooks)
 
 
 def turn(x: Tensor, weight: Tensor | None, eps: float, rope: Rope | None) -> Tensor:
@@ -90,6 +135,59 @@ def run_program(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **c
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        delta = None if delta is None else delta.contiguous()
+        y, total = torch.empty_like(x), x if delta is None else torch.empty_like(x)
+        width = x.shape[-1]
+        ctx.shape, ctx.eps, ctx.adds = {"WIDTH": width, "LANES": _power_of_two(width)}, eps, delta is not None
+        run_program(
+            norm_forward, x.numel() // width, x, delta, weight, total, y, eps, warps=8, **ctx.shape, ADD=ctx.adds
+        )
+        ctx.save_for_backward(total, weight)
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, to_y: Tensor | None, to_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if to_y is None:
+            return to_total, to_total if ctx.adds else None, None, None
+        to_y, to_x = to_y.contiguous(), torch.empty_like(x)
+        to_total = None if to_total is None else to_total.contiguous()
+        rows = x.numel() // x.shape[-1]
+        programs = min(rows, REDUCTION_PROGRAMS)
+        partial = weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
+        run_program(
+            norm_backward,
+            programs,
+            *(x, weight, to_y, to_total, to_x, partial, rows, ctx.eps),
+            warps=8,
+            **ctx.shape,
+            RESIDUAL=to_total is not None,
+        )
+        return to_x, to_x if ctx.adds else None, _summed(partial, weight), None
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(x @ weight.T for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows, flat = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
+        to_x = flat[0] @ weights[0]
+        for grad, weight in zip(flat[1:], weights[1:], strict=True):
+            to_x.addmm_(grad, weight)
+        needed = ctx.needs_input_grad[1:]
+        return to_x.view_as(x), *(grad.T @ rows if need else None for grad, need in zip(flat, needed, strict=True))
 
 
 class _Turn(torch.autograd.Function):

@@ -113,6 +113,57 @@ def turn_backward(  # type: ignore[no-untyped-def]
 
 
 @jit
+def norm_forward(  # type: ignore[no-untyped-def]
+    x, delta, weight, total, y, eps, WIDTH: tl.constexpr, LANES: tl.constexpr, ADD: tl.constexpr
+):
+    """One row: with ADD, `total` is x + delta, and that is what is normed."""
+    lane = tl.arange(0, LANES)
+    place, there = tl.program_id(0).to(tl.int64) * WIDTH + lane, lane < WIDTH
+    a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if ADD:
+        # Rounded as it is stored: backward reads it there.
+        rounded = (a + tl.load(delta + place, mask=there, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + place, rounded, mask=there)
+        a = rounded.to(tl.float32)
+    a = a / tl.sqrt(tl.sum(a * a) / WIDTH + eps) * tl.load(weight + lane, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + place, a.to(y.dtype.element_ty), mask=there)
+
+
+@jit
+def norm_backward(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    to_y,
+    to_total,
+    to_x,
+    to_weight,
+    count,
+    eps,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Program i does rows i, i + programs, ... `to_weight` is [programs, W]. With RESIDUAL, `to_total` is added."""
+    lane = tl.arange(0, LANES)
+    there = lane < WIDTH
+    w = tl.load(weight + lane, mask=there, other=0.0).to(tl.float32)
+    sum_w = tl.zeros((LANES,), tl.float32)
+    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+        place = tl.cast(index, tl.int64) * WIDTH + lane
+        a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        d = tl.load(to_y + place, mask=there, other=0.0).to(tl.float32)
+        scale = 1 / tl.sqrt(tl.sum(a * a) / WIDTH + eps)
+        a = a * scale
+        sum_w += d * a
+        d = d * w
+        d = (d - a * (tl.sum(d * a) / WIDTH)) * scale
+        if RESIDUAL:
+            d += tl.load(to_total + place, mask=there, other=0.0).to(tl.float32)
+        tl.store(to_x + place, d.to(to_x.dtype.element_ty), mask=there)
+    tl.store(to_weight + tl.program_id(0) * WIDTH + lane, sum_w, mask=there)
+
+
+@jit
 def gate_forward(  # type: ignore[no-untyped-def]
     x, weight, z, y, eps, WIDTH: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr
 ):

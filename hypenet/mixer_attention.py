@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_hypenet import ATTENTION, HypeNetConfig, read_scaling
-from .fused import gated, turn
+from .fused import gated, projections, turn
 from .mixers import Mixer, mixer
 from .norm import HeadNorm
 
@@ -97,14 +97,14 @@ class HypeNetAttention(Mixer, Qwen3Attention):
         Raises:
             ValueError: logits must be scaled and there are no positions.
         """
+        q, k, v, gate = projections(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.o_gate)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        q, k, v = (x.view(shape) for x in (q, k, v))
         rope = position_embeddings if self.use_rope else None
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, rope), self.k_norm(k, rope)
         else:
             q, k = turn(q, None, 0.0, rope), turn(k, None, 0.0, rope)
-        v = self.v_proj(hidden_states).view(shape)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
 
         q = self.scale_logits(q, position_ids)
@@ -113,8 +113,8 @@ class HypeNetAttention(Mixer, Qwen3Attention):
         output, weights = self.attend(q, k, v, attention_mask, **kwargs)
 
         output = output.flatten(2)
-        if self.o_gate is not None:
-            output = gated(output, None, 0.0, self.o_gate(hidden_states))
+        if gate is not None:
+            output = gated(output, None, 0.0, gate)
         return self.o_proj(output), weights
 
     def multiply_adds(self, seq_len: int) -> float:

@@ -76,11 +76,11 @@ class RWKV7(RNNMixer):
         """D^2 each to read kappa S, to write that along kappa * rate, to write k~^T v, and to read r S."""
         return 4 * self.head_dim**2
 
-    def norm_and_gate(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+    def norm_and_gate(self, output: Tensor, z: Tensor | None) -> Tensor:
         """The sigmoid of this gate is between its two factors, not behind them."""
         if self.o_norm is not None:
             output = self.o_norm(output)
-        return output if self.z_proj is None else output * self.z_proj(hidden_states)
+        return output if z is None else output * z
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any

@@ -29,7 +29,7 @@ from .configuration_hypenet import HypeNetConfig
 from .delta_rule import delta_rule
 from .fixed_decay import fixed_decay_attention
 from .fixed_decay_kernels import segment_outputs
-from .fused import swiglu
+from .fused import projections, swiglu
 from .fused_kernels import triton
 from .inputs import cached_tokens, checked_mask, documents, layer_masks, packed_arguments, positions
 from .kernels import serves
@@ -50,7 +50,7 @@ from .mixer_rwkv7 import RWKV7
 from .mixer_swa import SlidingWindowAttention
 from .mixer_ttt import TTTLinear
 from .mixers import build_mixer
-from .norm import RMSNorm
+from .norm import ResidualNorm, RMSNorm
 from .rnn_mixer import RNNMixer
 
 
@@ -76,7 +76,7 @@ class HypeNetMLP(Qwen3MLP):
         """[..., hidden] -> [..., hidden]."""
         if self.config.hidden_act != "silu":
             return Qwen3MLP.forward(self, x)  # by name: halo/models/fuse.py gives this forward to a teacher's own MLPs
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*projections(x, self.gate_proj, self.up_proj)))
 
 
 class HypeNetDecoderLayer(Qwen3DecoderLayer):
@@ -88,8 +88,19 @@ class HypeNetDecoderLayer(Qwen3DecoderLayer):
         self.attention_type = config.layer_types[layer_idx]
         self.self_attn = build_mixer(config, layer_idx)
         self.mlp = HypeNetMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = ResidualNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden].
+
+        Args:
+            kwargs: the mixer's (`HypeNetAttention.forward`, `RNNMixer.forward`).
+        """
+        normed, residual = self.input_layernorm(hidden_states)
+        mixed, _ = self.self_attn(hidden_states=normed, **kwargs)
+        normed, residual = self.post_attention_layernorm(residual, mixed)
+        return residual + self.mlp(normed)
 
 
 class HypeNetPreTrainedModel(Qwen3PreTrainedModel):

@@ -1,10 +1,9 @@
 """RMSNorm in one kernel: read once and written once, in the precision of the input, computed in float32."""
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from .fused import Rope, gated, turn
+from .fused import Rope, gated, normed, turn
 
 
 class RMSNorm(Qwen3RMSNorm):
@@ -12,8 +11,15 @@ class RMSNorm(Qwen3RMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        weight = self.weight.to(hidden_states.dtype)  # another one under autocast, which the kernel does not take
-        return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        return normed(hidden_states, None, self.weight, self.variance_epsilon)[0]
+
+
+class ResidualNorm(RMSNorm):
+    """The norm before a mixer or an MLP, and the residual stream that passes it (Eq. 15 and 16)."""
+
+    def forward(self, hidden_states: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """hidden_states and `delta`, what the last mixer adds to them, [..., D] -> (the norm of the sum, the sum)."""
+        return normed(hidden_states, delta, self.weight, self.variance_epsilon)
 
 
 class HeadNorm(RMSNorm):

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from .cache import HypeNetCache, State
 from .configuration_hypenet import HypeNetConfig
-from .fused import Rope, gated, turn
+from .fused import Rope, gated, projections, turn
 from .linear_attention import linear_attention, widen
 from .mixers import Mixer
 from .norm import HeadNorm, OutputNorm
@@ -189,7 +189,8 @@ class RNNMixer(Mixer):
             raise ValueError(f"RNN layer {self.layer_idx} needs a HypeNetCache: give one, or pass use_cache=False.")
 
         rope = position_embeddings if self.options.use_rope else None
-        q, k, v, gates = self.heads_and_gates(hidden_states, rope)
+        q, k, v, z = self.project(hidden_states)
+        q, k, gates = self.turned(q, k, rope)
         if self.queries_per_key > 1:
             k, v = (x.repeat_interleave(self.queries_per_key, dim=2) for x in (k, v))
         tokens, inputs = None, hidden_states
@@ -209,7 +210,7 @@ class RNNMixer(Mixer):
         if past_key_values is not None and state is not None:
             past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
 
-        return self.o_proj(self.norm_and_gate(output.flatten(2), hidden_states)), None
+        return self.o_proj(self.norm_and_gate(output.flatten(2), z)), None
 
     def _recur(
         self,
@@ -238,41 +239,42 @@ class RNNMixer(Mixer):
             state = self.first_state(q, q.shape[0])
         return self.recur(q, k, v, hidden_states, tokens, **of_keys, state=state, keep_state=keep, cu_seqlens=None)
 
-    def heads_and_gates(self, hidden_states: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys and values as `recur` takes them, [B, T, heads, D] each, and the gates of `before_rope`."""
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values, [B, T, heads, D] each, and z = x W_z, [B, T, H * D], if there is an output gate."""
+        q, k, v, z = projections(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.z_proj)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (x.view(shape) for x in (q, k, v))
+        if self.options.activation is not None:
+            q, k, v = (ACT2FN[self.options.activation](x) for x in (q, k, v))
+        return q, k, v, z
+
+    def turned(self, q: Tensor, k: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys as `recur` takes them, [B, T, heads, D] each, and the gates of `before_rope`."""
         if self.before_rope is None and self.q_norm is not None and self.k_norm is not None:
-            q, k, v = self._activated_heads(hidden_states)
-            return self.q_norm(q, rope), self.k_norm(k, rope), v, None
-        q, k, v = self.project(hidden_states)
+            return self.q_norm(q, rope), self.k_norm(k, rope), None
+        q, k = self.normed(q, k)
         gates = None
         if self.before_rope is not None:
             q, k, gates = self.before_rope(q, k)
-        return turn(q, None, 0.0, rope), turn(k, None, 0.0, rope), v, gates
+        return turn(q, None, 0.0, rope), turn(k, None, 0.0, rope), gates
 
-    def _activated_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(shape)
-        k = self.k_proj(hidden_states).view(shape)
-        v = self.v_proj(hidden_states).view(shape)
-        if self.options.activation is not None:
-            q, k, v = (ACT2FN[self.options.activation](x) for x in (q, k, v))
-        return q, k, v
-
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values after the norm, before `before_rope` and RoPE: [B, T, heads, D] each."""
-        q, k, v = self._activated_heads(hidden_states)
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys after the norm, before `before_rope` and RoPE: [B, T, heads, D] each."""
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        elif self.options.qk_norm == "l2":
+            return self.q_norm(q), self.k_norm(k)
+        if self.options.qk_norm == "l2":
             q, k = (F.normalize(widen(x), dim=-1, eps=1e-6).to(x.dtype) for x in (q, k))
-        return q, k, v
+        return q, k
 
-    def norm_and_gate(self, output: Tensor, hidden_states: Tensor) -> Tensor:
-        """The output norm and gate of Eq. 14, if the options have them: [B, T, H * D]."""
-        gate = None if self.z_proj is None else self.z_proj(hidden_states)
+    def norm_and_gate(self, output: Tensor, z: Tensor | None) -> Tensor:
+        """The output norm and gate of Eq. 14, if the options have them, [B, T, H * D].
+
+        Args:
+            z: as `project` has it.
+        """
         if self.o_norm is not None:
-            return self.o_norm(output, gate)
-        return output if gate is None else gated(output, None, 0.0, gate)
+            return self.o_norm(output, z)
+        return output if z is None else gated(output, None, 0.0, z)
 
 
 class OuterProductMixer(RNNMixer):

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from halo.models.families import window_of
 from hypenet.mixer_attention import HypeNetAttention
-from hypenet.modeling_hypenet import HypeNetMLP
-from hypenet.norm import HeadNorm, RMSNorm
+from hypenet.modeling_hypenet import HypeNetDecoderLayer, HypeNetMLP
+from hypenet.norm import HeadNorm, ResidualNorm, RMSNorm
 
 
 def fuse(model: PreTrainedModel) -> None:
@@ -21,7 +21,8 @@ def fuse(model: PreTrainedModel) -> None:
         layer.mlp.forward = partial(HypeNetMLP.forward, layer.mlp)
         _fuse_attention(layer.self_attn)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.forward = partial(RMSNorm.forward, norm)
+            norm.forward = partial(ResidualNorm.forward, norm)
+        layer.forward = partial(HypeNetDecoderLayer.forward, layer)
     model.model.norm.forward = partial(RMSNorm.forward, model.model.norm)
 
 

@@ -185,7 +185,6 @@ def _replaced_kernels(run: DryRun) -> Iterator[None]:
 
     places: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", _attention),
-        (F, "rms_norm", lambda x, shape, weight, eps: _RMSNorm.apply(run, x, weight)),
         (fused, "fused_kernel_serves", lambda x: x.is_meta),
         (fused, "run_program", lambda kernel, programs, *inputs, **shape: run.record("kernel", *_tensors_in(inputs))),
         (squared_error, "_squared_error_plain", squares),
@@ -218,25 +217,6 @@ def _attention(
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
     bias = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:3], key.shape[2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)[0]
-
-
-class _RMSNorm(torch.autograd.Function):
-    """torch's kernel, which the meta device would decompose: it keeps its input and one number per row."""
-
-    @staticmethod
-    def forward(ctx: Any, run: DryRun, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.run = run
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
-        output = torch.empty_like(x)
-        run.record("other", x, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight, _ = ctx.saved_tensors
-        to_x = torch.empty_like(x)
-        ctx.run.record("other", x, grad, to_x)
-        return None, to_x, torch.empty_like(weight)
 
 
 class _Recurrence(torch.autograd.Function):

@@ -5,7 +5,7 @@ import torch
 
 from halo.losses.squared_error import squared_error
 from hypenet import fused
-from tests.hypenet.test_fused import outcome
+from tests.hypenet.test_fused import outcome, projections
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -47,6 +47,20 @@ def test_gated(width, normed):
     torch.manual_seed(0)
     weight = draw(width) if normed else None
     check(lambda x, w, z: fused.gated(x, w, 1e-6, z), (draw(3, 700, width), weight, draw(3, 700, width)))
+
+
+@pytest.mark.parametrize("width", [48, 576, 2048, 4096])
+@pytest.mark.parametrize("added", [True, False])
+def test_normed(width, added):
+    torch.manual_seed(0)
+    delta = draw(3, 700, width) if added else None
+    check(lambda x, d, w: fused.normed(x, d, w, 1e-6), (draw(3, 700, width), delta, draw(width)))
+
+
+def test_projections():
+    torch.manual_seed(0)
+    weights = [draw(width, 640) / 25 for width in (640, 320, 64)]
+    check(projections, (draw(3, 700, 640), *weights))
 
 
 def test_swiglu():

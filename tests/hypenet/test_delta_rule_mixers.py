@@ -261,7 +261,7 @@ def test_rwkv7_without_its_gate(make_layers, x):
     mixer = make_layers("rwkv7", use_output_gate=False).model.layers[0].self_attn
     output = torch.randn(*x.shape[:-1], mixer.o_proj.in_features, dtype=x.dtype)
     assert mixer.z_proj is None
-    assert torch.equal(mixer.norm_and_gate(output, x), mixer.o_norm(output))
+    assert torch.equal(mixer.norm_and_gate(output, None), mixer.o_norm(output))
 
 
 @pytest.mark.parametrize("size", [16, 5, 1, 100])

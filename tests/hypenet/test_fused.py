@@ -29,16 +29,36 @@ def cases():
     rows, gate, wide = torch.randn(7, 24), torch.randn(7, 24), torch.randn(24)
     for given in (wide, None):
         yield lambda x, w, z: fused.gated(x, w, 1e-6, z), (rows, given, gate)
+    for delta in (torch.randn(7, 24), None):
+        yield lambda x, d, w: fused.normed(x, d, w, 1e-6), (rows, delta, wide)
+        yield lambda x, d, w: fused.normed(x, d, w, 1e-6)[0], (rows, delta, wide)
+        yield lambda x, d, w: fused.normed(x, d, w, 1e-6)[1].sin(), (rows, delta, wide)
+    yield lambda x, a, b: projections(x, a, None, b), (torch.randn(2, 5, 24), torch.randn(8, 24), torch.randn(6, 24))
     yield fused.swiglu, (torch.randn(5, 700), torch.randn(5, 700))
 
 
+def projections(x, *weights):
+    """`fused.projections` of linear layers with these weights."""
+    layers = []
+    for weight in weights:
+        layer = None if weight is None else torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        if layer is not None:
+            layer._parameters["weight"] = weight
+        layers.append(layer)
+    return tuple(output for output in fused.projections(x, *layers) if output is not None)
+
+
 def outcome(function, inputs):
-    """The output, and the gradients of a weighted sum of it."""
+    """The outputs, and the gradients of a weighted sum of them."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
-    output = function(*leaves)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-    gradients = torch.autograd.grad((output * weights).sum(), [x for x in leaves if x is not None])
-    return output.detach(), *gradients
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    drawn = torch.Generator().manual_seed(1)
+    total = sum((output * torch.randn(output.shape, generator=drawn).to(output)).sum() for output in outputs)
+    given = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad(total, given, allow_unused=True)
+    zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(given, gradients, strict=True)]
+    return *(output.detach() for output in outputs), *zeros
 
 
 def compare(served):
@@ -61,6 +81,36 @@ def test_the_kernels_compute_what_plain_torch_does():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = "from tests.hypenet.test_fused import compare; compare(True)"
     subprocess.run([sys.executable, "-c", run], check=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+def adapted(linear):
+    return torch.nn.Sequential(linear)
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda module, args, output: output + 1)
+    return linear
+
+
+def patched(linear):
+    linear.forward = lambda x: torch.zeros(*x.shape[:-1], 6)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "change", [adapted, hooked, patched, lambda linear: linear.double().float(), lambda linear: linear.bfloat16()]
+)
+def test_a_layer_that_is_more_than_a_product_is_called(change, monkeypatch):
+    """An adapter, a hook, a forward that offloading gave it, a bias, or another precision."""
+    monkeypatch.setattr(fused, "fused_kernel_serves", lambda x: True)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    plain, layer = torch.nn.Linear(24, 8, bias=False), change(torch.nn.Linear(24, 6))
+    if layer.__class__ is torch.nn.Linear and layer.weight.dtype != x.dtype:
+        with pytest.raises(RuntimeError, match="dtype"):  # torch's own words: nothing is cast in silence
+            fused.projections(x, plain, layer)
+        return
+    found = fused.projections(x, plain, layer)
+    torch.testing.assert_close(found, (plain(x), layer(x)))
 
 
 def test_kernels_serve_half_precision_on_a_gpu_alone():

@@ -220,7 +220,8 @@ def test_rnn_mixer_has_the_teachers_q_k_v_in_every_head(teacher, x):
     attention = teacher.model.layers[2].self_attn
     mixer = mixer_from_attention(attention, hybrid_config(teacher.config, []), 2)
 
-    q, k, v = mixer.project(x)
+    q, k, v, _ = mixer.project(x)
+    q, k = mixer.normed(q, k)
     teacher_q = attention.q_norm(attention.q_proj(x).unflatten(-1, (-1, DIM)))
     teacher_k = attention.k_norm(attention.k_proj(x).unflatten(-1, (-1, DIM)))
     teacher_v = attention.v_proj(x).unflatten(-1, (-1, DIM))

@@ -50,7 +50,7 @@ def test_stage_1_is_the_mean_squared_error_of_each_layer_on_the_teachers_states(
     ids = tokens()
     hidden = teacher.model(ids, output_hidden_states=True).hidden_states[2]
     layer = teacher.model.layers[2]
-    inputs = layer.input_layernorm(hidden)
+    inputs, _ = layer.input_layernorm(hidden)
     rope = teacher.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
     target, _ = layer.self_attn(inputs, position_embeddings=rope, attention_mask=None)
     output, _ = objective.mixers["2"](inputs, position_embeddings=rope)
