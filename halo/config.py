@@ -188,6 +188,8 @@ class CheckpointedTraining(Training):
 
     activation_checkpointing: bool = False
     """Keep only the inputs of layers for the backward pass, and recompute the other activations."""
+    kept_layers: int = -1
+    """Layers that keep all activations all the same. -1: as many as fit in the GPU's memory."""
     activation_offload: bool = False
     """Keep these inputs in host memory until the backward pass. Needs activation_checkpointing."""
 
@@ -195,6 +197,8 @@ class CheckpointedTraining(Training):
         super().__post_init__()
         offloads = self.activation_offload and not self.activation_checkpointing
         _check(not offloads, "activation_offload", "true", "false without activation_checkpointing")
+        kept = self.kept_layers == -1 or (self.kept_layers >= 0 and self.activation_checkpointing)
+        _check(kept, "kept_layers", self.kept_layers, "-1, or with activation_checkpointing 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

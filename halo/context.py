@@ -13,7 +13,8 @@ from halo.run import StageFolder
 from halo.tables import config_table
 
 FREE = (
-    *("micro_batch", "save_every", "activation_checkpointing", "activation_offload", "batch_tokens"),
+    *("micro_batch", "save_every", "activation_checkpointing", "activation_offload", "kept_layers"),
+    "batch_tokens",
     "sequence_parallel",
     *("teacher_placement", "teacher_sharded", "teacher_ranks"),
     *("profile_from", "profile_steps"),

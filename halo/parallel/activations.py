@@ -1,43 +1,186 @@
 """What a long sequence leaves in memory for backward, and how to keep less of it.
 
-    checkpointing   each decoder layer keeps its input alone, and is computed again in backward
+    checkpointing   each decoder layer keeps its input, and what attention computed, and computes the rest again in
+                    backward: attention takes longer to compute than all else, and is small to keep
+    kept layers     as many layers as a GPU's memory holds keep everything, and compute nothing again
     offload         those inputs wait in host memory
     tiles           an MLP, whose inside is three times as wide as a layer's input, computes `TILE` tokens at a time
 
 All logits at once never exist: the loss applies the head in chunks (hypenet/losses.py).
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from halo.distributed import device, rank, world_size
+
+MARGIN = 0.06
+"""The share of a GPU's memory that kept layers leave free: torch's allocator cannot use every gap."""
 
 TILE = 16_384
 """Tokens that an MLP computes at a time. A row of stage 3, 16K, is one tile, and so needs no second forward."""
 
 
-def checkpoint_activations(model: PreTrainedModel, *, offload: bool = False) -> None:
-    """Let a model's decoder layers keep only their input in training.
+def checkpoint_activations(model: PreTrainedModel, *, kept_layers: int = 0, offload: bool = False) -> "KeptLayers":
+    """Let a model's decoder layers keep little more than their input in training.
 
     Args:
-        offload: whether the inputs wait in host memory.
+        kept_layers: as `KeptLayers` has it.
+        offload: whether the inputs wait in host memory. Then attention is computed again, too.
     """
     # Reentrant: the other kind compares what backward recomputes with what ZeRO-3 had gathered in forward.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    if offload:
-        for layer in model.model.layers:
-            layer._gradient_checkpointing_func = _offloaded
+    for layer in model.model.layers:
+        layer._gradient_checkpointing_func = _offloaded if offload else _checkpointed
+    return KeptLayers(model.model.layers, kept_layers)
+
+
+class KeptLayers:
+    """Which of a model's checkpointed layers keep everything for backward: the last `count`.
+
+    They compute nothing again, so that a step takes less time, and its gradients are the same numbers.
+
+    Args:
+        layers: the model's decoder layers, all checkpointed.
+        count: -1: as many as fit on the fullest GPU, found out in the first two steps (`adapt`); on a CPU none.
+    """
+
+    def __init__(self, layers: Iterable[Any], count: int):
+        self._layers = list(layers)
+        self._steps = 0
+        self._bytes = 0
+        """The most that a kept layer holds."""
+        self._choosing = count == -1 and torch.cuda.is_available()
+        self._keep(max(count, 0))
+
+    def _keep(self, count: int) -> None:
+        self.count = min(count, len(self._layers))
+        checkpointed = len(self._layers) - self.count
+        for i, layer in enumerate(self._layers):
+            layer.gradient_checkpointing = i < checkpointed
+
+    def adapt(self) -> None:
+        """After a step. Every rank must call this.
+
+        The first step shows what else a step needs. In the second, the last layer of each kind keeps its activations
+        and is measured.
+        """
+        if not self._choosing:
+            return
+        self._steps += 1
+        if self._steps == 1:
+            self._hooks = [hook for layer in self._last_of_each_kind() for hook in self._measured(layer)]
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._choosing = False
+        free, total = torch.cuda.mem_get_info()
+        room = free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated() - MARGIN * total
+        fitting = torch.tensor(max(0, int(room // max(1, self._bytes))), device=device())
+        if world_size() > 1:
+            dist.all_reduce(fitting, op=dist.ReduceOp.MIN)
+        torch.cuda.empty_cache()  # what is cached has other sizes than what layers will keep
+        self._keep(int(fitting))
+        if rank() == 0:
+            print(
+                f"{self.count} of {len(self._layers)} layers keep their activations, {self._bytes / 2**30:.1f} GiB "
+                "each; the others compute them again",
+                flush=True,
+            )
+
+    def _last_of_each_kind(self) -> list[Any]:
+        return list({type(layer.get_submodule("self_attn")): layer for layer in self._layers}.values())
+
+    def _measured(self, layer: Any) -> Iterator[Any]:
+        """Let a layer keep its activations, and measure their bytes."""
+        layer.gradient_checkpointing = False
+        before = 0
+
+        def begin(*_: Any) -> None:
+            nonlocal before
+            before = torch.cuda.memory_allocated()
+
+        def end(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            # Its output is the next layer's input, which is kept anyway.
+            self._bytes = max(self._bytes, torch.cuda.memory_allocated() - before - output.nbytes)
+
+        # Between ZeRO-3's own hooks, which gather and free the layer's parameters.
+        yield layer.register_forward_pre_hook(begin)
+        yield layer.register_forward_hook(end, prepend=True)
 
 
 def tile_mlps(model: PreTrainedModel) -> None:
     """Let the MLPs of a model's decoder layers compute TILE tokens at a time."""
     for layer in model.model.layers:
         layer.mlp.forward = partial(_in_tiles, layer.mlp, layer.mlp.forward)
+
+
+def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+    """`checkpoint`, but attention's output is kept, and an MLP's, which nothing needs, is not computed again."""
+    kept: deque[Any] = deque()
+    runs = iter([_Keep(kept), _Recall(kept)])
+
+    def run(*args: Any) -> Any:
+        with next(runs):
+            return function(*args)
+
+    return checkpoint(run, *args, use_reentrant=True)
+
+
+class _Keep(TorchDispatchMode):
+    """Within, attention's outputs are kept, in order.
+
+    torch's selective checkpointing would do it, but it wants to see the same operations twice: ZeRO-3's differ.
+    """
+
+    def __init__(self, kept: deque[Any]):
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if _is_attention(func):
+            self._kept.append(output)
+        return output
+
+
+class _Recall(_Keep):
+    """Within, where backward runs a layer again, attention gives what was kept, and `_Tiles` computes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not _is_attention(func):
+            return func(*args, **(kwargs or {}))
+        # As new tensors: autograd notes at each what made it.
+        return tree_map_only(Tensor, Tensor.detach, self._kept.popleft())
+
+    def __enter__(self) -> Any:
+        _recomputing.append(True)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _recomputing.pop()
+        super().__exit__(*error)
+
+
+_recomputing: list[bool] = []
+"""Not empty where backward runs a layer's forward again."""
+
+
+def _is_attention(operation: Any) -> bool:
+    """Whether it computes softmax attention: torch's and flash-attn's operations have it in their names."""
+    name = operation.name()
+    return ("attention" in name or "flash_attn" in name) and "backward" not in name
 
 
 def _offloaded(function: Callable[..., Any], *args: Any) -> Any:
@@ -54,13 +197,18 @@ def _in_tiles(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
 
 
 class _Tiles(torch.autograd.Function):
-    """Backward computes each tile again. A parameter's gradient comes once: ZeRO expects that."""
+    """Backward computes each tile again. A parameter's gradient comes once: ZeRO expects that.
+
+    An MLP is the last of its layer: where a checkpoint runs the layer again, nothing reads its output.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], *parameters: nn.Parameter) -> Tensor:
         # Not saved for backward: under ZeRO-3 a parameter has its values only while it is used.
         ctx.forward, ctx.parameters = forward, parameters
         ctx.save_for_backward(x)
+        if _recomputing:
+            return torch.empty_like(x)
         return torch.cat([forward(tile) for tile in x.flatten(0, -2).split(TILE)]).view_as(x)
 
     @staticmethod

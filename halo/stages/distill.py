@@ -115,6 +115,7 @@ def options_of(training: CheckpointedTraining) -> dict[str, Any]:
     return {
         "sequence": SequenceGroup(training.sequence_parallel),
         "activation_checkpointing": training.activation_checkpointing,
+        "kept_layers": training.kept_layers,
         "activation_offload": training.activation_offload,
     }
 

@@ -116,7 +116,7 @@ class _Headed(Objective):
 
     Args:
         sequence: the ranks that share each sequence with this one, which trains on its chunk. None: not shared.
-        activation_checkpointing, activation_offload: see halo/parallel/activations.py.
+        activation_checkpointing, kept_layers, activation_offload: see `prepare_model`.
     """
 
     def __init__(
@@ -125,15 +125,17 @@ class _Headed(Objective):
         *,
         sequence: SequenceGroup | None = None,
         activation_checkpointing: bool = False,
+        kept_layers: int = 0,
         activation_offload: bool = False,
     ):
         super().__init__()
         self.student = student
         self.sequence = sequence or SequenceGroup()
-        prepare_model(
+        self.kept_layers = prepare_model(
             student,
             sequence=self.sequence,
             activation_checkpointing=activation_checkpointing,
+            kept_layers=kept_layers,
             activation_offload=activation_offload,
         )
 

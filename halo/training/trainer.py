@@ -20,6 +20,7 @@ from halo.data.storage import cache_in
 from halo.data.stream import TokenStream
 from halo.distributed import SLOW_LIMIT, STEP_LIMIT, device, rank, waits_of_at_most, world_size
 from halo.errors import Stopped, UserError
+from halo.parallel.activations import KeptLayers
 from halo.run import StageFolder
 from halo.stop import stop_requests
 from halo.teacher.batch import Batch
@@ -44,6 +45,9 @@ class Objective(nn.Module):
 
     separator: int | None = None
     """The token that ends a document, if documents are isolated from each other. None: they are not."""
+
+    kept_layers: KeptLayers | None = None
+    """The checkpointed layers that keep their activations. None: no layer is checkpointed."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a micro-batch, and values to log; scalars."""
@@ -187,7 +191,7 @@ class _Loop:
         torch.manual_seed(training.seed)
         self._parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
         with waits_of_at_most(SLOW_LIMIT):
-            external = objective.external_parameters()
+            external, self._kept_layers = objective.external_parameters(), objective.kept_layers
             self._engine = Engine(objective.train(), training, ds_config, external, clip_apart=objective.clip_apart)
             self._checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
             self.state = self._checkpoints.resume(self._engine) or TrainingState(stream=stream.state_dict())
@@ -229,6 +233,8 @@ class _Loop:
                 seconds=time.perf_counter() - self._began,
                 stream=self._batches.position(),
             )
+            if self._kept_layers is not None:
+                self._kept_layers.adapt()
             means |= {"lr": lr, "skipped": self.state.skipped} | self._engine.gradient_norms()
             tokens = self._training.batch * self._training.seq_len
             self._metrics.log(self.state.step - 1, means, tokens=tokens)

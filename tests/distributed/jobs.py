@@ -109,6 +109,7 @@ def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool
         Teacher(teacher, logits_form(settings, SHAPE["vocab_size"])),
         temperature=settings.temperature,
         activation_checkpointing=settings.activation_checkpointing,
+        kept_layers=settings.kept_layers,
     )
     return run(objective, settings, shards, folder, zero)
 

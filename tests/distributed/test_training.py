@@ -40,7 +40,8 @@ def test_an_untied_head_trains_under_zero3(tmp_path, shards):
     assert_same(one, two)
 
 
-def test_accumulation_and_activation_checkpointing_change_nothing(tmp_path, shards):
+@pytest.mark.parametrize("kept", [0, 2])
+def test_accumulation_and_activation_checkpointing_change_nothing(tmp_path, shards, kept):
     one = run(tmp_path, "one", 1, jobs.distill, shards, "zero1.json", jobs.training())
     small = run(
         tmp_path,
@@ -49,7 +50,7 @@ def test_accumulation_and_activation_checkpointing_change_nothing(tmp_path, shar
         jobs.distill,
         shards,
         "zero3.json",
-        jobs.training(micro_batch=2, activation_checkpointing=True),
+        jobs.training(micro_batch=2, activation_checkpointing=True, kept_layers=kept),
     )
     assert_same(one, small)
 
