@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher_ranks", type=int, default=0, help="of each node, with --placement dedicated")
     parser.add_argument("--teacher_sharded", action="store_true", help="cut the teacher over the ranks that hold it")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--kept_layers", type=int, default=-1, help="that keep all activations (default: all that fit)")
     parser.add_argument("--offload", action="store_true", help="keep checkpointed activations in host memory")
     parser.add_argument("--sequence_parallel", type=int, default=1, help="ranks that share a sequence (default: 1)")
     parser.add_argument("--emulate", type=int, help="be the first of this many ranks, without the others")
@@ -132,6 +133,7 @@ def preset_settings(args: argparse.Namespace, preset: Any, ranks: int) -> Distil
     """The preset's settings, changed by the command line. Stage 2 has all settings of stages 1 and 3."""
     chosen = {"micro_batch": args.micro_batch, "seq_len": args.seq_len, "activation_checkpointing": args.checkpointing}
     chosen |= {"sequence_parallel": args.sequence_parallel, "activation_offload": args.offload}
+    chosen |= {"kept_layers": args.kept_layers}
     chosen |= {"teacher_placement": args.placement, "teacher_ranks": args.teacher_ranks, "steps": args.steps}
     values = vars(preset) | {name: value for name, value in chosen.items() if value is not None}
     values = {name: value for name, value in values.items() if name in Distill.__dataclass_fields__}

@@ -46,6 +46,15 @@ def checkpoint_activations(model: PreTrainedModel, *, kept_layers: int = 0, offl
     return KeptLayers(model.model.layers, kept_layers)
 
 
+def checkpointed_call(layer: nn.Module) -> Callable[..., Any]:
+    """A function that runs a layer as it runs where it is checkpointed."""
+
+    def run(hidden_states: Tensor, **kwargs: Any) -> Any:
+        return _checkpointed(partial(layer, **kwargs), hidden_states)
+
+    return run
+
+
 class KeptLayers:
     """Which of a model's checkpointed layers keep everything for backward: the last `count`.
 
@@ -149,9 +158,13 @@ class _Keep(TorchDispatchMode):
         self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        attention = _is_attention(func)
+        if attention:  # in forward, without gradients, torch leaves out what backward needs
+            names = [argument.name for argument in func._schema.arguments]
+            args = tuple(name == "compute_log_sumexp" or x for name, x in zip(names, args, strict=False))
         output = func(*args, **(kwargs or {}))
-        if _is_attention(func):
-            self._kept.append(output)
+        if attention:
+            self._kept.append((func, output))
         return output
 
 
@@ -161,8 +174,11 @@ class _Recall(_Keep):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if not _is_attention(func):
             return func(*args, **(kwargs or {}))
+        operation, output = self._kept.popleft()
+        if operation is not func:  # torch may choose another one where a gradient is wanted
+            return func(*args, **(kwargs or {}))
         # As new tensors: autograd notes at each what made it.
-        return tree_map_only(Tensor, Tensor.detach, self._kept.popleft())
+        return tree_map_only(Tensor, Tensor.detach, output)
 
     def __enter__(self) -> Any:
         _recomputing.append(True)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from halo.losses.squared_error import squared_error
 from halo.measuring.importance import default_k
 from halo.models.families import check_family
 from halo.models.gguf import is_gguf, where
+from halo.parallel.activations import checkpointed_call
 from halo.parallel.prepare import prepare_model
 from halo.plan.assumptions import BF16
 from halo.plan.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
@@ -72,8 +74,10 @@ class Layer:
     count: int
     parameters: int
     cost: Cost
+    checkpointed: Cost | None = None
+    """Its cost where it keeps little more than its input, and computes the rest again in backward."""
     input_bytes: int
-    """What activation checkpointing keeps."""
+    """Bytes of its input, which a checkpointed layer keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +102,12 @@ class Load:
     parameters: int
     """Trained ones."""
     layers: Sequence[Layer]
-    one_at_a_time: bool
-    """Whether only one layer's activations live at a time; the others keep their inputs."""
-    recomputes: bool = False
-    """Whether backward runs forward again."""
+    one_at_a_time: bool = False
+    """Whether only one layer's activations live at a time, and the others keep nothing."""
+    checkpoints: bool = False
+    """Whether the layers are checkpointed, but for `kept` of them."""
+    kept: int = 0
+    """How many layers keep all activations all the same."""
     held: int = 0
     """Bytes that live through forward and backward, besides what layers keep."""
     made: int = 0
@@ -120,6 +126,18 @@ class Load:
     loss: Work = field(default_factory=Work)
     teacher: Frozen | None = None
     flops_per_token: float
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return sum(layer.count for layer in self.layers)
+
+    def costs(self, layer: Layer) -> list[tuple[float, Cost]]:
+        """The costs of a layer of a kind, each with the share of such layers that has it."""
+        if not self.checkpoints or layer.checkpointed is None:
+            return [(1.0, layer.cost)]
+        kept = min(1.0, self.kept / self.depth)
+        return [(share, cost) for share, cost in ((1 - kept, layer.checkpointed), (kept, layer.cost)) if share]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +218,17 @@ def load_of(models: Models, stage: str, training: Training, micro_batch: int) ->
     if training.sequence_parallel > 1:
         load = _shared(load, models, stage, training, micro_batch)
     if isinstance(training, CheckpointedTraining) and training.activation_offload:
-        load = replace(load, layers=[replace(layer, input_bytes=0) for layer in load.layers])
+        load = replace(load, layers=[_offloaded_layer(layer) for layer in load.layers])
     return load
+
+
+def _offloaded_layer(layer: Layer) -> Layer:
+    """It keeps nothing on the GPU, and computes attention again too."""
+    assert layer.checkpointed is not None
+    again = [operation for operation in layer.cost.forward.operations if operation.kind == "attention"]
+    backward = layer.checkpointed.backward
+    backward = replace(backward, operations=backward.operations + again)
+    return replace(layer, input_bytes=0, checkpointed=replace(layer.checkpointed, kept=0, backward=backward))
 
 
 def _shared(whole: Load, models: Models, stage: str, training: Training, micro_batch: int) -> Load:
@@ -211,15 +238,17 @@ def _shared(whole: Load, models: Models, stage: str, training: Training, micro_b
     width = models.hybrid.config.num_attention_heads * models.hybrid.config.head_dim
     # Lightning makes its chunk's state in fp32, of keys, decayed keys and values.
     exchange = 3 * 4 * micro_batch * min(tokens, REACH) * width
+
+    def shared(mine: Cost, whole: Cost, kept: int) -> Cost:
+        work = whole.forward.shared(ranks), whole.backward.shared(ranks)
+        return Cost(kept=mine.kept + kept, peak=mine.peak + exchange, forward=work[0], backward=work[1])
+
     layers = []
     for mine, all_of_it in zip(part.layers, whole.layers, strict=True):
-        cost = Cost(
-            kept=mine.cost.kept + exchange,
-            peak=mine.cost.peak + exchange,
-            forward=all_of_it.cost.forward.shared(ranks),
-            backward=all_of_it.cost.backward.shared(ranks),
-        )
-        layers.append(replace(mine, cost=cost))
+        cost, checkpointed = shared(mine.cost, all_of_it.cost, exchange), None
+        if mine.checkpointed and all_of_it.checkpointed:
+            checkpointed = shared(mine.checkpointed, all_of_it.checkpointed, 0)
+        layers.append(replace(mine, cost=cost, checkpointed=checkpointed))
     teacher = whole.teacher and replace(whole.teacher, work=whole.teacher.work.shared(ranks))
     loss = whole.loss.shared(ranks)
     return replace(part, layers=layers, loss=loss, teacher=teacher, flops_per_token=whole.flops_per_token)
@@ -234,8 +263,10 @@ def _load_of(models: Models, stage: str, training: Training, micro_batch: int) -
         return _distill(models, training, *tokens)
     model = models.hybrid if stage == "finetune" else models.scratch
     assert model is not None
-    checkpointing = isinstance(training, CheckpointedTraining) and training.activation_checkpointing
-    return _next_token(model, checkpointing, *tokens)
+    load = _next_token(model, *tokens)
+    if not isinstance(training, CheckpointedTraining):
+        return load
+    return replace(load, checkpoints=training.activation_checkpointing, kept=max(0, training.kept_layers))
 
 
 def _align(models: Models, batch: int, length: int) -> Load:
@@ -271,8 +302,8 @@ def _distill(models: Models, training: Distill, batch: int, length: int) -> Load
     return Load(
         parameters=_count(student),
         layers=_layers(student, batch, length),
-        one_at_a_time=training.activation_checkpointing,
-        recomputes=training.activation_checkpointing,
+        checkpoints=training.activation_checkpointing,
+        kept=max(0, training.kept_layers),
         held=_supplied(training, tokens, teacher_head) + hidden,  # the teacher's logits, the last norm's input
         external=head.numel(),
         head=head.numel(),
@@ -285,7 +316,7 @@ def _distill(models: Models, training: Distill, batch: int, length: int) -> Load
     )
 
 
-def _next_token(model: PreTrainedModel, checkpointing: bool, batch: int, length: int) -> Load:
+def _next_token(model: PreTrainedModel, batch: int, length: int) -> Load:
     head = model.lm_head
     hidden = torch.empty(batch * length, head.in_features, device="meta", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.full((batch * length,), IGNORE, device="meta")
@@ -293,8 +324,6 @@ def _next_token(model: PreTrainedModel, checkpointing: bool, batch: int, length:
     return Load(
         parameters=_count(model),
         layers=_layers(model, batch, length),
-        one_at_a_time=checkpointing,
-        recomputes=checkpointing,
         held=hidden.nbytes,
         external=head.weight.numel(),
         head=head.weight.numel(),
@@ -314,8 +343,18 @@ def _layers(model: PreTrainedModel, batch: int, length: int) -> list[Layer]:
     found = []
     for kind, count in Counter(kinds).items():
         layer = model.model.layers[kinds.index(kind)]
-        cost = cost_of(layer, _layer_call(layer, hidden, rope))
-        found.append(Layer(count=count, parameters=_count(layer), cost=cost, input_bytes=hidden.nbytes))
+        cost, checkpointed = (
+            cost_of(layer, _layer_call(run, hidden, rope)) for run in (layer, checkpointed_call(layer))
+        )
+        found.append(
+            Layer(
+                count=count,
+                parameters=_count(layer),
+                cost=cost,
+                checkpointed=checkpointed,
+                input_bytes=hidden.nbytes,
+            )
+        )
     return found
 
 
@@ -349,7 +388,7 @@ def _frozen(teacher: PreTrainedModel, training: Distill | None, batch: int, leng
     )
 
 
-def _layer_call(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+def _layer_call(layer: Callable[..., Any], hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
     def run() -> Tensor:
         output = layer(hidden, position_embeddings=rope, attention_mask=None)
         return output[0] if isinstance(output, tuple) else output

@@ -93,11 +93,12 @@ def _gathered(load: Load, setup: Setup) -> tuple[float, float, float]:
 
 def _layer_bytes(load: Load, zero: Zero) -> tuple[float, float, float]:
     """Bytes that layers keep for backward; that a layer's backward adds; that are freed when a bucket is full."""
-    costs = [layer.cost for layer in load.layers]
     if load.one_at_a_time:
-        inputs = sum(layer.count * layer.input_bytes for layer in load.layers)
-        return load.held + inputs, max(cost.peak for cost in costs), 0.0
-    kept = sum(layer.count * layer.cost.kept for layer in load.layers)
+        return load.held, max(layer.cost.peak for layer in load.layers), 0.0
+    costs = [(layer.count, cost) for layer in load.layers for cost in load.costs(layer)]
+    kept = sum(count * share * cost.kept for count, (share, cost) in costs)
+    if load.checkpoints:
+        kept += sum(layer.count * layer.input_bytes for layer in load.layers)
     layers = zero.reduce_bucket // max(layer.parameters for layer in load.layers)
-    freed = min(kept, layers * max(cost.kept for cost in costs))
-    return load.held + kept, max(cost.peak - cost.kept for cost in costs), freed
+    freed = min(kept, layers * max(cost.kept for _, (_, cost) in costs))
+    return load.held + kept, max(cost.peak - cost.kept for _, (_, cost) in costs), 0.0 if load.checkpoints else freed

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from halo.config import Config
 from halo.graph import STAGES
+from halo.parallel.activations import MARGIN
 from halo.parallel.checks import check_degree
 from halo.plan.assumptions import BF16, CONTEXT, FRAGMENTATION, GIB, NCCL, OPTIMIZER_STATE, STEP_BUFFERS
 from halo.plan.cluster import Setup
@@ -101,6 +102,8 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
     students = replace(setup, cluster=setup.cluster.without(getattr(setup.training, "teacher_ranks", 0)))
     micro_batch, accumulation = split_batch(setup.training, students.cluster.ranks)
     load = load_of(models, stage, setup.training, micro_batch)
+    if load.checkpoints and getattr(setup.training, "kept_layers", 0) == -1:
+        load = replace(load, kept=_layers_that_fit(load, students, accumulation))
     moments = memory_by_moment(load, students, accumulation)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return StagePlan(
@@ -113,6 +116,15 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
         memory=moments[moment],
         time=step_time(load, students, accumulation),
     )
+
+
+def _layers_that_fit(load: Load, setup: Setup, accumulation: int) -> int:
+    """How many layers keep their activations, as training will find out (`halo.parallel.activations.KeptLayers`)."""
+    needed = max(sum(parts.values()) for parts in memory_by_moment(load, setup, accumulation).values())
+    cluster = setup.cluster
+    room = cluster.gpu.memory * GIB * (1 - MARGIN) - CONTEXT - NCCL * (cluster.ranks > 1) - needed
+    each = max(layer.cost.kept - layer.checkpointed.kept for layer in load.layers if layer.checkpointed is not None)
+    return max(0, min(load.depth, int(room // each)))
 
 
 def stages_of(config: Config) -> list[str]:

@@ -34,8 +34,9 @@ def table(plan: StagePlan) -> str:
     tokens = training.batch * training.seq_len
     times = "once" if plan.accumulation == 1 else f"{plan.accumulation} times"
     how = [f"a GPU computes {plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} {times} a step"]
-    if plan.load.recomputes:
-        how.append("activation checkpointing")
+    if plan.load.checkpoints:
+        computed_again = max(0, plan.load.depth - plan.load.kept)
+        how.append(f"activation checkpointing of {computed_again} of {plan.load.depth} layers")
     if plan.load.teacher is not None:
         teacher = plan.load.teacher
         where = f"on {teacher.ranks} GPUs of each node, which are not shown" if teacher.ranks else "on every GPU"

@@ -19,8 +19,8 @@ def step_time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
     beside = load.teacher is not None and load.teacher.ranks > 0
     student = 0.0
     for layer in load.layers:
-        forward, backward = cluster.seconds(layer.cost.forward), cluster.seconds(layer.cost.backward)
-        student += layer.count * (forward * (1 + load.recomputes) + backward)
+        for share, cost in load.costs(layer):
+            student += layer.count * share * (cluster.seconds(cost.forward) + cluster.seconds(cost.backward))
     loss = cluster.seconds(load.loss)
 
     # ZeRO-3 gathers for forward and for backward; ZeRO-1 and 2 reduce with an all-reduce, which is twice the bytes.

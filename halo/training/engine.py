@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import deepspeed
 import torch
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero import GatheredParameters, Init, register_external_parameter
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_module
@@ -26,6 +28,7 @@ from halo.config import Training
 from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
 from halo.teacher.batch import Batch
+from halo.training.fused_step import FusedStep, fused_step_serves
 from halo.training.gradients import Gradients, by_layer
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -190,6 +193,8 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             buffer.data = buffers[name]
         self._gradients = Gradients(self._engine.optimizer, layers, training.clip, apart=clip_apart)
+        if fused_step_serves(self._engine.optimizer):
+            FusedStep(self._engine.optimizer, self._gradients, partial(_gather_weights, self._engine.optimizer))
         self._snapshots = self._engine.checkpoint_engine = _Snapshots()
         # It would write copies of its conversion scripts beside our checkpoint files.
         self._engine._copy_recovery_script = lambda folder: None
@@ -279,6 +284,17 @@ class Engine:
     def close(self) -> None:
         """Free ZeRO's hooks and buffers, so that another engine can follow in this process."""
         self._engine.destroy()
+
+
+def _gather_weights(zero: Any) -> None:
+    """Let every rank have the weights that each has stepped, as ZeRO-1 and 2 do after their step."""
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )
 
 
 class _Snapshots(TorchCheckpointEngine):

@@ -53,9 +53,9 @@ class Gradients:
         # The norm shows what this check would find.
         zero.check_overflow = lambda *_, **__: None
         if self._three:
-            zero._get_norm_groups = lambda: [self._measure()]
+            zero._get_norm_groups = lambda: [self.measure()]
         else:
-            zero.scaled_global_norm = self._measure
+            zero.scaled_global_norm = self.measure
         zero.unscale_and_clip_grads = lambda *_: None
         self._plain_step, zero._optimizer_step = zero._optimizer_step, self._step
 
@@ -64,7 +64,7 @@ class Gradients:
         norms = {f"gradient_norm/{name}": norm for name, norm in zip(self._names, self._norms, strict=True)}
         return {"gradient_norm": torch.linalg.vector_norm(self._norms)} | norms
 
-    def _measure(self) -> Tensor:
+    def measure(self) -> Tensor:
         """The global norm, a scalar on the device; not finite if a gradient is not."""
         squares = torch.zeros(len(self._names), device=device())
         for index, norms in self._shares():
@@ -98,9 +98,16 @@ class Gradients:
                 each = torch._foreach_norm(gradients[:count], 2, dtype=torch.float32)
                 yield self._index_of[group], torch.stack(each)
 
+    def factor(self, group: int) -> Tensor | None:
+        """What the gradients of a parameter group (under ZeRO-3: of a part of one) are divided by; None: by nothing."""
+        if self._factors is None:
+            return None
+        layer = getattr(self._zero, "sub_group_to_group_id", {}).get(group, group) if self._apart else 0
+        return self._factors[layer]
+
     def _step(self, group: int) -> None:
-        """The optimizer's step for one group; under ZeRO-3, for a part of a group."""
-        if self._factors is not None:
-            layer = getattr(self._zero, "sub_group_to_group_id", {}).get(group, group) if self._apart else 0
-            self._zero.optimizer.grad_scale = self._factors[layer]
+        """The optimizer's step for one group."""
+        factor = self.factor(group)
+        if factor is not None:
+            self._zero.optimizer.grad_scale = factor
         self._plain_step(group)

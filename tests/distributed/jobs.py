@@ -28,7 +28,7 @@ from halo.stages.distill import logits_form
 from halo.teacher.batch import Batch
 from halo.teacher.colocated import Teacher, teacher_group
 from halo.teacher.dedicated import DedicatedTeacher, Order
-from halo.training import engine, trainer
+from halo.training import engine, fused_step, trainer
 from halo.training.background import Files, Writing
 from halo.training.checkpoint import Checkpoints
 from halo.training.engine import Engine, placement, read_ds_config, split_batch
@@ -159,6 +159,18 @@ def finetune(shards: Path, folder: Path, zero: str, settings: Training) -> Resul
     place = placement(read_ds_config(DS_CONFIGS / zero), settings)
     objective = NextToken(build_hybrid(files(folder) / "hybrid", place))
     return run(objective, settings, shards, folder, zero)
+
+
+def with_fused_step(job: Callable[..., Any], *args: Any) -> Any:
+    """`job`, stepped by the kernel of a GPU, in Triton's interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernel's module is not imported yet
+    engine.fused_step_serves = lambda zero: True
+    calls = []
+    plain = fused_step.fused_adamw
+    fused_step.fused_adamw = lambda *args: (calls.append(1), plain(*args))
+    result = job(*args)
+    assert calls
+    return result
 
 
 def first_moments(job: Callable[..., Result], *args: Any) -> Result:

@@ -50,11 +50,21 @@ def test_a_step_without_a_finite_loss_changes_nothing(tmp_path, zero, bf16):
     assert jobs.losses(tmp_path / "run")[2] is None
 
 
-@pytest.mark.parametrize(("zero", "bf16"), [("zero1.json", False), ("zero2.json", True), ("zero3.json", True)])
-def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, zero, bf16):
+@pytest.mark.parametrize(
+    ("zero", "bf16", "fused"),
+    [
+        ("zero1.json", False, False),
+        ("zero2.json", True, False),
+        ("zero3.json", True, False),
+        ("zero1.json", True, True),
+        ("zero2.json", False, True),
+    ],
+)
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, zero, bf16, fused):
     """A finite loss whose gradients are infinite, in the same place."""
     shards = bad_shards(tmp_path / "shards", 2)
-    ranks = run_ranks(2, jobs.fragile, shards, tmp_path / "run", zero, SETTINGS, bf16, 0, True)
+    job = [jobs.with_fused_step, jobs.fragile] if fused else [jobs.fragile]
+    ranks = run_ranks(2, *job, shards, tmp_path / "run", zero, SETTINGS, bf16, 0, True)
     for digests in ranks:
         assert digests[2] == digests[1]
         assert len(set(digests)) == 5

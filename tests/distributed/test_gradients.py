@@ -51,15 +51,25 @@ def plain(
     return norms, {name: optimizer.state[p]["exp_avg"] for name, p in objective.named_parameters()}
 
 
-@pytest.mark.parametrize("zero", ["zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"])
+@pytest.mark.parametrize(
+    ("zero", "fused"),
+    [
+        ("zero1.json", False),
+        ("zero2.json", False),
+        ("zero3.json", False),
+        ("zero3_offload.json", False),
+        ("zero1.json", True),
+        ("zero2.json", True),
+    ],
+)
 @pytest.mark.parametrize("stage", ["align", "distill"])
-def test_clipping_is_that_of_plain_torch(tmp_path, shards, stage, zero):
+def test_clipping_is_that_of_plain_torch(tmp_path, shards, stage, zero, fused):
     settings = jobs.training(micro_batch=2, clip=CLIP[stage])  # two ranks, two micro-batches each
     norms, moments = plain(stage, settings, shards, tmp_path / "run")
     of_layers = [norm for step in norms for name, norm in step.items() if "/" in name]
     assert min(of_layers) < settings.clip < max(of_layers)
     job = (jobs.first_moments, getattr(jobs, stage), shards, tmp_path / "run", zero, settings)
-    found = run_ranks(2, *job)[0].weights
+    found = run_ranks(2, *([jobs.with_fused_step] if fused else []), *job)[0].weights
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for expected, line in zip(norms, lines, strict=True):
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-3)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,17 +75,23 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path, shards, whol
     assert checkpoints(tmp_path) == ["latest", "step-000000004", "step-000000006"]
 
 
-@pytest.mark.parametrize("zero", ["zero1.json", "zero2.json", "zero3.json"])
-def test_a_run_resumes_on_another_number_of_ranks(tmp_path, shards, whole, zero):
-    """2 -> 1 -> 2. ZeRO-3 steps the weights in several parts, as those of large models."""
+@pytest.mark.parametrize(
+    ("zero", "fused"), [("zero1.json", False), ("zero2.json", False), ("zero3.json", False), ("zero1.json", True)]
+)
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path, shards, whole, zero, fused):
+    """2 -> 1 -> 2. ZeRO-3 steps the weights in several parts, as those of large models.
+
+    Where a GPU's kernel steps the first and the last part, DeepSpeed steps the second.
+    """
+    distill = partial(jobs.with_fused_step, jobs.distill) if fused else jobs.distill
     config = json.loads((jobs.DS_CONFIGS / zero).read_text())
     config["zero_optimization"]["sub_group_size"] = 3000
     zero = str(tmp_path / zero)
     Path(zero).write_text(json.dumps(config))
     folder = tmp_path / "stage"
-    interrupt(3, 2, jobs.distill, shards, folder, zero)
+    interrupt(3, 2, distill, shards, folder, zero)
     interrupt(5, 1, jobs.distill, shards, folder, zero)
-    weights = run_ranks(2, jobs.distill, shards, folder, zero, SETTINGS)[0].weights
+    weights = run_ranks(2, distill, shards, folder, zero, SETTINGS)[0].weights
     assert jobs.losses(folder) == pytest.approx(whole[0], abs=1e-4)
     for name, weight in whole[1].items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)

@@ -40,6 +40,15 @@ def test_an_untied_head_trains_under_zero3(tmp_path, shards):
     assert_same(one, two)
 
 
+@pytest.mark.parametrize("zero", ["zero1.json", "zero2.json"])
+def test_the_fused_step_gives_the_same_weights(tmp_path, shards, zero):
+    one = run(tmp_path, "one", 1, jobs.distill, shards, "zero1.json", jobs.training())
+    folder = tmp_path / "fused"
+    job = (jobs.with_fused_step, jobs.distill, shards, folder, zero, jobs.training(micro_batch=2))
+    weights = run_ranks(2, *job)[0].weights
+    assert_same(one, (jobs.losses(folder), weights))
+
+
 @pytest.mark.parametrize("kept", [0, 2])
 def test_accumulation_and_activation_checkpointing_change_nothing(tmp_path, shards, kept):
     one = run(tmp_path, "one", 1, jobs.distill, shards, "zero1.json", jobs.training())
