@@ -34,7 +34,7 @@ from halo.config import Distill
 from halo.data.shards import write_shards
 from halo.distributed import device, on_rank0, rank, world_size
 from halo.models import build
-from halo.plan.load import PUBLISHED
+from halo.plan.shapes import PUBLISHED
 from halo.preset import load_config
 from halo.ranks import RankLayout, split_ranks
 from halo.run import StageFolder

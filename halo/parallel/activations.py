@@ -11,13 +11,14 @@ All logits at once never exist: the loss applies the head in chunks (hypenet/los
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -41,16 +42,17 @@ def checkpoint_activations(model: PreTrainedModel, *, kept_layers: int = 0, offl
     """
     # Reentrant: the other kind compares what backward recomputes with what ZeRO-3 had gathered in forward.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    kept = KeptLayers(model.model.layers, kept_layers)
     for layer in model.model.layers:
-        layer._gradient_checkpointing_func = _offloaded if offload else _checkpointed
-    return KeptLayers(model.model.layers, kept_layers)
+        layer._gradient_checkpointing_func = _offloaded if offload else partial(_checkpointed, kept.meter)
+    return kept
 
 
 def checkpointed_call(layer: nn.Module) -> Callable[..., Any]:
     """A function that runs a layer as it runs where it is checkpointed."""
 
     def run(hidden_states: Tensor, **kwargs: Any) -> Any:
-        return _checkpointed(partial(layer, **kwargs), hidden_states)
+        return _checkpointed(SavedBytes(), partial(layer, **kwargs), hidden_states)
 
     return run
 
@@ -62,15 +64,15 @@ class KeptLayers:
 
     Args:
         layers: the model's decoder layers, all checkpointed.
-        count: -1: as many as fit on the fullest GPU, found out in the first two steps (`adapt`); on a CPU none.
+        count: -1: as many as fit on the fullest GPU, found out in the first two steps (`adapt`). None on a CPU, and
+            where inputs wait in host memory.
     """
 
     def __init__(self, layers: Iterable[Any], count: int):
         self._layers = list(layers)
         self._steps = 0
-        self._bytes = 0
-        """The most that a kept layer holds."""
-        self._choosing = count == -1 and torch.cuda.is_available()
+        self.meter = SavedBytes()
+        self._choosing = self.meter.active = count == -1 and torch.cuda.is_available()
         self._keep(max(count, 0))
 
     def _keep(self, count: int) -> None:
@@ -82,51 +84,55 @@ class KeptLayers:
     def adapt(self) -> None:
         """After a step. Every rank must call this.
 
-        The first step shows what else a step needs. In the second, the last layer of each kind keeps its activations
-        and is measured.
+        The second step has all that a step needs: the optimizer makes its state in the first.
         """
-        if not self._choosing:
-            return
         self._steps += 1
-        if self._steps == 1:
-            self._hooks = [hook for layer in self._last_of_each_kind() for hook in self._measured(layer)]
+        if not self._choosing or self._steps < 2:
             return
-        for hook in self._hooks:
-            hook.remove()
-        self._choosing = False
+        self._choosing = self.meter.active = False
         free, total = torch.cuda.mem_get_info()
         room = free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated() - MARGIN * total
-        fitting = torch.tensor(max(0, int(room // max(1, self._bytes))), device=device())
+        fitting = torch.tensor(int(max(room, 0) // self.meter.most) if self.meter.most else 0, device=device())
         if world_size() > 1:
             dist.all_reduce(fitting, op=dist.ReduceOp.MIN)
         torch.cuda.empty_cache()  # what is cached has other sizes than what layers will keep
         self._keep(int(fitting))
         if rank() == 0:
             print(
-                f"{self.count} of {len(self._layers)} layers keep their activations, {self._bytes / 2**30:.1f} GiB "
+                f"{self.count} of {len(self._layers)} layers keep their activations, {self.meter.most / 2**30:.1f} GiB "
                 "each; the others compute them again",
                 flush=True,
             )
 
-    def _last_of_each_kind(self) -> list[Any]:
-        return list({type(layer.get_submodule("self_attn")): layer for layer in self._layers}.values())
 
-    def _measured(self, layer: Any) -> Iterator[Any]:
-        """Let a layer keep its activations, and measure their bytes."""
-        layer.gradient_checkpointing = False
-        before = 0
+class SavedBytes:
+    """Measures what a layer saves for backward where it is computed again, without its parameters.
 
-        def begin(*_: Any) -> None:
-            nonlocal before
-            before = torch.cuda.memory_allocated()
+    Attributes:
+        active: whether it measures.
+        most: the largest number of bytes of a layer.
+    """
 
-        def end(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            # Its output is the next layer's input, which is kept anyway.
-            self._bytes = max(self._bytes, torch.cuda.memory_allocated() - before - output.nbytes)
+    def __init__(self) -> None:
+        self.active, self.most = False, 0
 
-        # Between ZeRO-3's own hooks, which gather and free the layer's parameters.
-        yield layer.register_forward_pre_hook(begin)
-        yield layer.register_forward_hook(end, prepend=True)
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measure what is saved within, if `active`."""
+        if not self.active:
+            yield
+            return
+        found: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if not (x.is_leaf and x.requires_grad):
+                storage = x.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with saved_tensors_hooks(pack, lambda x: x):
+            yield
+        self.most = max(self.most, sum(found.values()))
 
 
 def tile_mlps(model: PreTrainedModel) -> None:
@@ -135,13 +141,13 @@ def tile_mlps(model: PreTrainedModel) -> None:
         layer.mlp.forward = partial(_in_tiles, layer.mlp, layer.mlp.forward)
 
 
-def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+def _checkpointed(meter: SavedBytes, function: Callable[..., Any], *args: Any) -> Any:
     """`checkpoint`, but attention's output is kept, and an MLP's, which nothing needs, is not computed again."""
     kept: deque[Any] = deque()
     runs = iter([_Keep(kept), _Recall(kept)])
 
     def run(*args: Any) -> Any:
-        with next(runs):
+        with next(runs), meter.measured():
             return function(*args)
 
     return checkpoint(run, *args, use_reentrant=True)

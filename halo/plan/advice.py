@@ -68,7 +68,8 @@ def _changed(models: Models, plan: StagePlan, changes: Sequence[Change]) -> Iter
 def _difference(old: StagePlan, new: StagePlan) -> str:
     """The options to type for `new` in place of `old`."""
     words, before, after = [], old.setup, new.setup
-    for name in ("activation_checkpointing", "activation_offload", "teacher_sharded", "micro_batch"):
+    settings = ("activation_checkpointing", "activation_offload", "kept_layers", "teacher_sharded", "micro_batch")
+    for name in settings:
         value = getattr(after.training, name, None)
         if value != getattr(before.training, name, None):
             words.append(f"--{old.stage}.{name} {str(value).lower()}")
@@ -88,7 +89,9 @@ def _checkpoint_layers(*, checkpointing: bool, offload: bool = False) -> Change:
     def change(stage: str, setup: Setup) -> Setup | None:
         if not isinstance(setup.training, CheckpointedTraining):
             return None
-        training = replace(setup.training, activation_checkpointing=checkpointing, activation_offload=offload)
+        training = replace(
+            setup.training, activation_checkpointing=checkpointing, activation_offload=offload, kept_layers=-1
+        )
         return replace(setup, training=training)
 
     return change
@@ -146,6 +149,7 @@ LARGER: list[Change] = [*(_nodes(factor) for factor in (2, 2, 2)), _zero(3, offl
 """The costlier ones, after them."""
 FASTER: list[Change] = [
     _checkpoint_layers(checkpointing=False),
+    _checkpoint_layers(checkpointing=True),
     _teacher_sharded(False),
     *(_micro_batch(2**i) for i in range(1, 4)),
     *(_zero(stage) for stage in (1, 2, 3)),

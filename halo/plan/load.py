@@ -3,28 +3,25 @@
 B sequences of T tokens at a time, N = B T tokens, V words, D width. Bytes and bf16, as on a GPU.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halo.config import CheckpointedTraining, Config, Distill, Training
-from halo.errors import UserError, first_line
+from halo.errors import UserError
 from halo.losses.linear_kl import CHUNK_BYTES
 from halo.losses.squared_error import squared_error
 from halo.measuring.importance import default_k
-from halo.models.families import check_family
-from halo.models.gguf import is_gguf, where
 from halo.parallel.activations import checkpointed_call
 from halo.parallel.prepare import prepare_model
 from halo.plan.assumptions import BF16
 from halo.plan.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
+from halo.plan.shapes import teacher_shapes
 from halo.stages.pretrain import model_config
 from halo.training.flops import align_flops, distill_flops, next_token_flops
 from hypenet import HypeNetForCausalLM
@@ -36,35 +33,6 @@ KL_BYTES = 30
 
 REACH = 22_400
 """How many last tokens of a chunk leave anything in Lightning's state, in fp32 (halo/parallel/exchanges.py)."""
-
-_QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960}
-PUBLISHED = {
-    "Qwen/Qwen3-1.7B": _QWEN3
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "intermediate_size": 6144,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-4B": _QWEN3
-    | {
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 9728,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-8B": _QWEN3
-    | {
-        "hidden_size": 4096,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 12_288,
-        "tie_word_embeddings": False,
-    },
-}
-"""The shapes of the teachers' published config.json, so that nothing must be downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +101,7 @@ class Load:
         return sum(layer.count for layer in self.layers)
 
     def costs(self, layer: Layer) -> list[tuple[float, Cost]]:
-        """The costs of a layer of a kind, each with the share of such layers that has it."""
+        """The costs of a layer of a kind, each with the share of such layers that has it; the last layers' last."""
         if not self.checkpoints or layer.checkpointed is None:
             return [(1.0, layer.cost)]
         kept = min(1.0, self.kept / self.depth)
@@ -186,30 +154,6 @@ def build_models(config: Config) -> Models:
         mixers=[layer.get_submodule("self_attn") for layer in converted.model.layers],
         scratch=scratch,
     )
-
-
-def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
-    """A teacher's configuration, and its source in words. Nothing is downloaded.
-
-    Raises:
-        UserError: neither a local model nor one whose shapes are known, or a configuration that cannot be read.
-    """
-    path = Path(name)
-    if is_gguf(name) or (path / "config.json").is_file():
-        try:
-            shapes = AutoConfig.from_pretrained(**where(path))
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"the configuration of the teacher at {name} cannot be read: {first_line(error)}"
-            ) from error
-        check_family(shapes.model_type, name)
-        return shapes, f"the shapes of {path}"
-    if name not in PUBLISHED:
-        raise UserError(
-            f"the shapes of the teacher '{name}' are not known here, and nothing is downloaded: give a local folder "
-            f"with its config.json, or one of {', '.join(PUBLISHED)}"
-        )
-    return Qwen3Config(**PUBLISHED[name]), f"the published shapes of {name}"
 
 
 def load_of(models: Models, stage: str, training: Training, micro_batch: int) -> Load:

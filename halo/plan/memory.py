@@ -96,9 +96,8 @@ def _layer_bytes(load: Load, zero: Zero) -> tuple[float, float, float]:
     if load.one_at_a_time:
         return load.held, max(layer.cost.peak for layer in load.layers), 0.0
     costs = [(layer.count, cost) for layer in load.layers for cost in load.costs(layer)]
-    kept = sum(count * share * cost.kept for count, (share, cost) in costs)
-    if load.checkpoints:
-        kept += sum(layer.count * layer.input_bytes for layer in load.layers)
+    kept = float(sum(layer.count * layer.input_bytes for layer in load.layers))
+    kept += sum(count * share * cost.kept for count, (share, cost) in costs)
     layers = zero.reduce_bucket // max(layer.parameters for layer in load.layers)
-    freed = min(kept, layers * max(cost.kept for _, (_, cost) in costs))
-    return load.held + kept, max(cost.peak - cost.kept for _, (_, cost) in costs), 0.0 if load.checkpoints else freed
+    freed = min(kept, layers * max(load.costs(layer)[-1][1].kept for layer in load.layers))
+    return load.held + kept, max(cost.peak - cost.kept for _, (_, cost) in costs), freed

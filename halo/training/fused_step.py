@@ -15,7 +15,7 @@ from torch import Tensor
 from halo.training.gradients import Gradients
 from hypenet.kernels import has_triton
 
-LANES = 2048
+STEPPED_AT_ONCE = 2048
 """Elements that a program steps."""
 
 
@@ -107,9 +107,9 @@ def fused_adamw(
     from halo.training.adamw_kernel import adamw  # Triton does not exist on every machine
 
     beta_1, beta_2 = settings["betas"]
-    adamw[(-(-gradient.numel() // LANES),)](
+    adamw[(-(-gradient.numel() // STEPPED_AT_ONCE),)](
         *(gradient, master, first, second, weight, step, factor, settings["lr"]),
         *(math.log(beta_1), math.log(beta_2), settings["eps"], settings["weight_decay"], gradient.numel()),
         CLIPPED=factor is not None,
-        LANES=LANES,
+        LANES=STEPPED_AT_ONCE,
     )

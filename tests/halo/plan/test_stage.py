@@ -17,7 +17,8 @@ from halo.plan.advice import advice
 from halo.plan.assumptions import GIB
 from halo.plan.cluster import Cluster, Setup, Zero
 from halo.plan.dry_run import DryRun, cost_of, frozen_cost_of
-from halo.plan.load import PUBLISHED, Models, build_models, teacher_shapes
+from halo.plan.load import Models, build_models
+from halo.plan.shapes import PUBLISHED, teacher_shapes
 from halo.plan.stage import StagePlan, plan_stage, stages_of
 from halo.plan.text import assumptions, heading, table, verdict
 from halo.preset import load_config
@@ -121,10 +122,23 @@ def test_more_ranks_need_less_memory_under_zero3(nine):
 
 @pytest.mark.parametrize("stage", ["distill", "finetune"])
 def test_activation_checkpointing_needs_less_memory_and_more_time(nine, stage):
-    without, checkpointed = (plan(nine, stage, activation_checkpointing=on) for on in (False, True))
-    assert checkpointed.needed < without.needed
-    assert checkpointed.seconds > without.seconds
-    assert checkpointed.mfu < without.mfu
+    options = [
+        {"activation_checkpointing": False},
+        *({"activation_checkpointing": True, "kept_layers": n} for n in (36, 9, 0)),
+    ]
+    plans = [plan(nine, stage, **option) for option in options]
+    assert [p.needed for p in plans] == sorted((p.needed for p in plans), reverse=True)
+    assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
+    assert plans[0].mfu > plans[-1].mfu
+
+
+def test_as_many_layers_as_fit_keep_their_activations(nine):
+    kept = [plan(nine, gpu=gpu, gpus_per_node=8, micro_batch=12).load.kept for gpu in ("a100-40gb", "h100", "b200")]
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 36
+    p = plan(nine, gpu="h100", gpus_per_node=8, micro_batch=12, seq_len=1024)
+    assert 0 < p.load.kept < 36 and p.fits
+    more = replace(p.setup, training=replace(p.setup.training, kept_layers=p.load.kept + 8))
+    assert not plan_stage(nine[1], "distill", more).fits
 
 
 def test_smaller_micro_batches_need_less_memory(nine):
@@ -162,7 +176,8 @@ def test_time_tokens_and_hours_agree(nine):
 
 TWELVE, THIRTY_TWO = {"batch": 12}, {"batch": 32, "micro_batch": 32}
 WITH, WITHOUT = {"activation_checkpointing": True}, {"activation_checkpointing": False}
-SHARED = {"batch": 1, "gpus_per_node": 2, "sequence_parallel": 2}
+NONE_KEPT = WITH | {"kept_layers": 0}
+SHARED = NONE_KEPT | {"batch": 1, "gpus_per_node": 2, "sequence_parallel": 2}
 
 
 @pytest.mark.parametrize(
@@ -170,14 +185,13 @@ SHARED = {"batch": 1, "gpus_per_node": 2, "sequence_parallel": 2}
     [
         ("hypenet-2b", 28, "h100", "zero1", "align", THIRTY_TWO, 0.220, 13.4),
         ("hypenet-2b", 28, "h100", "zero1", "distill", TWELVE | WITHOUT, 0.250, None),
-        ("hypenet-2b", 28, "h100", "zero1", "distill", TWELVE | WITH, 0.288, None),
-        ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1}, 0.630, 30.5),
+        ("hypenet-2b", 28, "h100", "zero1", "distill", TWELVE | NONE_KEPT, 0.288, None),
+        ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1} | NONE_KEPT, 0.598, 30.5),
+        ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1}, 0.488, 64.7),
+        ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1, "seq_len": 131_072} | NONE_KEPT, 7.4, None),
         ("hypenet-2b", 28, "h200", "zero1", "finetune", SHARED, 0.345, 19.8),
-        ("hypenet-2b", 28, "h200", "zero1", "finetune", {"batch": 1, "seq_len": 131_072}, 8.559, 50.9),
-        ("hypenet-2b", 28, "h200", "zero1", "finetune", SHARED | {"seq_len": 131_072}, 4.424, 30.1),
-        ("hypenet-9b", 36, "h200", "zero3", "finetune", {"batch": 2, "gpus_per_node": 2}, 2.282, 84.7),
-        ("hypenet-9b", 36, "h200", "zero3", "finetune", SHARED, 1.319, 82.2),
-        ("hypenet-9b", 18, "h200", "zero3", "distill", TWELVE | WITH, 0.589, 95.6),
+        ("hypenet-9b", 36, "h200", "zero3", "finetune", NONE_KEPT | {"batch": 2, "gpus_per_node": 2}, 2.282, 84.7),
+        ("hypenet-9b", 18, "h200", "zero3", "distill", TWELVE | NONE_KEPT, 0.589, 95.6),
         ("hypenet-9b", 18, "h200", "zero3", "distill", TWELVE | WITHOUT, 0.496, 107.9),
         ("hypenet-9b", 36, "h200", "zero1", "align", THIRTY_TWO, 0.844, 66.0),
     ],
@@ -310,7 +324,7 @@ def test_advice_combines_changes_and_says_where_nothing_helps(nine):
 
 
 def test_advice_on_speed_fits_too(nine):
-    p = plan(nine, gpu="b200")
+    p = plan(nine, gpu="b200", kept_layers=0)
     assert p.fits
     assert advice(nine[1], p).startswith("faster by ")
 
@@ -319,7 +333,10 @@ def test_the_text_has_every_part(nine):
     p = plan(nine, nodes=2)
     text = table(p)
     assert "distill: 20,000 steps of 96 x 512 tokens, 0.983B in all; 9.47B parameters are trained" in text
-    assert "a GPU computes 6 sequences once a step; activation checkpointing; teacher whole on every GPU" in text
+    assert (
+        "a GPU computes 6 sequences once a step; activation checkpointing of 0 of 36 layers; teacher whole on every GPU"
+        in text
+    )
     parts = {**p.memory, **p.time}
     assert all(name in text for name, size in parts.items() if size)
     for words in ("allocated", "needed", "tokens/s a GPU", "MFU", "GPU hours of the stage", "a checkpoint, GB"):
