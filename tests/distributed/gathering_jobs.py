@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from halo.data.stream import TokenStream
 from halo.models.build import build_hybrid, build_mixers, build_teacher
 from halo.models.loading import load_model_config
-from halo.teacher.colocated import Teacher
+from halo.teacher.colocated import Teacher, teacher_group
 from halo.training.engine import Engine, layers_of, placement, read_ds_config
 from halo.training.objectives import Alignment, NextToken
 from hypenet.transfer import hybrid_config
@@ -88,3 +89,26 @@ def regressions_gathered(shards: Path, folder: Path) -> dict[str, Any]:
     objective = Alignment(mixers, Teacher(build_teacher(teacher)))
     built = Watched(objective.train(), settings, config, objective.external_parameters(), clip_apart=True)
     return {"losses": built.train(shards, settings), "exposed": built.exposed, "layers": len(mixers)}
+
+
+def teacher_gathered(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """A whole teacher's and a cut one's hidden states, of two inputs; what the cut one had gathered in each layer."""
+    path = jobs.files(folder, **changes) / "teacher"
+    whole, cut = Teacher(build_teacher(path)), Teacher(build_teacher(path, teacher_group(sharded=True)))
+    seen: list[tuple[bool, int]] = []
+    groups = [layer._get_fsdp_state()._fsdp_param_group for layer in cut.layers]
+
+    def watch(i: int) -> None:
+        def hook(*_: Any) -> None:
+            following = groups[(i + 1) % len(groups)]
+            seen.append((following._all_gather_result is not None, sum(not group.is_sharded for group in groups)))
+
+        cut.layers[i].mlp.register_forward_pre_hook(hook)
+
+    for i in range(len(groups)):
+        watch(i)
+    pairs = []
+    for length in (16, 24):
+        input_ids = torch.arange(2 * length).view(2, length) % jobs.SHAPE["vocab_size"]
+        pairs.append((whole.hidden_states(input_ids), cut.hidden_states(input_ids)))
+    return {"pairs": pairs, "seen": seen, "contexts": len({id(group.comm_ctx) for group in groups})}

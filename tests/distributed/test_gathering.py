@@ -1,6 +1,7 @@
 """ZeRO-3 gathers a layer while the one before it computes, and holds little more."""
 
 import pytest
+import torch
 
 from halo.training.gathering import LIVE, PREFETCH, REUSE, fill_gathering
 from tests.distributed import gathering_jobs
@@ -32,6 +33,17 @@ def test_stage_1_gathers_a_mixer_once_and_ahead(tmp_path, shards):
         assert all(recorded[: seen["layers"]])
         for entries in exposed:
             assert entries == [entries[0]] + [0] * (2 * seen["layers"] - 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}], ids=["full", "window"]
+)
+def test_a_cut_teacher_gathers_the_next_layer_while_one_computes(tmp_path, changes):
+    for found in run_ranks(2, gathering_jobs.teacher_gathered, tmp_path, changes):
+        for whole, cut in found["pairs"]:
+            assert torch.equal(whole, cut)
+        assert found["seen"] == 2 * [*3 * [(True, 1)], (False, 1)]
+        assert found["contexts"] == 1
 
 
 def test_numbers_in_the_json_stay():
