@@ -45,6 +45,7 @@ from halo.training import trainer
 from halo.training.engine import Engine, placement, read_ds_config, split_batch, whole_size
 from halo.training.objectives import Alignment, Distillation, NextToken
 from halo.training.trainer import Objective, train
+from halo.training.tuning import tune_once
 from hypenet.transfer import empty_hybrid, hybrid_config
 
 TEACHERS: dict[str, PretrainedConfig] = {
@@ -92,6 +93,7 @@ def main() -> None:
         emulate(args.emulate)
     else:
         split.join()
+    tune_once()
     folder = Path(args.folder or tempfile.gettempdir()) / f"benchmark-{os.environ['MASTER_PORT']}"
     teacher = write_teacher(args, folder)
     if split.is_teacher:
