@@ -1,11 +1,13 @@
 """fla's kernels are tuned once on a machine: Triton's own tuner and cache, in processes. Only the GPU is made up."""
 
+import importlib
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.tune import write
 from halo.errors import UserError
 from halo.training import tuning
 from halo.training.tuning import cache_variables, own_folder
@@ -98,3 +100,22 @@ def test_who_tunes_may_wait_for_one_who_looks_for_another_kernel(tmp_path):
     assert exits(behind) == [0]
     done.touch()
     assert exits(ahead) == [0]
+
+
+def test_fla_reads_what_the_benchmark_writes(tmp_path, monkeypatch):
+    cache = pytest.importorskip("fla.ops.utils.cache")
+    kernel = importlib.import_module("fla.ops.common.chunk_delta_h").chunk_gated_delta_rule_fwd_kernel_h_blockdim64.fn
+    monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.STRICT)
+    monkeypatch.setenv("FLA_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel, "cache", {})
+    best, other = kernel.configs[-1], kernel.configs[0]
+    known = (16, 16, 128, 128, 64, False, "torch.bfloat16")
+    for shape, config in (((9, *known[1:]), other), (known, best)):
+        write({kernel.kernel_name: {shape: config}}, tmp_path)
+    keys = [cache.AutotuneKey(shape) for shape in (known, (9, *known[1:]), (8, *known[1:]))]
+    for key in keys:
+        kernel.maybe_load_cached_config(key, nargs={}, runtime_kwargs={})
+    assert {shape: vars(config) for shape, config in kernel.cache.items()} == {
+        known: vars(best),
+        (9, *known[1:]): vars(other),
+    }
