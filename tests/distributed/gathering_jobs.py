@@ -8,6 +8,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from halo.data.stream import TokenStream
+from halo.distributed import device
 from halo.models.build import build_hybrid, build_mixers, build_teacher
 from halo.models.loading import load_model_config
 from halo.teacher.colocated import Teacher, teacher_group
@@ -16,8 +17,11 @@ from halo.training.objectives import Alignment, NextToken
 from hypenet.transfer import hybrid_config
 from tests.distributed import jobs
 
+WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+SHAPE = WIDE if torch.cuda.is_available() else {}
+"""On a GPU, heads that its kernels compute."""
 STEPS = 4
-PERSISTENT = 100
+PERSISTENT = 200
 """The largest parameter that is not partitioned: a norm, as in a model of real size."""
 
 
@@ -55,7 +59,7 @@ class Watched(Engine):
         for _ in range(STEPS):
             self.exposed.append([])
             self.live.append(0)
-            loss, _ = self.accumulate(jobs.batch_of(self.module, next(stream)))
+            loss, _ = self.accumulate(jobs.batch_of(self.module, next(stream)).to(device()))
             self.step(1e-3)
             losses.append(loss.item())
         return losses
@@ -64,7 +68,7 @@ class Watched(Engine):
 def gathered(shards: Path, folder: Path, checkpointing: bool, changes: dict[str, Any]) -> dict[str, Any]:
     """What stage 3 gathers: losses; for each step, the elements that layers waited for, and the most that are whole."""
     settings, config = jobs.training(batch=4 * 2), read_zero(**changes)
-    made = jobs.files(folder, tie_word_embeddings=False)
+    made = jobs.files(folder, **{"tie_word_embeddings": False} | SHAPE)
     student = build_hybrid(made / "hybrid", placement(config, settings))
     objective = NextToken(student, activation_checkpointing=checkpointing)
     built = Watched(objective.train(), settings, config, objective.external_parameters())
@@ -93,7 +97,7 @@ def regressions_gathered(shards: Path, folder: Path) -> dict[str, Any]:
 
 def teacher_gathered(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """A whole teacher's and a cut one's hidden states, of two inputs; what the cut one had gathered in each layer."""
-    path = jobs.files(folder, **changes) / "teacher"
+    path = jobs.files(folder, **changes | SHAPE) / "teacher"
     whole, cut = Teacher(build_teacher(path)), Teacher(build_teacher(path, teacher_group(sharded=True)))
     seen: list[tuple[bool, int]] = []
     groups = [layer._get_fsdp_state()._fsdp_param_group for layer in cut.layers]
@@ -110,5 +114,6 @@ def teacher_gathered(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     pairs = []
     for length in (16, 24):
         input_ids = torch.arange(2 * length).view(2, length) % jobs.SHAPE["vocab_size"]
-        pairs.append((whole.hidden_states(input_ids), cut.hidden_states(input_ids)))
+        input_ids = input_ids.to(device())
+        pairs.append((whole.hidden_states(input_ids).cpu(), cut.hidden_states(input_ids).cpu()))
     return {"pairs": pairs, "seen": seen, "contexts": len({id(group.comm_ctx) for group in groups})}
