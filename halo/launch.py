@@ -20,7 +20,7 @@ from halo.graph import stages_to
 from halo.job import Job
 from halo.ranks import ERRORS, LEFT, split_ranks
 from halo.teacher.dedicated import serve
-from halo.training.tuning import tune_once
+from halo.training.tuning import report_tuning, tune_once
 
 EXIT_SAVED = 75
 """The status after a signal asked the run to stop and it saved its state. The same command resumes."""
@@ -53,6 +53,7 @@ def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str |
             serve(split)
         else:
             work(replace(job, split=split))
+            report_tuning()
     except UserError as error:
         if store.add(ERRORS, 1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)

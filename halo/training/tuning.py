@@ -112,8 +112,9 @@ def take_turns(folder: Path) -> None:
 
 
 def report_tuning() -> None:
-    """Print one line if kernels were tuned. Every rank must call this."""
+    """Print one line if kernels were tuned since the last call. Every rank must call this."""
     mine = [sum(_seconds), float(os.environ.get("LOCAL_RANK", "0") == "0")]
+    _seconds.clear()
     seconds, machines = all_sum(torch.tensor(mine)).tolist()
     if rank() == 0 and seconds:
         kept = importlib.import_module("triton").knobs.cache.dir

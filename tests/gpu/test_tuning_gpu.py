@@ -27,8 +27,9 @@ def train() -> None:
     model = HypeNetForCausalLM(HypeNetConfig(**{**SIZES, **keys})).cuda().bfloat16().train()
     tokens = torch.randint(1, 61, (2, 300), device="cuda")
     model(tokens, labels=tokens).loss.backward()
+    count = len(tuning._seconds)
     tuning.report_tuning()
-    print("tuned", len(tuning._seconds))
+    print("tuned", count)
 
 
 def tuned(folder: Path, processes: int) -> list[int]:

@@ -119,3 +119,11 @@ def test_fla_reads_what_the_benchmark_writes(tmp_path, monkeypatch):
         known: vars(best),
         (9, *known[1:]): vars(other),
     }
+
+
+def test_one_line_tells_what_was_tuned(temporary, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "kept")
+    tuning._seconds.extend([40.0, 2.4])
+    tuning.report_tuning()
+    tuning.report_tuning()
+    assert capsys.readouterr().out == "fla's kernels were tuned, once on each machine: 42 s; kept in kept\n"
