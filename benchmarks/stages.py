@@ -45,6 +45,7 @@ from halo.training import trainer
 from halo.training.engine import Engine, placement, read_ds_config, split_batch, whole_size
 from halo.training.objectives import Alignment, Distillation, NextToken
 from halo.training.trainer import Objective, train
+from halo.training.tuning import tune_once
 from hypenet.transfer import empty_hybrid, hybrid_config
 
 TEACHERS: dict[str, PretrainedConfig] = {
@@ -92,6 +93,7 @@ def main() -> None:
         emulate(args.emulate)
     else:
         split.join()
+    tune_once()
     folder = Path(args.folder or tempfile.gettempdir()) / f"benchmark-{os.environ['MASTER_PORT']}"
     teacher = write_teacher(args, folder)
     if split.is_teacher:
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["align", "distill", "finetune"], required=True)
     parser.add_argument("--teacher", choices=TEACHERS, required=True)
+    parser.add_argument("--mixer", default="lightning-attn", help="of the RNN layers (default: lightning-attn)")
     parser.add_argument("--layers", type=int, help="use the teacher's first LAYERS layers (default: all)")
     parser.add_argument("--micro_batch", type=int, help="sequences of a rank's micro-batch (default: the preset's)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default: 1)")
@@ -188,7 +191,7 @@ def write_teacher(args: argparse.Namespace, folder: Path) -> Path:
     on_rank0(lambda: config.save_pretrained(folder / "teacher"))
     model = build.empty_teacher(folder / "teacher")
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    every = hybrid_config(config, attention_layers=[])
+    every = hybrid_config(config, attention_layers=[], rnn_mixer=args.mixer)
     layers = empty_hybrid(every, dtype=torch.bfloat16, device=device()).model.layers
     mixers = {
         f"{i}.{name}": p.shape for i, layer in enumerate(layers) for name, p in layer.self_attn.named_parameters()
@@ -240,9 +243,10 @@ def objective_of(
     torch.manual_seed(training.seed)  # as stages do: new weights (the gates) are the same in every run
     if args.stage == "align":
         assert isinstance(source, Teacher)
-        return Alignment(build.build_mixers(teacher, hybrid_config(config, []), place), source)
+        return Alignment(build.build_mixers(teacher, hybrid_config(config, [], rnn_mixer=args.mixer), place), source)
     kept = [layer for layer in KEPT[args.teacher] if layer < config.num_hidden_layers]
-    student = build.build_student(teacher, hybrid_config(config, kept), teacher / MIXERS, place)
+    hybrid = hybrid_config(config, kept, rnn_mixer=args.mixer)
+    student = build.build_student(teacher, hybrid, teacher / MIXERS, place)
     if args.stage == "distill":
         return Distillation(student, source, **options_of(training))
     return NextToken(student, **options_of(training))
@@ -270,7 +274,7 @@ def report(
     micro_batch, accumulation = split_batch(training)
     print(header())
     print(
-        f"{args.stage} {args.teacher}, {trained / 1e9:.2f}B trained, {world_size()} "
+        f"{args.stage} {args.teacher}, {args.mixer}, {trained / 1e9:.2f}B trained, {world_size()} "
         f"{'emulated ' if args.emulate else ''}ranks, {training.sequence_parallel} a sequence, of {accumulation} x "
         f"{micro_batch} x {training.seq_len} tokens, ZeRO-{stage}, {'offload, ' if training.activation_offload else ''}"
         f"checkpointing {'on' if training.activation_checkpointing else 'off'}: "

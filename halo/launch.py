@@ -20,6 +20,7 @@ from halo.graph import stages_to
 from halo.job import Job
 from halo.ranks import ERRORS, LEFT, split_ranks
 from halo.teacher.dedicated import serve
+from halo.training.tuning import report_tuning, tune_once
 
 EXIT_SAVED = 75
 """The status after a signal asked the run to stop and it saved its state. The same command resumes."""
@@ -47,10 +48,12 @@ def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str |
         distills = stage is not None and "distill" in stages_to(stage, job.prepare)
         split = split_ranks(store, rank, world_size, job.config.distill if distills else None)
         split.join()
+        tune_once()
         if split.is_teacher:
             serve(split)
         else:
             work(replace(job, split=split))
+            report_tuning()
     except UserError as error:
         if store.add(ERRORS, 1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)

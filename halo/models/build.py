@@ -7,19 +7,22 @@ never more, and no rank's host memory ever holds a model.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from halo.distributed import broadcast, device
 from halo.models.gguf import is_gguf, where
-from halo.models.loading import load_model_config, load_teacher, training_dtype
+from halo.models.loading import layer_by_layer, load_model_config, load_teacher, training_dtype
 from halo.models.weights import EMBEDDING, HEAD, SafeTensors, Weights, check_shapes, files_of
 from halo.progress import progress_bar
 from hypenet import HypeNetConfig, HypeNetForCausalLM
@@ -52,7 +55,22 @@ def build_teacher(teacher: Path, group: dist.ProcessGroup | None = None) -> PreT
     for name, piece in _pieces(model):
         _load_values(piece, name, weights)
         place(piece)
+    if mesh is not None:
+        _gather_ahead(model.model, mesh)
     return _finished(model, teacher)
+
+
+def _gather_ahead(body: Any, mesh: DeviceMesh) -> None:
+    """Let each layer of a cut teacher gather the next while it computes.
+
+    The layers have one root: so they share streams, and the buffers that belong to them.
+    """
+    whole = {parameter for parameter in body.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(body, mesh=mesh, ignored_params=whole)
+    for layer, following in pairwise(body.layers):
+        layer.set_modules_to_forward_prefetch([following])
+    body.layer_by_layer = MethodType(layer_by_layer, body)
+    register_fsdp_forward_method(body, "layer_by_layer")
 
 
 def build_head(teacher: Path) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,15 @@ def frozen_states(model: PreTrainedModel, input_ids: Tensor, first: int = 0) -> 
     if not _sees_all(model, tokens):
         assert first == 0, "no chunk of rows in which not every token sees all before it"
         return body(**unpadded(model, input_ids)).last_hidden_state
+    run = getattr(body, "layer_by_layer", partial(layer_by_layer, body))
+    return run(input_ids, first)
+
+
+def layer_by_layer(body: Any, input_ids: Tensor, first: int) -> Tensor:
+    """`frozen_states` of a model's body, where every token sees all before it. It is the body's method in a cut teacher
+    (`build_teacher`): FSDP must know that it is a forward."""
     states = body.embed_tokens(input_ids)
-    positions = torch.arange(first, first + tokens, device=input_ids.device)[None]
+    positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
     rope = body.rotary_emb(states, positions)
     for layer in body.layers:
         states = layer(states, attention_mask=None, position_ids=positions, position_embeddings=rope, use_cache=False)

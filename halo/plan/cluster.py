@@ -18,6 +18,7 @@ from halo.plan.assumptions import (
 )
 from halo.plan.dry_run import Work
 from halo.training.engine import SINGLE_RANK_ZERO
+from halo.training.gathering import AUTO, LIVE, PREFETCH, REUSE
 from halo.training.gpus import GPU
 
 
@@ -75,8 +76,10 @@ class Zero:
     overlap: bool = False
     contiguous: bool = True
     """Whether memory for all gradients is allocated at the first one, to copy them there (ZeRO-1 and 2)."""
-    prefetch: int = 50_000_000
-    max_reuse: int = 1_000_000_000
+    prefetch: int | None = 50_000_000
+    max_live: int | None = 1_000_000_000
+    max_reuse: int | None = 1_000_000_000
+    """None, as for the two above: by the model (halo/training/gathering.py)."""
     sub_group: int = 1_000_000_000
 
     @classmethod
@@ -87,12 +90,17 @@ class Zero:
             UserError: the ZeRO stage is not 1, 2 or 3.
         """
         zero = ds_config.get("zero_optimization", {}) | (SINGLE_RANK_ZERO if ranks == 1 else {})
+        by_model = {key for key in (PREFETCH, LIVE, REUSE) if zero.get(key) == AUTO}
+        zero = {key: value for key, value in zero.items() if value != AUTO}  # for all else DeepSpeed has its default
         stage = zero.get("stage")
         if stage not in (1, 2, 3):
             raise UserError("the DeepSpeed config has no zero_optimization with stage 1, 2 or 3: set one")
 
         def offloads(what: str) -> bool:
             return (zero.get(what) or {}).get("device", "none") != "none"
+
+        def ahead(key: str, default: Any) -> int | None:
+            return None if key in by_model else int(zero.get(key, default))
 
         return cls(
             stage=stage,
@@ -101,8 +109,9 @@ class Zero:
             reduce_bucket=int(zero.get("reduce_bucket_size", cls.reduce_bucket)),
             overlap=bool(zero.get("overlap_comm", stage == 3)),
             contiguous=bool(zero.get("contiguous_gradients", True)) or stage == 3 or offloads("offload_optimizer"),
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
-            max_reuse=int(zero.get("stage3_max_reuse_distance", cls.max_reuse)),
+            prefetch=ahead(PREFETCH, cls.prefetch),
+            max_live=ahead(LIVE, cls.max_live),
+            max_reuse=ahead(REUSE, cls.max_reuse),
             sub_group=int(zero.get("sub_group_size", cls.sub_group)),
         )
 

@@ -1,8 +1,11 @@
 """What is in a GPU's memory at the moments of a step at which it can be fullest."""
 
+import math
+
 from halo.plan.assumptions import BF16, OPTIMIZER_STATE, STEP_BUFFERS
 from halo.plan.cluster import Cluster, Setup, Zero
 from halo.plan.load import Load
+from halo.training.gathering import live_parameters
 
 PARTS = (
     *("parameters", "optimizer", "gradients", "made in forward", "step's buffers", "teacher"),
@@ -34,10 +37,10 @@ def memory_by_moment(load: Load, setup: Setup, accumulation: int) -> dict[str, d
     group = load.group or max(load.head, *(layer.parameters for layer in load.layers))
     stepped = min(group / cluster.ranks, zero.sub_group) if sharded else group / cluster.ranks
 
-    external, behind_loss, beside_layer = _gathered(load, setup)
+    external, gathered = _gathered(load, setup)
     activations, one_layer, freed = _layer_bytes(load, zero)
-    loss = load.loss_held + max(load.loss_chunk, head * (behind_loss > 0 and not load.tied))
-    layer = {"one layer": one_layer, "made in forward": load.made, "gathered": beside_layer}
+    loss = load.loss_held + max(load.loss_chunk, head * (gathered > 0 and not load.tied))
+    layer = {"one layer": one_layer, "made in forward": load.made, "gathered": gathered}
     moments: dict[str, dict[str, float]] = {
         "building the engine": {"parameters": BF16 * n * (1 if sharded else 2), "optimizer": 0.0},
         "a layer's backward": layer
@@ -49,7 +52,7 @@ def memory_by_moment(load: Load, setup: Setup, accumulation: int) -> dict[str, d
         | {"step's buffers": STEP_BUFFERS * stepped * (not zero.offload_optimizer)},
     }
     if load.head:
-        moments["the loss"] = {"loss": loss, "activations": activations, "gathered": behind_loss} | {
+        moments["the loss"] = {"loss": loss, "activations": activations, "gathered": gathered} | {
             "gradients": before_backward,
             "buckets": static,
         }
@@ -77,18 +80,20 @@ def _teacher_bytes(load: Load, cluster: Cluster) -> float:
     return BF16 * (load.teacher.parameters - cut + cut / cluster.gpus_per_node)
 
 
-def _gathered(load: Load, setup: Setup) -> tuple[float, float, float]:
-    """Bytes of whole weights under ZeRO-3: those kept from forward to the step; all in the loss; all in a layer."""
+def _gathered(load: Load, setup: Setup) -> tuple[float, float]:
+    """Bytes of whole weights under ZeRO-3: those that stay until the step; the most in a layer, and in the loss."""
     zero = setup.zero
     if zero.stage < 3 or setup.cluster.ranks == 1:
-        return 0.0, 0.0, 0.0
-    external = BF16 * load.external
+        return 0.0, 0.0
     if load.made:
-        return external, external, external
-    # The last layers stay gathered from forward to backward: they are used again soon.
-    stay = min(zero.max_reuse / 2, sum(layer.count * layer.parameters for layer in load.layers))
+        return BF16 * load.external, BF16 * load.external
     largest = max(layer.parameters for layer in load.layers)
-    return external, external + BF16 * stay, external + BF16 * max(stay, largest + zero.prefetch)
+    # DeepSpeed keeps the last layers from forward to backward, until it has counted as many elements.
+    kept = 1 if zero.max_reuse is None else math.ceil(zero.max_reuse / largest)
+    kept = min(kept, sum(layer.count for layer in load.layers))
+    live = live_parameters(largest, load.external) if zero.max_live is None else zero.max_live
+    ahead = 0 if zero.prefetch == 0 else min(live, load.parameters)
+    return BF16 * load.external, BF16 * max(load.external + max(1, kept) * largest, ahead)
 
 
 def _layer_bytes(load: Load, zero: Zero) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 It runs forward only: it has no gradients and no optimizer state, and no checkpoint holds it. A rank holds the whole
 teacher or, if it is sharded, a part. Then the ranks of a node are a process group: every decoder layer is cut over them
-(FSDP2), and gathered just before its forward over a communicator that only the teacher uses.
+(FSDP2), and gathered while the layer before it computes, over a communicator that only the teacher uses.
 
 It supplies its logits in one of the forms of halo/teacher/logits.py (docs/design.md).
 """

@@ -29,6 +29,7 @@ from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
 from halo.teacher.batch import Batch
 from halo.training.fused_step import FusedStep, fused_step_serves
+from halo.training.gathering import fill_gathering
 from halo.training.gradients import Gradients, by_layer
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -184,7 +185,13 @@ class Engine:
             weight_decay=training.weight_decay,
             fused=True,
         )
+        external = list(external)
         settings = complete_ds_config(ds_config, training)
+        settings["zero_optimization"] = fill_gathering(
+            settings["zero_optimization"],
+            [[whole_size(p) for p in parameters] for name, parameters in layers.items() if name.isdecimal()],
+            sum(whole_size(parameter) for _, parameter in external),
+        )
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         for layer in layers_of(module):  # ZeRO-3 gathers a whole layer: hooks of each module in it would keep the host
             set_z3_leaf_module(layer, True)  # busy for longer than the GPU has work

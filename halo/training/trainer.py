@@ -29,6 +29,7 @@ from halo.training.checkpoint import Checkpoints, TrainingState
 from halo.training.engine import Engine, split_batch, whole_size
 from halo.training.look_ahead import LookAhead
 from halo.training.metrics import Metrics, mean_over_ranks
+from halo.training.tuning import report_tuning
 
 MAX_RETURNS = 3
 """How often a run returns to one checkpoint, because losses or gradients are not finite, before it ends."""
@@ -238,6 +239,8 @@ class _Loop:
             means |= {"lr": lr, "skipped": self.state.skipped} | self._engine.gradient_norms()
             tokens = self._training.batch * self._training.seq_len
             self._metrics.log(self.state.step - 1, means, tokens=tokens)
+            if self._limit == SLOW_LIMIT:
+                report_tuning()
         self._limit = STEP_LIMIT
         return agreed
 

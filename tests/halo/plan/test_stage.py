@@ -114,6 +114,25 @@ def test_an_optimizer_on_the_host(nine):
 # What must be less
 
 
+def test_zero3_counts_the_head_and_two_layers_or_what_the_json_allows(nine):
+    config, models = nine
+    whole = models.hybrid.lm_head.weight.nbytes
+    one = max(sum(p.nbytes for p in layer.parameters()) for layer in models.hybrid.model.layers)
+
+    def gathered(**changes: object) -> float:
+        settings = {"stage": 3, "stage3_prefetch_bucket_size": "auto", "reduce_bucket_size": "auto"} | changes
+        zero = Zero.read({"zero_optimization": settings}, 8)
+        return plan_stage(
+            models, "distill", Setup(training=config.distill, cluster=Cluster(gpu=find_gpu("h200")), zero=zero)
+        ).memory["gathered"]
+
+    auto = {"stage3_max_live_parameters": "auto", "stage3_max_reuse_distance": "auto"}
+    assert plan(nine).memory["gathered"] == gathered(**auto) == whole + 2 * one
+    assert gathered(**auto, stage3_prefetch_bucket_size=0) == whole + one
+    assert gathered(**auto | {"stage3_max_live_parameters": 2_000_000_000}) == 4e9
+    assert gathered(**auto | {"stage3_max_reuse_distance": 1_000_000_000}) == whole + 5 * one
+
+
 def test_more_ranks_need_less_memory_under_zero3(nine):
     needed = [plan(nine, gpus_per_node=ranks, micro_batch=1).needed for ranks in (1, 2, 4, 8)]
     needed += [plan(nine, nodes=nodes, micro_batch=1).needed for nodes in (2, 4)]
