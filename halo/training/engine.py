@@ -200,6 +200,8 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             buffer.data = buffers[name]
         self._gradients = Gradients(self._engine.optimizer, layers, training.clip, apart=clip_apart)
+        if world_size() == 1:
+            _reduce_nothing(self._engine.optimizer)
         if fused_step_serves(self._engine.optimizer):
             FusedStep(self._engine.optimizer, self._gradients, partial(_gather_weights, self._engine.optimizer))
         self._snapshots = self._engine.checkpoint_engine = _Snapshots()
@@ -291,6 +293,16 @@ class Engine:
     def close(self) -> None:
         """Free ZeRO's hooks and buffers, so that another engine can follow in this process."""
         self._engine.destroy()
+
+
+def _reduce_nothing(zero: Any) -> None:
+    """Let ZeRO-1 and 2 on a single rank leave gradients where backward puts them.
+
+    There is nothing to reduce, but DeepSpeed would copy all gradients into a bucket and back. An optimizer on the host
+    gets its gradients on that way.
+    """
+    if not hasattr(zero, "fp16_groups") and not zero.cpu_offload:
+        zero.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
 
 
 def _gather_weights(zero: Any) -> None:
