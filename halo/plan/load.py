@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from halo.config import CheckpointedTraining, Config, Distill, Training
 from halo.errors import UserError, first_line
-from halo.losses.linear_kl import CHUNK_BYTES
+from halo.losses.linear_kl import LIVE, LIVE_TOP_K
 from halo.losses.squared_error import squared_error
 from halo.measuring.importance import default_k
 from halo.models.families import check_family
@@ -26,7 +26,7 @@ from halo.plan.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
 from halo.stages.pretrain import model_config
 from halo.training.flops import align_flops, distill_flops, next_token_flops
 from hypenet import HypeNetForCausalLM
-from hypenet.losses import IGNORE, linear_cross_entropy
+from hypenet.losses import FEW_CHUNKS, IGNORE, chunk_sizes, linear_cross_entropy
 from hypenet.transfer import hybrid_config
 
 KL_BYTES = 30
@@ -265,7 +265,13 @@ def _distill(models: Models, training: Distill, batch: int, length: int) -> Load
     student, teacher = models.hybrid, models.teacher
     tokens, head, teacher_head = batch * length, student.lm_head.weight, teacher.lm_head.weight
     logits, width = tokens * len(head), head.shape[1] + teacher_head.shape[1]
-    hidden = tokens * head.shape[1] * BF16
+    states = torch.empty(tokens, head.shape[1], device="meta", dtype=torch.bfloat16)
+    hidden = states.nbytes
+    live = LIVE_TOP_K if training.teacher_logits == "top_k" else LIVE
+    part, whole = chunk_sizes(states, len(head), None, live=live)
+    chunk = len(head) * (part * live * 4 + whole * BF16)
+    if tokens > FEW_CHUNKS * whole:  # the head's gradient is summed in float32, and copied when the chunks are gone
+        chunk = head.nbytes + max(chunk, head.nbytes)
     loss = Work([Operation("product", 2 * logits * (width + 2 * head.shape[1]), 0)])
     loss.operations.append(Operation("kernel", 0, logits * KL_BYTES))
     return Load(
@@ -278,7 +284,7 @@ def _distill(models: Models, training: Distill, batch: int, length: int) -> Load
         head=head.numel(),
         tied=student.config.tie_word_embeddings,
         loss_held=2 * hidden + head.nbytes,
-        loss_chunk=min(CHUNK_BYTES, logits * 10),
+        loss_chunk=chunk,
         loss=loss,
         teacher=_frozen(teacher, training, batch, length),
         flops_per_token=distill_flops(student, teacher, length),
