@@ -172,7 +172,7 @@ def _rows_by_kernel(logits: Tensor, labels: Tensor, share: Tensor, to_logits: Te
     run_program(
         cross_entropy_rows,
         len(logits),
-        *(logits, labels, share, losses, to_logits, logits.shape[1], *strides),
+        *(logits, labels.contiguous(), share, losses, to_logits, logits.shape[1], *strides),
         IGNORED=IGNORE,
         HAS_GRADIENT=to_logits is not None,
         **row_block(logits.shape[1]),

@@ -119,6 +119,7 @@ def kl_rows_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`halo.losses.linear_kl.kl_rows` in one kernel."""
     rows, words = student.shape
+    labels, label_weights = (None if x is None else x.contiguous() for x in (labels, label_weights))
     kl, entropy, agreement, nll = torch.zeros(4, rows, device=student.device).unbind()
     run_program(
         _kl_rows,
