@@ -1,36 +1,61 @@
 """The next-token loss without logits: the head is applied in chunks, so no tensor of [tokens, vocabulary] exists.
 
+While a chunk's logits exist, the gradients are computed as well; backward only scales them. `LinearGradients` does this
+for stage 2's loss too (halo/losses/linear_kl.py).
+
     logits l_i = h_i W^T        loss = 1/n sum_i -log softmax(l_i)[label_i]
     d loss / d l_i = (softmax(l_i) - onehot(label_i)) / n
 
 Logits and all after them are float32, also from operands in half precision, or float64 where the operands are.
 
-N tokens, V words, D width, B batch, T tokens of a row.
+N tokens, V words, D width, C tokens of a chunk, B batch, T tokens of a row.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import scale_
+from .fused import fused_kernel_serves, run_program, scale_
+from .loss_kernels import cross_entropy_rows, row_block
 
 IGNORE = -100
 """The label of a position without a target."""
 
+CHUNK_BYTES = 900 * 2**20
+"""The most bytes on a GPU for the logits of a chunk and their gradient."""
+
+GRADIENT = 2
+"""A chunk has this many times the tokens whose logits live at a time: logits in float32 are large, but each of the two
+products of their gradient reads or writes the whole head."""
+
+FEW_CHUNKS = 8
+"""Up to this many chunks, the head's gradient is summed in the head's precision, which saves a float32 copy. In bf16
+that adds an error as large as the rounding of its operands; with more chunks it would grow."""
+
+HEAD_ROWS = 32_768
+"""With more chunks, this many words of the head's gradient get their sum in float32 at a time."""
+
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor, labels: Tensor, *, count: Tensor | float | None = None, chunk: int = 1024
+    hidden: Tensor, head: Tensor, labels: Tensor, *, count: Tensor | float | None = None, chunk: int | None = None
 ) -> Tensor:
     """The cross entropy of the labels that are not IGNORE.
+
+    What `fused_kernel_serves` (hypenet/fused.py), half precision on a GPU, has a kernel for what comes after the
+    logits. All else, as on a CPU, has plain torch; so has a head of another dtype than the hidden states.
 
     Args:
         hidden: [N, D] final hidden states.
         head: [V, D].
         labels: [N] int64, already shifted: labels[i] is the token after position i.
         count: the divisor of the sum over labels. None: their number.
-        chunk: tokens whose logits live at a time.
+        chunk: tokens whose logits live at a time. None: as many as fit `CHUNK_BYTES`.
+
+    Raises:
+        RuntimeError: a label is no word. From the kernel, the loss is not a number then.
     """
     return _LinearCrossEntropy.apply(hidden, head, labels, count, chunk)
 
@@ -83,51 +108,156 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, count: Tensor | float | None, chunk: int
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, count: Tensor | float | None, chunk: int | None
     ) -> Tensor:
-        divisor = (labels != IGNORE).sum() if count is None else count
-        grads = LinearGradients(hidden, head)
-        loss = torch.zeros((), device=hidden.device, dtype=grads.dtype)
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            log_p = F.log_softmax(exact_logits(hidden[rows], head), dim=-1)
-            ignored = (labels[rows] == IGNORE).unsqueeze(-1)
-            target = labels[rows].unsqueeze(-1).masked_fill(ignored, 0)
-            loss -= log_p.gather(-1, target).masked_fill(ignored, 0).sum()
-            to_logits = log_p.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=log_p.dtype))
-            grads.add(rows, to_logits.masked_fill_(ignored, 0).div_(divisor))
-        grads.save(ctx)
-        return loss / divisor
+        share = _share(labels, count, torch.promote_types(hidden.dtype, torch.float32))
+        fused = fused_kernel_serves(hidden) and head.dtype == hidden.dtype
+        part, whole = chunk_sizes(hidden, len(head), chunk, live=1 if fused else 2)
+        gradients = LinearGradients(hidden, head, len(head), whole, ctx.needs_input_grad)
+        losses = _losses(gradients, hidden, head, labels, share, part, fused=fused)
+        ctx.gradients = gradients.finished()
+        return losses.sum() * share
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *handed_out(ctx, grad), None, None, None
 
 
-class LinearGradients:
-    """The gradients of a chunked loss to its hidden states and its head, summed chunk by chunk.
+def _losses(
+    gradients: "LinearGradients", hidden: Tensor, head: Tensor, labels: Tensor, share: Tensor, part: int, *, fused: bool
+) -> Tensor:
+    """The loss of each token, [N], before its division; and the gradients."""
+    losses = torch.empty_like(labels, dtype=share.dtype)
+    # Plain torch has no buffer of logits: under autocast, a product with `out` is not what the model computes.
+    buffer = hidden.new_empty(part, len(head), dtype=share.dtype) if fused else None
+    rows_of = _rows_by_kernel if fused else _rows_plain
+    for rows, to_logits in gradients.parts(part):
+        out = None if buffer is None else buffer[: rows.stop - rows.start]
+        losses[rows] = rows_of(exact_logits(hidden[rows], head, out), labels[rows], share, to_logits)
+    return losses
 
-    Attributes:
-        dtype: of everything after the logits, and of the head's gradient while it is summed.
+
+def _share(labels: Tensor, count: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    """1 / count, a scalar on the labels' device. The host does not wait for it."""
+    if count is None:
+        count = (labels != IGNORE).sum()
+    if not isinstance(count, Tensor):
+        count = torch.full((), count, device=labels.device, dtype=dtype)
+    return count.to(labels.device, dtype).reciprocal()
+
+
+def _rows_plain(logits: Tensor, labels: Tensor, share: Tensor, to_logits: Tensor | None) -> Tensor:
+    """The loss of each row, [C], before its division; the gradient of its logits is written to `to_logits`.
+
+    Args:
+        logits: [C, V] float32 or float64.
+        labels: [C] int64.
+        share: scalar, the factor of each row in the loss.
+        to_logits: [C, V] in the precision of the matrix products, or None: not wanted.
+    """
+    log_p = F.log_softmax(logits, dim=-1)
+    ignored = (labels == IGNORE).unsqueeze(-1)
+    target = labels.unsqueeze(-1).masked_fill(ignored, 0)
+    losses = -log_p.gather(-1, target).masked_fill_(ignored, 0).squeeze(-1)
+    if to_logits is not None:
+        minus_one = -torch.ones_like(target, dtype=log_p.dtype)
+        to_logits.copy_(log_p.exp_().scatter_add_(-1, target, minus_one).masked_fill_(ignored, 0).mul_(share))
+    return losses
+
+
+def _rows_by_kernel(logits: Tensor, labels: Tensor, share: Tensor, to_logits: Tensor | None) -> Tensor:
+    """`_rows_plain` in one kernel, for float32 logits."""
+    losses = torch.empty_like(labels, dtype=torch.float32)
+    strides = logits.stride(0), 0 if to_logits is None else to_logits.stride(0)
+    run_program(
+        cross_entropy_rows,
+        len(logits),
+        *(logits, labels.contiguous(), share, losses, to_logits, logits.shape[1], *strides),
+        IGNORED=IGNORE,
+        HAS_GRADIENT=to_logits is not None,
+        **row_block(logits.shape[1]),
+    )
+    return losses
+
+
+def chunk_sizes(hidden: Tensor, words: int, chunk: int | None, *, live: int) -> tuple[int, int]:
+    """(tokens whose logits live at a time, tokens of a chunk), for the tokens of `hidden`, [N, D].
+
+    A chunk's gradient of logits lives at a time; there are `GRADIENT` times as many of them.
+
+    Args:
+        words: V.
+        chunk: both, if they are given. None: as many as fit `CHUNK_BYTES` on a GPU.
+        live: the float32 numbers that live for each logit.
+    """
+    tokens = max(1, len(hidden))
+    if chunk is None and (hidden.is_cuda or hidden.is_meta):
+        part = CHUNK_BYTES // (words * (live * 4 + GRADIENT * hidden.element_size()))
+        part = max(128, part // 128 * 128)
+        return min(part, tokens), min(GRADIENT * part, tokens)
+    return (min(chunk or 1024, tokens),) * 2
+
+
+class LinearGradients:
+    """The gradients of a loss to hidden states and head, whose logits exist in chunks: `parts`, then `finished`.
+
+    Args:
+        hidden: [N, D].
+        head: [V or more, D]; the rows after the first V have no logits, and a gradient of zero.
+        words: V.
+        whole: C, the tokens of a chunk.
+        wanted: whether the gradient of `hidden` is, and that of `head`.
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor) -> None:
-        self.hidden, self.head = hidden, head
-        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.to_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        self.to_head = torch.zeros_like(head, dtype=self.dtype) if head.requires_grad else None
+    def __init__(self, hidden: Tensor, head: Tensor, words: int, whole: int, wanted: tuple[bool, ...]) -> None:
+        self._hidden, self._dtype, self._whole = hidden, head.dtype, whole
+        self._head = head[:words].to(hidden.dtype)
+        self._to_hidden = torch.empty_like(hidden) if wanted[0] else None
+        self._to_head = None
+        if wanted[1]:
+            few = len(hidden) <= FEW_CHUNKS * whole
+            dtype = head.dtype if few else torch.promote_types(head.dtype, torch.float32)
+            self._to_head = torch.empty_like(head, dtype=dtype)
+            self._to_head[words if len(hidden) else 0 :] = 0
+        self._to_logits = hidden.new_empty(whole, words) if wanted[0] or wanted[1] else None
 
-    def add(self, rows: slice, to_logits: Tensor) -> None:
-        """Add a chunk: `rows` of the tokens, and the gradient of their logits."""
-        to_logits = to_logits.to(self.hidden.dtype)
-        if self.to_hidden is not None:
-            self.to_hidden[rows] = to_logits @ self.head
-        if self.to_head is not None:
-            self.to_head += to_logits.T @ self.hidden[rows]
+    def parts(self, part: int) -> Iterator[tuple[slice, Tensor | None]]:
+        """At most `part` tokens at a time: their rows, and where to write the gradient of their logits, if anywhere.
 
-    def save(self, ctx: Any) -> None:
-        """Keep the gradients for `handed_out` in backward."""
-        ctx.gradients = (self.to_hidden, None if self.to_head is None else self.to_head.to(self.head.dtype))
+        What was written must stand there when the next is asked for.
+        """
+        for begin in range(0, len(self._hidden), self._whole):
+            end = min(begin + self._whole, len(self._hidden))
+            for first in range(begin, end, part):
+                last = min(first + part, end)
+                to_logits = self._to_logits
+                yield slice(first, last), None if to_logits is None else to_logits[first - begin : last - begin]
+            self._add(begin, end)
+
+    def _add(self, begin: int, end: int) -> None:
+        """The products of a chunk's gradient of logits."""
+        if self._to_logits is None:
+            return
+        to_logits = self._to_logits[: end - begin]
+        if self._to_hidden is not None:
+            torch.mm(to_logits, self._head, out=self._to_hidden[begin:end])
+        if self._to_head is not None:
+            add_product(self._to_head[: len(self._head)], to_logits.T, self._hidden[begin:end], first=begin == 0)
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of hidden states and head, for `handed_out`. The memory of the logits' is free after this."""
+        self._to_logits = None
+        return self._to_hidden, None if self._to_head is None else self._to_head.to(self._dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or total = a @ b for the `first`; some rows at a time if `total` has more precision."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+        return
+    for rows, factor in zip(total.split(HEAD_ROWS), a.split(HEAD_ROWS), strict=True):
+        product = exact_logits(factor, b.T)
+        rows.copy_(product) if first else rows.add_(product)
 
 
 def handed_out(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -34,6 +34,7 @@ from .fused_kernels import triton
 from .inputs import cached_tokens, checked_mask, documents, layer_masks, packed_arguments, positions
 from .kernels import serves
 from .linear_attention import linear_attention
+from .loss_kernels import cross_entropy_rows
 from .losses import IGNORE, next_token_loss
 from .mixer_attention import HypeNetAttention
 from .mixer_deltanet import DeltaNet

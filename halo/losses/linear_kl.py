@@ -28,20 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halo.teacher.logits import TeacherLogits, TopKLogits
-from hypenet.losses import exact_logits, handed_out
+from hypenet.losses import LinearGradients, chunk_sizes, exact_logits, handed_out
 
-CHUNK_BYTES = 900 * 2**20
-"""The most bytes on a GPU for the logits of a chunk and their gradient."""
-
-GRADIENT = 2
-"""The gradient buffer holds this many times the tokens of the logits buffer."""
-
-FEW_CHUNKS = 8
-"""Up to this many chunks, the head's gradient is summed in the head's precision, which saves a float32 copy. In bf16
-that adds an error as large as the rounding of its operands; with more chunks it would grow."""
-
-HEAD_ROWS = 32_768
-"""Rows of the head's gradient updated at a time in float32."""
+LIVE_NUMBERS, LIVE_TOP_K = 2, 5
+"""The float32 numbers that live for each logit, by the form in which the teacher supplies its own."""
 
 
 @dataclass(frozen=True)
@@ -228,38 +218,25 @@ class _LinearKL(torch.autograd.Function):
         terms: Terms,
         chunk: int | None,
     ) -> tuple[Tensor, ...]:
-        tokens, words = len(hidden), min(len(head), teacher.words)
-        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        part, whole = _chunks(tokens, words, hidden, chunk, 5 if isinstance(teacher, TopKLogits) else 2)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        to_head = None
-        if ctx.needs_input_grad[1]:
-            to_head = torch.empty_like(head, dtype=head.dtype if tokens <= FEW_CHUNKS * whole else wide)
-            to_head[words:] = 0
-        student = hidden.new_empty(part, words, dtype=wide)
+        words = min(len(head), teacher.words)
+        live = LIVE_TOP_K if isinstance(teacher, TopKLogits) else LIVE_NUMBERS
+        part, whole = chunk_sizes(hidden, words, chunk, live=live)
+        gradients = LinearGradients(hidden, head, words, whole, ctx.needs_input_grad)
+        student = hidden.new_empty(part, words, dtype=torch.promote_types(hidden.dtype, torch.float32))
         rows_of = _rows_of(teacher, student)
-        gradient = hidden.new_empty(whole, words) if to_hidden is not None or to_head is not None else None
 
-        rows: list[RowTerms] = []
-        for begin in range(0, tokens, whole):
-            end = min(begin + whole, tokens)
-            for a in range(begin, end, part):
-                b = min(a + part, end)
-                s = exact_logits(hidden[a:b], head[:words], student[: b - a])
-                d = None if gradient is None else gradient[a - begin : b - begin]
-                w, label, u = (None if x is None else x[a:b] for x in (weights, labels, label_weights))
-                rows.append(rows_of(a, b, s, w, label, u, terms, d))
-            if gradient is not None:
-                d = gradient[: end - begin]
-                if to_hidden is not None:
-                    torch.mm(d, head[:words], out=to_hidden[begin:end])
-                if to_head is not None:
-                    _add_product(to_head[:words], d.T, hidden[begin:end], first=begin == 0)
+        terms_of_rows: list[RowTerms] = []
+        for rows, to_logits in gradients.parts(part):
+            a, b = rows.start, rows.stop
+            s = exact_logits(hidden[rows], head[:words], student[: b - a])
+            w, label, u = (None if x is None else x[rows] for x in (weights, labels, label_weights))
+            terms_of_rows.append(rows_of(a, b, s, w, label, u, terms, to_logits))
 
-        kl, entropy, agreement, nll = (torch.cat(column) for column in zip(*rows, strict=True))
+        kl, entropy, agreement, nll = (torch.cat(column) for column in zip(*terms_of_rows, strict=True))
         kl, entropy, agreement = weights @ kl, weights @ entropy, weights @ agreement
         nll = nll.new_zeros(()) if label_weights is None else label_weights @ nll
-        ctx.gradients = to_hidden, None if to_head is None else to_head.to(head.dtype)
+        del rows_of, student, s, to_logits  # room for the head's gradient in its own precision
+        ctx.gradients = gradients.finished()
         loss = terms.temperature**2 * kl
         if terms.cross_entropy:
             loss = loss + terms.cross_entropy * nll
@@ -270,16 +247,6 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return *handed_out(ctx, grad), *(None,) * 6
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or total = a @ b for the `first`; some rows at a time if `total` has more precision."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-        return
-    for rows, factor in zip(total.split(HEAD_ROWS), a.split(HEAD_ROWS), strict=True):
-        product = exact_logits(factor, b.T)
-        rows.copy_(product) if first else rows.add_(product)
 
 
 def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., RowTerms]:
@@ -299,20 +266,3 @@ def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., RowTerms]
         kernel = kl_rows_triton
     buffer = torch.empty_like(student)
     return lambda a, b, s, *rest: kernel(s, teacher.rows(a, b, buffer[: b - a]), *rest)
-
-
-def _chunks(tokens: int, words: int, hidden: Tensor, chunk: int | None, live: int) -> tuple[int, int]:
-    """(tokens whose logits live at a time, tokens whose gradients live at a time).
-
-    There are `GRADIENT` times as many gradients, since each of their products reads or writes the whole head.
-
-    Args:
-        live: the float32 numbers that live for each logit.
-    """
-    if chunk is not None:
-        return min(chunk, tokens), min(chunk, tokens)
-    if not hidden.is_cuda:
-        return min(1024, tokens), min(1024, tokens)
-    part = CHUNK_BYTES // (words * (live * 4 + GRADIENT * hidden.element_size()))
-    part = max(128, part // 128 * 128)
-    return min(part, tokens), min(GRADIENT * part, tokens)

@@ -1,7 +1,8 @@
 """The Triton kernel behind halo.losses.linear_kl: one program a row of logits, which it reads twice.
 
-First pass: maxima, sums of exponentials, the expectation of t - s and of t under the teacher, and both argmaxes, each
-lane of the block keeping its own running values. Second pass: the gradient of the student's logits.
+First sweep: maxima, sums of exponentials, the expectation of t - s and of t under the teacher, and both argmaxes, each
+lane of the block keeping its own running values. That is all that the loss and the metrics need. Second sweep: the
+gradient of the student's logits. `hypenet/loss_kernels.py` says how a row is cut, and why it is read twice.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_LANES = 2048
-WARPS = 8
+from hypenet.fused import run_program
+from hypenet.loss_kernels import grown, row_block
 
 
 @triton.jit
@@ -43,7 +44,9 @@ def _kl_rows(  # type: ignore[no-untyped-def]
     student += row * student_stride
     teacher += row * teacher_stride
     lanes = tl.arange(0, BLOCK)
+    LOG2_E: tl.constexpr = 1.4426950408889634
     cooling = 1.0 / temperature
+    cooling_2 = cooling * LOG2_E  # for exponentials of base 2
 
     # A very small number in place of minus infinity: the difference of two is still a number.
     m_s = tl.full((BLOCK,), -1e30, tl.float32)
@@ -61,16 +64,15 @@ def _kl_rows(  # type: ignore[no-untyped-def]
         t = tl.load(teacher + v, mask=v < words, other=-1e30)
         best_s = tl.where(s > m_s, v, best_s)
         best_t = tl.where(t > m_t, v, best_t)
-        new_s, new_t = tl.maximum(m_s, s), tl.maximum(m_t, t)
-        e_t = tl.exp((t - new_t) * cooling)
-        fade_t = tl.exp((m_t - new_t) * cooling)
-        sum_s = sum_s * tl.exp((m_s - new_s) * cooling) + tl.exp((s - new_s) * cooling)
-        sum_t = sum_t * fade_t + e_t
-        t_mean = t_mean * fade_t + e_t * (t * cooling)
-        gap_mean = gap_mean * fade_t + tl.where(v < words, e_t * ((t - s) * cooling), 0.0)
         if TEMPERED:
-            sum_1 = sum_1 * tl.exp(m_s - new_s) + tl.exp(s - new_s)
-        m_s, m_t = new_s, new_t
+            _, fade_1, e_1 = grown(m_s, s, LOG2_E)
+            sum_1 = sum_1 * fade_1 + e_1
+        m_s, fade_s, e_s = grown(m_s, s, cooling_2)
+        m_t, fade_t, e_t = grown(m_t, t, cooling_2)
+        sum_s = sum_s * fade_s + e_s
+        sum_t = sum_t * fade_t + e_t
+        t_mean = t_mean * fade_t + e_t * t
+        gap_mean = gap_mean * fade_t + tl.where(v < words, e_t * (t - s), 0.0)
 
     top_s, top_t = tl.max(m_s), tl.max(m_t)
     share_t = tl.exp((m_t - top_t) * cooling)
@@ -82,8 +84,8 @@ def _kl_rows(  # type: ignore[no-untyped-def]
         log_z_1 = tl.log(tl.sum(sum_1 * tl.exp(m_s - top_s))) + top_s
     first_s = tl.min(tl.where(m_s == top_s, best_s, words))
     first_t = tl.min(tl.where(m_t == top_t, best_t, words))
-    tl.store(kl_out + row, tl.sum(gap_mean * share_t) / z_t - log_z_t + log_z_s)
-    tl.store(entropy_out + row, log_z_t - tl.sum(t_mean * share_t) / z_t)
+    tl.store(kl_out + row, cooling * tl.sum(gap_mean * share_t) / z_t - log_z_t + log_z_s)
+    tl.store(entropy_out + row, log_z_t - cooling * tl.sum(t_mean * share_t) / z_t)
     tl.store(agreement_out + row, (first_s == first_t).to(tl.float32))
     if HAS_LABELS:
         label = tl.maximum(tl.load(labels + row), 0).to(tl.int32)
@@ -117,29 +119,18 @@ def kl_rows_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`halo.losses.linear_kl.kl_rows` in one kernel."""
     rows, words = student.shape
+    labels, label_weights = (None if x is None else x.contiguous() for x in (labels, label_weights))
     kl, entropy, agreement, nll = torch.zeros(4, rows, device=student.device).unbind()
-    _kl_rows[(rows,)](
-        student,
-        teacher,
-        gradient,
-        weights,
-        labels,
-        label_weights,
-        kl,
-        entropy,
-        agreement,
-        nll,
-        words,
-        student.stride(0),
-        teacher.stride(0),
-        0 if gradient is None else gradient.stride(0),
-        terms.temperature,
-        terms.cross_entropy,
+    run_program(
+        _kl_rows,
+        rows,
+        *(student, teacher, gradient, weights, labels, label_weights, kl, entropy, agreement, nll, words),
+        *(student.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0)),
+        *(terms.temperature, terms.cross_entropy),
         HAS_LABELS=labels is not None,
         TRAINS_LABELS=labels is not None and terms.cross_entropy != 0,
         HAS_GRADIENT=gradient is not None,
         TEMPERED=terms.temperature != 1.0,
-        BLOCK=min(MOST_LANES, triton.next_power_of_2(words)),
-        num_warps=WARPS,
+        **row_block(words),
     )
     return kl, entropy, agreement, nll

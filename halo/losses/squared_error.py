@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypenet.losses import handed_out
+
 
 def squared_error(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(the mean of (output - target)^2, the mean of target^2), two scalars in float32 at least.
+
+    It has one backward, which gives away the gradient that forward made.
 
     Args:
         output: any shape; gradients flow to it, from the first of the two.
@@ -23,13 +27,13 @@ class _SquaredError(torch.autograd.Function):
         error, square = (
             _kernel(output, target, gradient) if output.is_cuda else _squared_error_plain(output, target, gradient)
         )
-        ctx.gradient = gradient
+        ctx.gradients = (gradient,)
         ctx.mark_non_differentiable(square)
         return error, square
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient * grad.to(ctx.gradient.dtype), None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *handed_out(ctx, grad), None
 
 
 def _squared_error_plain(output: Tensor, target: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -183,12 +183,15 @@ def _replaced_kernels(run: DryRun) -> Iterator[None]:
         run.record("kernel", *inputs)
         return torch.empty(2, device="meta").unbind()
 
+    def program(_kernel: Any, _programs: int, *inputs: Any, **_shape: Any) -> None:
+        run.record("kernel", *_tensors_in(inputs))
+
     places: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", _attention),
-        (fused, "fused_kernel_serves", lambda x: x.is_meta),
-        (fused, "run_program", lambda kernel, programs, *inputs, **shape: run.record("kernel", *_tensors_in(inputs))),
+        *((module, "fused_kernel_serves", lambda x: x.is_meta) for module in (fused, losses)),
+        *((module, "run_program", program) for module in (fused, losses)),
         (squared_error, "_squared_error_plain", squares),
-        (losses, "exact_logits", lambda x, head, out=None: torch.mm(x, head.T, out_dtype=torch.float32)),
+        (losses, "exact_logits", lambda x, head, out=None: torch.mm(x, head.T, out_dtype=torch.float32, out=out)),
         (torch, "is_autocast_enabled", lambda *device: False),  # the meta device has none, and asking is an error
     ]
     before = [getattr(place, name) for place, name, _ in places]

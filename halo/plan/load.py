@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halo.config import CheckpointedTraining, Config, Distill, Training
 from halo.errors import UserError
-from halo.losses.linear_kl import CHUNK_BYTES
+from halo.losses.linear_kl import LIVE_NUMBERS, LIVE_TOP_K
 from halo.losses.squared_error import squared_error
 from halo.measuring.importance import default_k
 from halo.parallel.activations import checkpointed_call
@@ -25,7 +25,7 @@ from halo.plan.shapes import teacher_shapes
 from halo.stages.pretrain import model_config
 from halo.training.flops import align_flops, distill_flops, next_token_flops
 from hypenet import HypeNetForCausalLM
-from hypenet.losses import IGNORE, linear_cross_entropy
+from hypenet.losses import FEW_CHUNKS, IGNORE, chunk_sizes, linear_cross_entropy
 from hypenet.transfer import hybrid_config
 
 KL_BYTES = 30
@@ -240,7 +240,13 @@ def _distill(models: Models, training: Distill, batch: int, length: int) -> Load
     student, teacher = models.hybrid, models.teacher
     tokens, head, teacher_head = batch * length, student.lm_head.weight, teacher.lm_head.weight
     logits, width = tokens * len(head), head.shape[1] + teacher_head.shape[1]
-    hidden = tokens * head.shape[1] * BF16
+    states = torch.empty(tokens, head.shape[1], device="meta", dtype=torch.bfloat16)
+    hidden = states.nbytes
+    live = LIVE_TOP_K if training.teacher_logits == "top_k" else LIVE_NUMBERS
+    part, whole = chunk_sizes(states, len(head), None, live=live)
+    chunk = len(head) * (part * live * 4 + whole * BF16)
+    if tokens > FEW_CHUNKS * whole:  # the head's gradient is summed in float32, and copied when the chunks are gone
+        chunk = head.nbytes + max(chunk, head.nbytes)
     loss = Work([Operation("product", 2 * logits * (width + 2 * head.shape[1]), 0)])
     loss.operations.append(Operation("kernel", 0, logits * KL_BYTES))
     return Load(
@@ -253,7 +259,7 @@ def _distill(models: Models, training: Distill, batch: int, length: int) -> Load
         head=head.numel(),
         tied=student.config.tie_word_embeddings,
         loss_held=2 * hidden + head.nbytes,
-        loss_chunk=min(CHUNK_BYTES, logits * 10),
+        loss_chunk=chunk,
         loss=loss,
         teacher=_frozen(teacher, training, batch, length),
         flops_per_token=distill_flops(student, teacher, length),

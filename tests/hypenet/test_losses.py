@@ -1,6 +1,10 @@
 """Labels: the loss without logits is the loss that any model has, and its gradients."""
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening
 
-from hypenet.losses import IGNORE, linear_cross_entropy
+from hypenet import losses
+from hypenet.losses import IGNORE, LinearGradients, chunk_sizes, linear_cross_entropy
 
 
 def exact(actual, expected):
@@ -181,3 +186,116 @@ def test_the_loss_alone_is_the_plain_one_also_from_half_precision(chunk):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     for x, x_exact in zip((hidden, head), exact, strict=True):
         assert (x.grad.double() - x_exact.grad).norm() < 0.005 * x_exact.grad.norm()
+
+
+def operands(tokens, words, dtype=torch.bfloat16, device="cpu", width=16):
+    """Hidden states, head and labels; every seventh token has no label."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(*shape, generator=generator) for shape in ((tokens, width), (words, width)))
+    labels = torch.randint(0, words, (tokens,), generator=generator)
+    labels[::7], labels[-1] = IGNORE, words - 1
+    return hidden.to(device, dtype), (2 * head / width**0.5).to(device, dtype), labels.to(device)
+
+
+def relative_errors(hidden, head, labels, **options):
+    """Of the loss and of the gradients that are wanted, relative to float64."""
+    count = options.get("count")
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, head)]
+    total = F.cross_entropy(exact[0] @ exact[1].T, labels, ignore_index=IGNORE, reduction="sum")
+    expected = total / ((labels != IGNORE).sum() if count is None else count)
+    loss = linear_cross_entropy(hidden, head, labels, **options)
+    pairs = [(loss.detach(), expected.detach())]
+    if expected.requires_grad:
+        expected.backward()
+        (loss * 1).backward()
+        pairs += [(x.grad, y.grad) for x, y in zip((hidden, head), exact, strict=True) if x.requires_grad]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+def compare_the_kernel():
+    """In Triton's interpreter, where a GPU would be: 4,999 words are no multiple of a block of 2,048."""
+    losses.fused_kernel_serves = lambda x: True
+    for options in ({}, {"count": 61}, {"count": torch.tensor(61)}, {"chunk": 8}, {"chunk": 21}):
+        for wanted in ((True, True), (True, False), (False, True), (False, False)):
+            hidden, head, labels = operands(22, 4999)
+            error, *gradients = relative_errors(
+                hidden.requires_grad_(wanted[0]), head.requires_grad_(wanted[1]), labels, **options
+            )
+            assert error < 1e-5, (options, error)
+            assert len(gradients) == sum(wanted) and all(x < 0.006 for x in gradients), (options, gradients)
+    for words in (1, 97, 2048, 2049):  # a block, and what is beside one
+        hidden, head, labels = operands(5, words, dtype=torch.float32)
+        errors = relative_errors(hidden.requires_grad_(), head, labels)
+        assert words == 1 or all(x < 1e-5 for x in errors), (words, errors)
+    hidden, head, labels = operands(9, 97)
+    apart = torch.stack([labels, labels + 1], dim=1)[:, 0]
+    assert linear_cross_entropy(hidden, head, apart) == linear_cross_entropy(hidden, head, labels)
+    labels[3] = -1
+    assert linear_cross_entropy(hidden, head, labels).isnan()
+    labels[3] = 97
+    assert linear_cross_entropy(hidden, head, labels).isnan()
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, head, torch.full_like(labels, IGNORE), count=9).backward()
+    assert not hidden.grad.any()
+
+
+def test_the_kernel_computes_what_plain_torch_does():
+    """tests/gpu/test_cross_entropy_gpu.py runs it compiled."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = "from tests.hypenet.test_losses import compare_the_kernel; compare_the_kernel()"
+    subprocess.run([sys.executable, "-c", run], check=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(("chunks", "tolerance"), [(1, 0.004), (8, 0.006), (9, 0.004), (100, 0.004)])
+def test_the_heads_gradient_does_not_decay_with_more_chunks(chunks, tolerance):
+    """Up to 8 are summed in bf16, more in float32."""
+    hidden, head, labels = operands(16 * chunks, 97)
+    _, error = relative_errors(hidden, head.requires_grad_(), labels, chunk=16)
+    assert error < tolerance
+
+
+def test_the_heads_gradient_in_float32_is_that_of_any_number_of_its_rows(monkeypatch):
+    hidden, head, labels = operands(160, 97)
+    head.requires_grad_()
+    linear_cross_entropy(hidden, head, labels, chunk=16).backward()
+    expected, head.grad = head.grad, None
+    monkeypatch.setattr(losses, "HEAD_ROWS", 10)
+    linear_cross_entropy(hidden, head, labels, chunk=16).backward()
+    torch.testing.assert_close(head.grad, expected)
+
+
+def test_chunks_fit_their_bytes(monkeypatch):
+    """On a GPU, and so where a plan has the meta device stand for one."""
+    for tokens, words, live in ((16_384, 151_936, 1), (16_384, 151_936, 2), (6_144, 151_936, 5), (4_096, 49_152, 1)):
+        hidden = torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta")
+        part, whole = chunk_sizes(hidden, words, None, live=live)
+        assert part % 128 == 0 and part <= whole <= 2 * part
+        held = words * (4 * live * part + 2 * whole)
+        assert held <= losses.CHUNK_BYTES < held + 128 * words * (4 * live + 4) or whole == tokens
+        monkeypatch.setattr(losses, "CHUNK_BYTES", losses.CHUNK_BYTES // 2)
+        assert chunk_sizes(hidden, words, None, live=live)[0] <= part
+        monkeypatch.undo()
+    assert chunk_sizes(hidden, 10**9, None, live=1) == (128, 256)
+    assert chunk_sizes(torch.empty(100, 16), 97, None, live=1) == chunk_sizes(hidden[:100], 97, None, live=1)
+    assert chunk_sizes(torch.empty(5000, 16), 97, None, live=1) == (1024, 1024)
+
+
+def test_no_tokens_have_gradients_of_zero():
+    hidden, head, labels = (x[:0] if len(x) == 5 else x for x in operands(5, 97))
+    linear_cross_entropy(hidden, head.requires_grad_(), labels, count=1).backward()
+    assert head.grad.shape == head.shape and not head.grad.any()
+
+
+def test_parts_of_a_chunk_are_put_together_before_its_products():
+    """Chunks of 6 tokens, whose logits are made 4 at a time; the last chunk is not full."""
+    hidden, head = torch.randn(17, 3), torch.randn(5, 3)
+    given = torch.randn(17, 5)
+    gradients, seen = LinearGradients(hidden, head, 5, 6, (True, True)), []
+    for rows, to_logits in gradients.parts(4):
+        to_logits.copy_(given[rows])
+        seen.append((rows.start, rows.stop))
+    assert seen == [(0, 4), (4, 6), (6, 10), (10, 12), (12, 16), (16, 17)]
+    to_hidden, to_head = gradients.finished()
+    torch.testing.assert_close(to_hidden, given @ head)
+    torch.testing.assert_close(to_head, given.T @ hidden)

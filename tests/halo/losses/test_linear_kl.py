@@ -295,7 +295,7 @@ weights, labels = torch.rand(5), torch.randint(0, 9001, (5,))
 labels[2] = -100
 label_weights = weights * (labels >= 0)
 for terms in (Terms(1.0, 0.0), Terms(1.0, 0.5), Terms(2.0, 0.3)):
-    for given in ((labels, label_weights), (None, None)):
+    for given in ((labels, label_weights), (None, None), (labels.repeat_interleave(2)[::2], label_weights)):
         plain, fused = torch.empty_like(student), torch.empty_like(student)
         expected = kl_rows(student, teacher, weights, *given, terms, plain)
         rows = kl_rows_triton(student, teacher, weights, *given, terms, fused)

@@ -23,7 +23,7 @@ from halo.plan.stage import StagePlan, plan_stage, stages_of
 from halo.plan.text import assumptions, heading, table, verdict
 from halo.preset import load_config
 from halo.training.gpus import find_gpu
-from hypenet import HypeNetConfig, fused
+from hypenet import HypeNetConfig, fused, losses
 from hypenet.kernels import serves
 from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetDecoderLayer
@@ -301,10 +301,30 @@ def test_every_mixer_can_be_run(mixer):
 def test_nothing_stays_replaced():
     before, run_program = torch.nn.functional.scaled_dot_product_attention, fused.run_program
     with pytest.raises(ZeroDivisionError), DryRun():
-        assert serves(torch.empty(1, device="meta")) and fused.run_program is not run_program
+        assert serves(torch.empty(1, device="meta"))
+        assert fused.run_program is losses.run_program is not run_program
         _ = 1 / 0
-    assert not serves(torch.empty(1, device="meta")) and fused.run_program is run_program
+    assert not serves(torch.empty(1, device="meta")) and fused.run_program is losses.run_program is run_program
     assert torch.nn.functional.scaled_dot_product_attention is before
+
+
+@pytest.mark.parametrize("tokens", [4096, 65_536])
+def test_the_next_token_loss_needs_its_gradients_and_a_chunk(tokens):
+    """Of many chunks, the head's gradient is summed in float32."""
+    with torch.device("meta"):
+        head = nn.Linear(512, 151_936, bias=False, dtype=torch.bfloat16)
+        hidden = torch.empty(tokens, 512, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(tokens, dtype=torch.int64)
+    cost = cost_of(head, lambda: losses.linear_cross_entropy(hidden, head.weight, labels))
+    of_head, many = head.weight.nbytes, tokens == 65_536
+    assert cost.kept == pytest.approx(hidden.nbytes + of_head, rel=0.01)
+    product = losses.HEAD_ROWS * 512 * 4
+    assert cost.peak == pytest.approx(
+        hidden.nbytes + losses.CHUNK_BYTES + (2 * of_head + product if many else of_head), rel=0.1
+    )
+    products = sum(op.flops for op in cost.forward.operations if op.kind == "product")
+    assert products == 3 * 2 * tokens * 512 * 151_936
+    assert any(op.kind == "kernel" for op in cost.forward.operations)
 
 
 def test_memory_that_is_freed_is_not_counted():
