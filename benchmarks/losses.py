@@ -54,7 +54,6 @@ def main() -> None:
     sizes_parser.add_argument("--lanes", nargs="+", default=["2048x8", "4096x16", "4096x32", "8192x32"])
     sizes_parser.add_argument("--mib", type=int, nargs="+", default=[900, 1350, 2700])
     sizes_parser.add_argument("--gradient", type=int, nargs="+", default=[2, 4])
-    sizes_parser.add_argument("--head_rows", nargs="+", default=["2048", "8192", "32768", "addmm"])
     for command in commands.choices.values():
         command.add_argument("--words", type=int, default=151_936)
         command.add_argument("--width", type=int, default=2048)
@@ -257,14 +256,12 @@ def sizes(name: str, shape: Shape, args: argparse.Namespace) -> None:
     live = LIVE_NUMBERS if name == "kl" else 1
     runs: dict[str, Callable[[], Any]] = {}
     cells: dict[str, tuple[Any, ...]] = {}
-    for lanes, mib, gradient, head_rows in product(args.lanes, args.mib, args.gradient, args.head_rows):
-        places = replacements(lanes, mib, gradient, head_rows)
+    for lanes, mib, gradient in product(args.lanes, args.mib, args.gradient):
+        places = replacements(lanes, mib, gradient)
         with replaced(*places):
             part, whole = losses.chunk_sizes(inputs[0], shape.words, None, live=live)
         chunks = -(-shape.tokens // whole)
-        if chunks <= losses.FEW_CHUNKS and head_rows != args.head_rows[0]:
-            continue  # no sum in float32
-        how = head_rows if chunks > losses.FEW_CHUNKS else "bf16"
+        how = "bf16" if chunks <= losses.FEW_CHUNKS else "float32"
         run = partial(with_constants, places, partial(loss_and_gradients, loss, *inputs))
         try:
             peak = peak_gib(run)
@@ -275,7 +272,7 @@ def sizes(name: str, shape: Shape, args: argparse.Namespace) -> None:
         runs[str(row)], cells[str(row)] = run, (*row, peak)
     times = milliseconds_in_turn(runs, repeats=8, warm_up=2)
     rows = [(*cells[row], times[row]) for row in sorted(times, key=times.__getitem__, reverse=True)]
-    columns = ["MOST_LANES x WARPS", "CHUNK_BYTES, MiB", "GRADIENT", "HEAD_ROWS", "part", "chunks", "GiB", "ms"]
+    columns = ["MOST_LANES x WARPS", "CHUNK_BYTES, MiB", "GRADIENT", "sum of the head's", "part", "chunks", "GiB", "ms"]
     print(table(columns, rows))
 
 
@@ -283,21 +280,14 @@ Place = tuple[Any, str, Any]
 """A module, a name in it, and a value for it."""
 
 
-def replacements(lanes: str, mib: int, gradient: int, head_rows: str) -> list[Place]:
+def replacements(lanes: str, mib: int, gradient: int) -> list[Place]:
     most_lanes, warps = map(int, lanes.split("x"))
     return [
         (loss_kernels, "MOST_LANES", most_lanes),
         (loss_kernels, "WARPS", warps),
         (losses, "CHUNK_BYTES", mib * 2**20),
         (losses, "GRADIENT", gradient),
-        (losses, "add_product", add_in_one_product) if head_rows == "addmm" else (losses, "HEAD_ROWS", int(head_rows)),
     ]
-
-
-def add_in_one_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """`add_product`, of which a float32 sum too is one product, from bf16 operands."""
-    kind = {} if total.dtype == a.dtype else {"out_dtype": torch.float32}
-    torch.addmm(total, a, b, beta=0 if first else 1, out=total, **kind)
 
 
 def with_constants(places: list[Place], run: Callable[[], Any]) -> Any:

@@ -16,9 +16,9 @@ try:
 except ImportError:  # nothing here is called then
     tl = None
 
-MOST_LANES = 2048
+MOST_LANES = 4096
 """The most words of a row that are read at a time."""
-WARPS = 8
+WARPS = 16
 """The most warps of a program."""
 LANES_PER_WARP = 128
 """The fewest words that a warp reads at a time: 16 bytes a thread."""

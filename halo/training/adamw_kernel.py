@@ -6,43 +6,60 @@ import triton.language as tl
 
 @triton.jit
 def adamw(  # type: ignore[no-untyped-def]
-    gradient,
-    master,
-    first,
-    second,
-    weight,
+    pieces,
+    piece_of,
+    begin_of,
     step,
-    factor,
+    factors,
+    like,
     lr,
     log_beta_1,
     log_beta_2,
     eps,
     decay,
-    size,
     CLIPPED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
+    LOOPS: tl.constexpr,
 ):
-    """One step of AdamW for `size` elements, in float32; `weight` is the rounded copy of `master`.
+    """One step of AdamW, in float32. Program i does LANES x LOOPS elements of one piece.
 
     Args:
-        gradient: divided by `factor`, a number in memory, where it is CLIPPED.
-        step: a number in memory: how many steps there are with this one.
+        pieces: [n, 7] int64: where a piece's gradient, weight, its rounded copy, first and second moment begin, its
+            number of elements, and its place in `factors`.
+        piece_of, begin_of: [programs] int32 and int64: a program's piece, and its first element there.
+        step: a number: how many steps there are with this one.
+        factors: gradients are divided by these, where they are CLIPPED.
+        like: has the precision of gradients and rounded weights.
+        ALIGNED: whether each piece begins at a multiple of 16 bytes.
     """
-    place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    there = place < size
-    g = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32)
+    program = tl.program_id(0)
+    piece = pieces + tl.load(piece_of + program) * 7
+    half, full = tl.pointer_type(like.dtype.element_ty), tl.pointer_type(tl.float32)
+    gradient, weight = tl.load(piece).to(half), tl.load(piece + 2).to(half)
+    master = tl.load(piece + 1).to(full)
+    first, second = tl.load(piece + 3).to(full), tl.load(piece + 4).to(full)
+    if ALIGNED:
+        gradient, weight = tl.multiple_of(gradient, 16), tl.multiple_of(weight, 16)
+        master, first, second = tl.multiple_of(master, 16), tl.multiple_of(first, 16), tl.multiple_of(second, 16)
+    size, begin = tl.load(piece + 5), tl.multiple_of(tl.load(begin_of + program), LANES)
+    factor = 1.0
     if CLIPPED:
-        g = g / tl.load(factor)
+        factor = tl.load(factors + tl.load(piece + 6))
     count = tl.load(step)
     beta_1, beta_2 = tl.exp(log_beta_1), tl.exp(log_beta_2)
-    m = tl.load(first + place, mask=there, other=0.0)
-    v = tl.load(second + place, mask=there, other=0.0)
-    p = tl.load(master + place, mask=there, other=0.0)
-    m = beta_1 * m + (1 - beta_1) * g
-    v = beta_2 * v + (1 - beta_2) * g * g
-    size_of_step = lr / (1 - tl.exp(count * log_beta_1))
-    p = p * (1 - lr * decay) - size_of_step * m / (tl.sqrt(v / (1 - tl.exp(count * log_beta_2))) + eps)
-    tl.store(first + place, m, mask=there)
-    tl.store(second + place, v, mask=there)
-    tl.store(master + place, p, mask=there)
-    tl.store(weight + place, p.to(weight.dtype.element_ty), mask=there)
+    rate, correction = lr / (1 - tl.exp(count * log_beta_1)), 1 - tl.exp(count * log_beta_2)
+    for loop in range(LOOPS):
+        place = begin + loop * LANES + tl.arange(0, LANES)
+        there = place < size
+        g = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32) / factor
+        m = tl.load(first + place, mask=there, other=0.0)
+        v = tl.load(second + place, mask=there, other=0.0)
+        p = tl.load(master + place, mask=there, other=0.0)
+        m = beta_1 * m + (1 - beta_1) * g
+        v = beta_2 * v + (1 - beta_2) * g * g
+        p = p * (1 - lr * decay) - rate * m / (tl.sqrt(v / correction) + eps)
+        tl.store(first + place, m, mask=there)
+        tl.store(second + place, v, mask=there)
+        tl.store(master + place, p, mask=there)
+        tl.store(weight + place, p.to(weight.dtype.element_ty), mask=there)

@@ -1,4 +1,4 @@
-"""ZeRO-1's and ZeRO-2's step in one kernel a gradient, in place of DeepSpeed's `step`.
+"""ZeRO-1's and ZeRO-2's step in one kernel, in place of DeepSpeed's `step`.
 
 DeepSpeed joins a layer's gradients, converts them to float32, runs AdamW, and copies the weights to bf16: 44 bytes a
 parameter, and the GPU waits for the host between layers. Here AdamW reads each gradient where it lies, and writes both
@@ -6,7 +6,8 @@ weights: 28 bytes. DeepSpeed's own step is the reference, and handles a step tha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from halo.training.gradients import Gradients
 from hypenet.kernels import has_triton
 
-STEPPED_AT_ONCE = 2048
-"""Elements that a program steps."""
+LANES_OF_STEP, LOOPS = 1024, 32
+"""Elements that a program steps at a time, and how often it does."""
 
 
 def fused_step_serves(zero: Any) -> bool:
@@ -24,6 +25,21 @@ def fused_step_serves(zero: Any) -> bool:
     if hasattr(zero, "fp16_groups") or zero.cpu_offload:  # ZeRO-3, or an optimizer on the host
         return False
     return all(p.is_cuda for p in zero.single_partition_of_fp32_groups) and has_triton()
+
+
+@dataclass(frozen=True)
+class GradientPiece:
+    """A gradient [n], the part of the state that it steps, and which of the factors it is divided by.
+
+    `master`, `first` and `second` are float32: the weights and their moments. `weight` has the gradient's precision.
+    """
+
+    gradient: Tensor
+    master: Tensor
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+    factor: int
 
 
 class FusedStep:
@@ -51,9 +67,11 @@ class FusedStep:
         zero.overflow, zero._global_grad_norm = False, norm
         states = [self._state(p) for p in zero.single_partition_of_fp32_groups]
         torch._foreach_add_([state["step"] for state in states], 1)
-        for group, state in enumerate(states):
+        pieces = [piece for group, state in enumerate(states) for piece in self._pieces(group, state)]
+        if pieces:
+            fused_adamw(pieces, states[0]["step"], self._gradients.factors, zero.optimizer.param_groups[0])
+        for group in range(len(states)):
             zero.free_grad_in_param_list(zero.params_not_in_partition[group])
-            self._step_group(group, state)
             zero.free_grad_in_param_list(zero.params_in_partition[group])
             zero._release_preflattened_grad_buffers(group)
             zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
@@ -69,47 +87,55 @@ class FusedStep:
             state["exp_avg_sq"] = torch.zeros_like(partition)
         return state
 
-    def _step_group(self, group: int, state: dict[str, Tensor]) -> None:
-        zero = self._zero
+    def _pieces(self, group: int, state: dict[str, Tensor]) -> list[GradientPiece]:
+        """The gradients of this rank's partition of a group. One after the other they are the partition's."""
+        zero, begin, pieces = self._zero, 0, []
         master, weight = zero.single_partition_of_fp32_groups[group], zero.get_bit16_param_group(group)[0]
-        settings, factor = zero.optimizer.param_groups[group], self._gradients.factor(group)
-        begin = 0
-        for gradient in zero.averaged_gradients[group]:  # one after the other they are the partition's
+        first, second, factor = state["exp_avg"], state["exp_avg_sq"], self._gradients.factor_index(group)
+        for gradient in zero.averaged_gradients[group]:
             part = slice(begin, begin + gradient.numel())
             begin = part.stop
-            if getattr(gradient, "_zero_padding", False):
-                continue
-            first, second = state["exp_avg"][part], state["exp_avg_sq"][part]
-            fused_adamw(
-                gradient.contiguous(), master[part], first, second, weight[part], state["step"], factor, settings
-            )
+            if not getattr(gradient, "_zero_padding", False):
+                piece = GradientPiece(
+                    gradient.contiguous(), master[part], weight[part], first[part], second[part], factor
+                )
+                pieces.append(piece)
+        return pieces
 
 
 def fused_adamw(
-    gradient: Tensor,
-    master: Tensor,
-    first: Tensor,
-    second: Tensor,
-    weight: Tensor,
-    step: Tensor,
-    factor: Tensor | None,
-    settings: dict[str, Any],
+    pieces: Sequence[GradientPiece], step: Tensor, factors: Tensor | None, settings: dict[str, Any]
 ) -> None:
-    """AdamW's step of n elements, in place.
+    """AdamW's step, in place.
 
     Args:
-        gradient, weight: [n] in the precision of the model.
-        master, first, second: [n] float32: the weights and their moments.
         step: a scalar, the number of steps with this one.
-        factor: a scalar by which gradients are divided, or None.
+        factors: [n] what gradients are divided by, or None: by nothing.
         settings: lr, betas, eps and weight_decay.
     """
     from halo.training.adamw_kernel import adamw  # Triton does not exist on every machine
 
+    device, each = step.device, LANES_OF_STEP * LOOPS
+    sizes = torch.tensor([piece.gradient.numel() for piece in pieces])
+    tensors = [(p.gradient, p.master, p.weight, p.first, p.second) for p in pieces]
+    places = torch.tensor([[x.data_ptr() for x in row] for row in tensors])
+    last = torch.tensor([piece.factor for piece in pieces])
+    programs = -(-sizes // each)
+    piece_of = torch.repeat_interleave(torch.arange(len(pieces)), programs)
+    begin_of = (torch.arange(len(piece_of)) - (programs.cumsum(0) - programs)[piece_of]) * each
+    table = torch.cat([places, sizes[:, None], last[:, None]], dim=1)
     beta_1, beta_2 = settings["betas"]
-    adamw[(-(-gradient.numel() // STEPPED_AT_ONCE),)](
-        *(gradient, master, first, second, weight, step, factor, settings["lr"]),
-        *(math.log(beta_1), math.log(beta_2), settings["eps"], settings["weight_decay"], gradient.numel()),
-        CLIPPED=factor is not None,
-        LANES=STEPPED_AT_ONCE,
+    adamw[(len(piece_of),)](
+        *(_sent(x, device) for x in (table, piece_of.int(), begin_of)),
+        *(step, factors, pieces[0].gradient, settings["lr"]),
+        *(math.log(beta_1), math.log(beta_2), settings["eps"], settings["weight_decay"]),
+        CLIPPED=factors is not None,
+        ALIGNED=bool((places % 16 == 0).all()),
+        LANES=LANES_OF_STEP,
+        LOOPS=LOOPS,
     )
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without a wait of the host."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -47,9 +47,10 @@ class Gradients:
         self._index = {id(p): i for i, parameters in enumerate(layers.values()) for p in parameters}
         self._three = hasattr(zero, "fp16_groups")  # ZeRO-3
         self._offloaded = bool(zero.offload_optimizer if self._three else zero.cpu_offload)
-        self._index_of: dict[int, Tensor] = {}
+        self._norms_layers: Tensor | None = None
         self._norms = torch.zeros(len(layers), device=device())
-        self._factors: Tensor | None = None
+        self.factors: Tensor | None = None
+        """What gradients are divided by, one number or one for each layer; None: by nothing."""
         # The norm shows what this check would find.
         zero.check_overflow = lambda *_, **__: None
         if self._three:
@@ -76,38 +77,39 @@ class Gradients:
             norms = self._norms if self._apart else total.expand(1)
             factors = ((norms + 1e-6) / self._clip).clamp(min=1.0)
             # An optimizer on the host reads them at once; torch would not wait for the GPU.
-            self._factors = factors.cpu() if self._offloaded else factors
+            self.factors = factors.cpu() if self._offloaded else factors
         return total
 
     def _shares(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each group of this rank's share of the gradients: the layers' indices and the norms, [n] both."""
+        """Of this rank's share of the gradients: their layers' indices and their norms, [n] both, in parts."""
         zero = self._zero
-        for group, parameters in enumerate(zero.fp16_groups if self._three else zero.params_in_partition):
-            if self._offloaded:  # DeepSpeed has measured them when they left the GPU
+        groups = zero.fp16_groups if self._three else zero.params_in_partition
+        if self._offloaded:  # DeepSpeed has measured them when they left the GPU
+            for parameters in groups:
                 norms = [(p, zero.norm_for_param_grads.get(zero.get_param_id(p))) for p in parameters]
                 found = [(self._index[id(p)], float(norm)) for p, norm in norms if norm is not None]
                 if found:
                     yield torch.tensor([i for i, _ in found], device=device()), torch.tensor([n for _, n in found])
-                continue
+            return
+        index: list[int] = []
+        measured: list[Tensor] = []
+        for group, parameters in enumerate(groups):
             gradients = [g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
-            if group not in self._index_of:  # once: the host waits for this copy to the GPU
-                index = [self._index[id(p)] for p, _ in zip(parameters, gradients, strict=False)]
-                self._index_of[group] = torch.tensor(index, dtype=torch.long, device=device())
-            count = len(self._index_of[group])
-            if count:
-                each = torch._foreach_norm(gradients[:count], 2, dtype=torch.float32)
-                yield self._index_of[group], torch.stack(each)
+            for parameter, gradient in zip(parameters, gradients, strict=False):
+                index.append(self._index[id(parameter)])
+                measured.append(gradient)
+        if not measured:
+            return
+        if self._norms_layers is None:  # once: the host waits for this copy to the GPU
+            self._norms_layers = torch.tensor(index, dtype=torch.long, device=device())
+        yield self._norms_layers, torch.stack(torch._foreach_norm(measured, 2, dtype=torch.float32))
 
-    def factor(self, group: int) -> Tensor | None:
-        """What the gradients of a parameter group (under ZeRO-3: of a part of one) are divided by; None: by nothing."""
-        if self._factors is None:
-            return None
-        layer = getattr(self._zero, "sub_group_to_group_id", {}).get(group, group) if self._apart else 0
-        return self._factors[layer]
+    def factor_index(self, group: int) -> int:
+        """The place in `factors` of a parameter group's (under ZeRO-3: of a part of one)."""
+        return getattr(self._zero, "sub_group_to_group_id", {}).get(group, group) if self._apart else 0
 
     def _step(self, group: int) -> None:
         """The optimizer's step for one group."""
-        factor = self.factor(group)
-        if factor is not None:
-            self._zero.optimizer.grad_scale = factor
+        if self.factors is not None:
+            self._zero.optimizer.grad_scale = self.factors[self.factor_index(group)]
         self._plain_step(group)

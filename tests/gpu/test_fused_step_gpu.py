@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halo.training.fused_step import FusedStep, fused_adamw
+from halo.training.fused_step import FusedStep, GradientPiece, fused_adamw
 from tests.distributed import jobs
 from tests.distributed.conftest import shards  # noqa: F401
 
@@ -19,21 +19,32 @@ def one_rank(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_the_kernel_is_adamw():
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_kernel_is_adamw(start):
+    """Pieces of several sizes, which begin at multiples of 16 bytes and elsewhere."""
     torch.manual_seed(0)
-    size, settings = 3_000_001, {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    expected = torch.randn(size, device="cuda", dtype=torch.float64).requires_grad_()
-    optimizer = torch.optim.AdamW([expected], **settings)
-    master, weight = expected.detach().float(), expected.detach().bfloat16()
-    first, second, step = torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device="cuda")
-    for factor in (None, torch.tensor(4.0, device="cuda"), torch.tensor(1.0, device="cuda"), None):
-        gradient = torch.randn(size, device="cuda").bfloat16()
-        expected.grad = gradient.double() / (1 if factor is None else factor)
+    sizes, settings = (3_000_001, 1, 32_768), {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    expected = [torch.randn(size, device="cuda", dtype=torch.float64).requires_grad_() for size in sizes]
+    optimizer = torch.optim.AdamW(expected, **settings)
+
+    def beginning_at_start(x):
+        return torch.cat([x.new_zeros(start), x])[start:]
+
+    state = [[beginning_at_start(x) for x in (p.detach().float(), p.detach().bfloat16())] for p in expected]
+    moments = [[beginning_at_start(torch.zeros(size, device="cuda")) for _ in range(2)] for size in sizes]
+    step = torch.zeros((), device="cuda")
+    for factors in (None, torch.tensor([4.0, 1.0], device="cuda"), None):
+        pieces = []
+        for i, p in enumerate(expected):
+            gradient = beginning_at_start(torch.randn(sizes[i], device="cuda").bfloat16())
+            p.grad = gradient.double() / (1 if factors is None else factors[i % 2])
+            pieces.append(GradientPiece(gradient, *state[i], *moments[i], factor=i % 2))
         optimizer.step()
         step += 1
-        fused_adamw(gradient, master, first, second, weight, step, factor, settings)
-        torch.testing.assert_close(master.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(weight, master.bfloat16())
+        fused_adamw(pieces, step, factors, settings)
+        for p, (master, weight) in zip(expected, state, strict=True):
+            torch.testing.assert_close(master.double(), p.detach(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(weight, master.bfloat16())
 
 
 @pytest.mark.parametrize("zero", ["zero1.json", "zero2.json"])

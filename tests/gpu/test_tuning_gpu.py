@@ -20,10 +20,10 @@ pytestmark = [
 
 
 def train() -> None:
-    """Forward and backward of a Gated DeltaNet on fla's kernels. Prints how many were tuned."""
+    """Forward and backward of a DeltaNet on fla's kernels. Prints how many were tuned."""
     tuning.tune_once()
     keys = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
-    keys |= {"num_hidden_layers": 1, "mixer_types": ["gdn"]}
+    keys |= {"num_hidden_layers": 1, "mixer_types": ["deltanet"]}
     model = HypeNetForCausalLM(HypeNetConfig(**{**SIZES, **keys})).cuda().bfloat16().train()
     tokens = torch.randint(1, 61, (2, 300), device="cuda")
     model(tokens, labels=tokens).loss.backward()

@@ -196,7 +196,6 @@ def test_time_tokens_and_hours_agree(nine):
 TWELVE, THIRTY_TWO = {"batch": 12}, {"batch": 32, "micro_batch": 32}
 WITH, WITHOUT = {"activation_checkpointing": True}, {"activation_checkpointing": False}
 NONE_KEPT = WITH | {"kept_layers": 0}
-SHARED = NONE_KEPT | {"batch": 1, "gpus_per_node": 2, "sequence_parallel": 2}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,6 @@ SHARED = NONE_KEPT | {"batch": 1, "gpus_per_node": 2, "sequence_parallel": 2}
         ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1} | NONE_KEPT, 0.598, 30.5),
         ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1}, 0.488, 64.7),
         ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1, "seq_len": 131_072} | NONE_KEPT, 7.4, None),
-        ("hypenet-2b", 28, "h200", "zero1", "finetune", SHARED, 0.345, 19.8),
         ("hypenet-9b", 36, "h200", "zero3", "finetune", NONE_KEPT | {"batch": 2, "gpus_per_node": 2}, 2.282, 84.7),
         ("hypenet-9b", 18, "h200", "zero3", "distill", TWELVE | NONE_KEPT, 0.589, 95.6),
         ("hypenet-9b", 18, "h200", "zero3", "distill", TWELVE | WITHOUT, 0.496, 107.9),
@@ -318,10 +316,7 @@ def test_the_next_token_loss_needs_its_gradients_and_a_chunk(tokens):
     cost = cost_of(head, lambda: losses.linear_cross_entropy(hidden, head.weight, labels))
     of_head, many = head.weight.nbytes, tokens == 65_536
     assert cost.kept == pytest.approx(hidden.nbytes + of_head, rel=0.01)
-    product = losses.HEAD_ROWS * 512 * 4
-    assert cost.peak == pytest.approx(
-        hidden.nbytes + losses.CHUNK_BYTES + (2 * of_head + product if many else of_head), rel=0.1
-    )
+    assert cost.peak == pytest.approx(hidden.nbytes + losses.CHUNK_BYTES + (2 * of_head if many else of_head), rel=0.1)
     products = sum(op.flops for op in cost.forward.operations if op.kind == "product")
     assert products == 3 * 2 * tokens * 512 * 151_936
     assert any(op.kind == "kernel" for op in cost.forward.operations)

@@ -8,27 +8,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.training.fused_step import fused_adamw
+from halo.training.fused_step import GradientPiece, fused_adamw
 
 
-def compare():
-    torch.manual_seed(0)
-    size, settings = 5001, {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    expected = torch.randn(size).requires_grad_()
-    optimizer = torch.optim.AdamW([expected], **settings)
-    master, weight = expected.detach().clone(), expected.detach().bfloat16()
-    first, second, step = torch.zeros(size), torch.zeros(size), torch.zeros(())
-    for factor in (None, torch.tensor(4.0), torch.tensor(1.0)):
-        gradient = torch.randn(size).bfloat16()
-        expected.grad = gradient.float() / (1 if factor is None else factor)
-        optimizer.step()
-        step += 1
-        fused_adamw(gradient, master, first, second, weight, step, factor, settings)
-        state = optimizer.state[expected]
-        torch.testing.assert_close(first, state["exp_avg"])
-        torch.testing.assert_close(second, state["exp_avg_sq"])
-        torch.testing.assert_close(master, expected.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(weight.float(), master, rtol=2**-7, atol=0)  # the interpreter rounds to zero
+def compare(sizes=(5001, 1, 1024, 70_000), starts=(0, 3)):
+    """Three steps of pieces of these sizes, aligned and not, beside torch's."""
+    for start in starts:
+        torch.manual_seed(0)
+        settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        expected = [torch.randn(size).requires_grad_() for size in sizes]
+        optimizer = torch.optim.AdamW(expected, **settings)
+
+        def beginning_at_start(x):
+            return torch.cat([x.new_zeros(start), x])[start:]  # noqa: B023
+
+        state = [[beginning_at_start(x) for x in (p.detach(), p.detach().bfloat16())] for p in expected]
+        moments = [[beginning_at_start(torch.zeros(size)) for _ in range(2)] for size in sizes]
+        step = torch.zeros(())
+        for factors in (None, torch.tensor([4.0, 1.0])):
+            pieces = []
+            for i, p in enumerate(expected):
+                gradient = beginning_at_start(torch.randn(sizes[i]).bfloat16())
+                p.grad = gradient.float() / (1 if factors is None else factors[i % 2])
+                pieces.append(GradientPiece(gradient, *state[i], *moments[i], factor=i % 2))
+            optimizer.step()
+            step += 1
+            fused_adamw(pieces, step, factors, settings)
+        for p, (master, weight), (first, second) in zip(expected, state, moments, strict=True):
+            torch.testing.assert_close(first, optimizer.state[p]["exp_avg"])
+            torch.testing.assert_close(second, optimizer.state[p]["exp_avg_sq"])
+            torch.testing.assert_close(master, p.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(weight.float(), master, rtol=2**-7, atol=0)  # the interpreter rounds to zero
 
 
 def test_the_kernel_is_adamw():
