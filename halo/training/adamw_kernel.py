@@ -31,24 +31,32 @@ def adamw(  # type: ignore[no-untyped-def]
         step: a number: how many steps there are with this one.
         factors: gradients are divided by these, where they are CLIPPED.
         like: has the precision of gradients and rounded weights.
-        ALIGNED: whether each piece begins at a multiple of 16 bytes.
+        ALIGNED: whether each piece begins at a multiple of 16 bytes, and has a multiple of 16 elements.
     """
     program = tl.program_id(0)
     piece = pieces + tl.load(piece_of + program) * 7
-    half, full = tl.pointer_type(like.dtype.element_ty), tl.pointer_type(tl.float32)
-    gradient, weight = tl.load(piece).to(half), tl.load(piece + 2).to(half)
-    master = tl.load(piece + 1).to(full)
-    first, second = tl.load(piece + 3).to(full), tl.load(piece + 4).to(full)
+    gradient = tl.load(piece).to(tl.pointer_type(like.dtype.element_ty))
+    master = tl.load(piece + 1).to(tl.pointer_type(tl.float32))
+    weight = tl.load(piece + 2).to(tl.pointer_type(like.dtype.element_ty))
+    first = tl.load(piece + 3).to(tl.pointer_type(tl.float32))
+    second = tl.load(piece + 4).to(tl.pointer_type(tl.float32))
+    size = tl.load(piece + 5)
+    begin = tl.multiple_of(tl.load(begin_of + program), LANES)
     if ALIGNED:
-        gradient, weight = tl.multiple_of(gradient, 16), tl.multiple_of(weight, 16)
-        master, first, second = tl.multiple_of(master, 16), tl.multiple_of(first, 16), tl.multiple_of(second, 16)
-    size, begin = tl.load(piece + 5), tl.multiple_of(tl.load(begin_of + program), LANES)
+        gradient = tl.multiple_of(gradient, 16)
+        master = tl.multiple_of(master, 16)
+        weight = tl.multiple_of(weight, 16)
+        first = tl.multiple_of(first, 16)
+        second = tl.multiple_of(second, 16)
+        size = tl.multiple_of(size, 16)
     factor = 1.0
     if CLIPPED:
         factor = tl.load(factors + tl.load(piece + 6))
     count = tl.load(step)
-    beta_1, beta_2 = tl.exp(log_beta_1), tl.exp(log_beta_2)
-    rate, correction = lr / (1 - tl.exp(count * log_beta_1)), 1 - tl.exp(count * log_beta_2)
+    beta_1 = tl.exp(log_beta_1)
+    beta_2 = tl.exp(log_beta_2)
+    rate = lr / (1 - tl.exp(count * log_beta_1))
+    correction = 1 - tl.exp(count * log_beta_2)
     for loop in range(LOOPS):
         place = begin + loop * LANES + tl.arange(0, LANES)
         there = place < size

@@ -60,16 +60,16 @@ class FusedStep:
         """One step of all groups; DeepSpeed's own if a gradient is not finite, which drops them."""
         zero = self._zero
         norm = self._gradients.measure()
+        states = [self._state(p) for p in zero.single_partition_of_fp32_groups]
+        pieces = [piece for group, state in enumerate(states) for piece in self._pieces(group, state)]
+        step = prepared_adamw(pieces, states[0]["step"], self._gradients.factors, zero.optimizer.param_groups[0])
         if not math.isfinite(norm):  # the host waits here, as DeepSpeed's does
             self._plain_step(closure)
             return
+        torch._foreach_add_([state["step"] for state in states], 1)
+        step()
         zero.micro_step_id = self._first_micro_step
         zero.overflow, zero._global_grad_norm = False, norm
-        states = [self._state(p) for p in zero.single_partition_of_fp32_groups]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        pieces = [piece for group, state in enumerate(states) for piece in self._pieces(group, state)]
-        if pieces:
-            fused_adamw(pieces, states[0]["step"], self._gradients.factors, zero.optimizer.param_groups[0])
         for group in range(len(states)):
             zero.free_grad_in_param_list(zero.params_not_in_partition[group])
             zero.free_grad_in_param_list(zero.params_in_partition[group])
@@ -103,37 +103,43 @@ class FusedStep:
         return pieces
 
 
-def fused_adamw(
+def prepared_adamw(
     pieces: Sequence[GradientPiece], step: Tensor, factors: Tensor | None, settings: dict[str, Any]
-) -> None:
-    """AdamW's step, in place.
+) -> Callable[[], None]:
+    """A function that makes AdamW's step, in place. What it needs is on its way to the GPU.
 
     Args:
-        step: a scalar, the number of steps with this one.
+        step: a scalar, when the function is called the number of steps with this one.
         factors: [n] what gradients are divided by, or None: by nothing.
         settings: lr, betas, eps and weight_decay.
     """
     from halo.training.adamw_kernel import adamw  # Triton does not exist on every machine
 
     device, each = step.device, LANES_OF_STEP * LOOPS
-    sizes = torch.tensor([piece.gradient.numel() for piece in pieces])
+    sizes = torch.tensor([piece.gradient.numel() for piece in pieces], dtype=torch.long)
     tensors = [(p.gradient, p.master, p.weight, p.first, p.second) for p in pieces]
-    places = torch.tensor([[x.data_ptr() for x in row] for row in tensors])
-    last = torch.tensor([piece.factor for piece in pieces])
+    places = torch.tensor([[x.data_ptr() for x in row] for row in tensors]).view(len(pieces), 5)
+    last = torch.tensor([piece.factor for piece in pieces], dtype=torch.long)
     programs = -(-sizes // each)
     piece_of = torch.repeat_interleave(torch.arange(len(pieces)), programs)
     begin_of = (torch.arange(len(piece_of)) - (programs.cumsum(0) - programs)[piece_of]) * each
     table = torch.cat([places, sizes[:, None], last[:, None]], dim=1)
     beta_1, beta_2 = settings["betas"]
-    adamw[(len(piece_of),)](
-        *(_sent(x, device) for x in (table, piece_of.int(), begin_of)),
-        *(step, factors, pieces[0].gradient, settings["lr"]),
-        *(math.log(beta_1), math.log(beta_2), settings["eps"], settings["weight_decay"]),
-        CLIPPED=factors is not None,
-        ALIGNED=bool((places % 16 == 0).all()),
-        LANES=LANES_OF_STEP,
-        LOOPS=LOOPS,
-    )
+    tables = [_sent(x, device) for x in (table, piece_of.int(), begin_of)]
+    aligned = not bool((places % 16).any() or (sizes % 16).any())
+
+    def run() -> None:
+        if len(piece_of):
+            adamw[(len(piece_of),)](
+                *(*tables, step, factors, pieces[0].gradient, settings["lr"]),
+                *(math.log(beta_1), math.log(beta_2), settings["eps"], settings["weight_decay"]),
+                CLIPPED=factors is not None,
+                ALIGNED=aligned,
+                LANES=LANES_OF_STEP,
+                LOOPS=LOOPS,
+            )
+
+    return run
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:

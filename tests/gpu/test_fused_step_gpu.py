@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halo.training.fused_step import FusedStep, GradientPiece, fused_adamw
+from halo.training.fused_step import FusedStep, GradientPiece, prepared_adamw
 from tests.distributed import jobs
 from tests.distributed.conftest import shards  # noqa: F401
 
@@ -19,11 +19,13 @@ def one_rank(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("start", [0, 3])
-def test_the_kernel_is_adamw(start):
+@pytest.mark.parametrize(
+    ("start", "sizes"), [(0, (3_000_001, 1, 32_768)), (3, (3_000_001, 1, 32_768)), (0, (3_000_000, 16, 32_768))]
+)
+def test_the_kernel_is_adamw(start, sizes):
     """Pieces of several sizes, which begin at multiples of 16 bytes and elsewhere."""
     torch.manual_seed(0)
-    sizes, settings = (3_000_001, 1, 32_768), {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     expected = [torch.randn(size, device="cuda", dtype=torch.float64).requires_grad_() for size in sizes]
     optimizer = torch.optim.AdamW(expected, **settings)
 
@@ -41,7 +43,7 @@ def test_the_kernel_is_adamw(start):
             pieces.append(GradientPiece(gradient, *state[i], *moments[i], factor=i % 2))
         optimizer.step()
         step += 1
-        fused_adamw(pieces, step, factors, settings)
+        prepared_adamw(pieces, step, factors, settings)()
         for p, (master, weight) in zip(expected, state, strict=True):
             torch.testing.assert_close(master.double(), p.detach(), rtol=1e-5, atol=1e-6)
             assert torch.equal(weight, master.bfloat16())

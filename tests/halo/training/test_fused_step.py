@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.training.fused_step import GradientPiece, fused_adamw
+from halo.training.fused_step import GradientPiece, prepared_adamw
 
 
 def compare(sizes=(5001, 1, 1024, 70_000), starts=(0, 3)):
@@ -33,7 +33,7 @@ def compare(sizes=(5001, 1, 1024, 70_000), starts=(0, 3)):
                 pieces.append(GradientPiece(gradient, *state[i], *moments[i], factor=i % 2))
             optimizer.step()
             step += 1
-            fused_adamw(pieces, step, factors, settings)
+            prepared_adamw(pieces, step, factors, settings)()
         for p, (master, weight), (first, second) in zip(expected, state, moments, strict=True):
             torch.testing.assert_close(first, optimizer.state[p]["exp_avg"])
             torch.testing.assert_close(second, optimizer.state[p]["exp_avg_sq"])
@@ -44,5 +44,5 @@ def compare(sizes=(5001, 1, 1024, 70_000), starts=(0, 3)):
 def test_the_kernel_is_adamw():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = "from tests.halo.training.test_fused_step import compare; compare()"
+    run = "from tests.halo.training.test_fused_step import compare; compare(); compare((1024, 70_000), (0,))"
     subprocess.run([sys.executable, "-c", run], check=True, env=environment, cwd=Path(__file__).parents[3])
