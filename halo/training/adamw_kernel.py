@@ -6,6 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def adamw(  # type: ignore[no-untyped-def]
+    gradients,
     pieces,
     piece_of,
     begin_of,
@@ -25,8 +26,9 @@ def adamw(  # type: ignore[no-untyped-def]
     """One step of AdamW, in float32. Program i does LANES x LOOPS elements of one piece.
 
     Args:
-        pieces: [n, 7] int64: where a piece's gradient, weight, its rounded copy, first and second moment begin, its
-            number of elements, and its place in `factors`.
+        gradients: [n] int64: where a piece's gradient begins.
+        pieces: [n, 6] int64: where its weight, the rounded copy of it, first and second moment begin, its number of
+            elements, and its place in `factors`.
         piece_of, begin_of: [programs] int32 and int64: a program's piece, and its first element there.
         step: a number: how many steps there are with this one.
         factors: gradients are divided by these, where they are CLIPPED.
@@ -34,24 +36,20 @@ def adamw(  # type: ignore[no-untyped-def]
         ALIGNED: whether each piece begins at a multiple of 16 bytes, and has a multiple of 16 elements.
     """
     program = tl.program_id(0)
-    piece = pieces + tl.load(piece_of + program) * 7
-    gradient = tl.load(piece).to(tl.pointer_type(like.dtype.element_ty))
-    master = tl.load(piece + 1).to(tl.pointer_type(tl.float32))
-    weight = tl.load(piece + 2).to(tl.pointer_type(like.dtype.element_ty))
-    first = tl.load(piece + 3).to(tl.pointer_type(tl.float32))
-    second = tl.load(piece + 4).to(tl.pointer_type(tl.float32))
-    size = tl.load(piece + 5)
-    begin = tl.multiple_of(tl.load(begin_of + program), LANES)
+    index = tl.load(piece_of + program)
+    piece = pieces + index * 6
+    gradient = _pointer(gradients + index, like, ALIGNED)
+    master = _pointer(piece, step, ALIGNED)
+    weight = _pointer(piece + 1, like, ALIGNED)
+    first = _pointer(piece + 2, step, ALIGNED)
+    second = _pointer(piece + 3, step, ALIGNED)
+    size = tl.load(piece + 4)
     if ALIGNED:
-        gradient = tl.multiple_of(gradient, 16)
-        master = tl.multiple_of(master, 16)
-        weight = tl.multiple_of(weight, 16)
-        first = tl.multiple_of(first, 16)
-        second = tl.multiple_of(second, 16)
         size = tl.multiple_of(size, 16)
+    begin = tl.multiple_of(tl.load(begin_of + program), LANES)
     factor = 1.0
     if CLIPPED:
-        factor = tl.load(factors + tl.load(piece + 6))
+        factor = tl.load(factors + tl.load(piece + 5))
     count = tl.load(step)
     beta_1 = tl.exp(log_beta_1)
     beta_2 = tl.exp(log_beta_2)
@@ -71,3 +69,12 @@ def adamw(  # type: ignore[no-untyped-def]
         tl.store(second + place, v, mask=there)
         tl.store(master + place, p, mask=there)
         tl.store(weight + place, p.to(weight.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _pointer(place, like, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pointer that is stored at `place`, to what `like` points to; ALIGNED: to a multiple of 16 bytes."""
+    pointer = tl.load(place).to(tl.pointer_type(like.dtype.element_ty))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer

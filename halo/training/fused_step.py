@@ -28,18 +28,23 @@ def fused_step_serves(zero: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class GradientPiece:
-    """A gradient [n], the part of the state that it steps, and which of the factors it is divided by.
+class PartitionState:
+    """What a parameter group steps, each [n] and one behind the other: float32 weights, their rounded copy, moments.
 
-    `master`, `first` and `second` are float32: the weights and their moments. `weight` has the gradient's precision.
+    Attributes:
+        factor: the place of the factor by which the group's gradients are divided.
     """
 
-    gradient: Tensor
     master: Tensor
     weight: Tensor
     first: Tensor
     second: Tensor
     factor: int
+
+    def addresses(self, begin: int) -> list[int]:
+        """Where each begins in memory, from its element `begin` on."""
+        tensors = (self.master, self.weight, self.first, self.second)
+        return [x.data_ptr() + begin * x.element_size() for x in tensors]
 
 
 class FusedStep:
@@ -52,6 +57,7 @@ class FusedStep:
 
     def __init__(self, zero: Any, gradients: Gradients, gather: Callable[[], None]):
         self._zero, self._gradients, self._gather = zero, gradients, gather
+        self._adamw = FusedAdamW()
         self._first_micro_step = zero.micro_step_id
         self._plain_step = zero.step
         zero.step = self.step
@@ -60,17 +66,18 @@ class FusedStep:
         """One step of all groups; DeepSpeed's own if a gradient is not finite, which drops them."""
         zero = self._zero
         norm = self._gradients.measure()
-        states = [self._state(p) for p in zero.single_partition_of_fp32_groups]
-        pieces = [piece for group, state in enumerate(states) for piece in self._pieces(group, state)]
-        step = prepared_adamw(pieces, states[0]["step"], self._gradients.factors, zero.optimizer.param_groups[0])
+        optimizer, groups = zero.optimizer, range(len(zero.single_partition_of_fp32_groups))
+        states = [self._state(group) for group in groups]
+        self._adamw.prepare(states, [zero.averaged_gradients[group] for group in groups])
         if not math.isfinite(norm):  # the host waits here, as DeepSpeed's does
             self._plain_step(closure)
             return
-        torch._foreach_add_([state["step"] for state in states], 1)
-        step()
+        steps = [optimizer.state[partition]["step"] for partition in zero.single_partition_of_fp32_groups]
+        torch._foreach_add_(steps, 1)
+        self._adamw.run(steps[0], self._gradients.factors, optimizer.param_groups[0])
         zero.micro_step_id = self._first_micro_step
         zero.overflow, zero._global_grad_norm = False, norm
-        for group in range(len(states)):
+        for group in groups:
             zero.free_grad_in_param_list(zero.params_not_in_partition[group])
             zero.free_grad_in_param_list(zero.params_in_partition[group])
             zero._release_preflattened_grad_buffers(group)
@@ -78,70 +85,87 @@ class FusedStep:
         zero._lazy_init_hp_params_optimizer_state()
         self._gather()
 
-    def _state(self, partition: Tensor) -> dict[str, Tensor]:
-        """The state of a partition as torch's fused AdamW makes it at its first step."""
-        state = self._zero.optimizer.state[partition]
+    def _state(self, group: int) -> PartitionState:
+        """The state of this rank's partition of a group, as torch's fused AdamW makes it at its first step."""
+        zero = self._zero
+        partition = zero.single_partition_of_fp32_groups[group]
+        state = zero.optimizer.state[partition]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
             state["exp_avg"] = torch.zeros_like(partition)
             state["exp_avg_sq"] = torch.zeros_like(partition)
-        return state
-
-    def _pieces(self, group: int, state: dict[str, Tensor]) -> list[GradientPiece]:
-        """The gradients of this rank's partition of a group. One after the other they are the partition's."""
-        zero, begin, pieces = self._zero, 0, []
-        master, weight = zero.single_partition_of_fp32_groups[group], zero.get_bit16_param_group(group)[0]
-        first, second, factor = state["exp_avg"], state["exp_avg_sq"], self._gradients.factor_index(group)
-        for gradient in zero.averaged_gradients[group]:
-            part = slice(begin, begin + gradient.numel())
-            begin = part.stop
-            if not getattr(gradient, "_zero_padding", False):
-                piece = GradientPiece(
-                    gradient.contiguous(), master[part], weight[part], first[part], second[part], factor
-                )
-                pieces.append(piece)
-        return pieces
+        weight, factor = zero.get_bit16_param_group(group)[0], self._gradients.factor_index(group)
+        return PartitionState(partition, weight, state["exp_avg"], state["exp_avg_sq"], factor)
 
 
-def prepared_adamw(
-    pieces: Sequence[GradientPiece], step: Tensor, factors: Tensor | None, settings: dict[str, Any]
-) -> Callable[[], None]:
-    """A function that makes AdamW's step, in place. What it needs is on its way to the GPU.
+class FusedAdamW:
+    """AdamW's step of several groups, in place and in one kernel."""
 
-    Args:
-        step: a scalar, when the function is called the number of steps with this one.
-        factors: [n] what gradients are divided by, or None: by nothing.
-        settings: lr, betas, eps and weight_decay.
-    """
-    from halo.training.adamw_kernel import adamw  # Triton does not exist on every machine
+    def __init__(self) -> None:
+        self._key: list[Any] = []
+        self._tables: list[Tensor] = []
+        self._gradients: list[Tensor] = []
 
-    device, each = step.device, LANES_OF_STEP * LOOPS
-    sizes = torch.tensor([piece.gradient.numel() for piece in pieces], dtype=torch.long)
-    tensors = [(p.gradient, p.master, p.weight, p.first, p.second) for p in pieces]
-    places = torch.tensor([[x.data_ptr() for x in row] for row in tensors]).view(len(pieces), 5)
-    last = torch.tensor([piece.factor for piece in pieces], dtype=torch.long)
-    programs = -(-sizes // each)
-    piece_of = torch.repeat_interleave(torch.arange(len(pieces)), programs)
+    def prepare(self, states: Sequence[PartitionState], gradients: Sequence[Sequence[Tensor]]) -> None:
+        """Send what a step needs to the GPU. The host does not wait.
+
+        Args:
+            gradients: of each group: one after the other they are the partition's. Padding is marked as DeepSpeed's.
+        """
+        sizes = [[g.numel() for g in group] for group in gradients]
+        self._gradients = [g.contiguous() for group in gradients for g in group if not is_padding(g)]
+        key = [sizes, [state.addresses(0) for state in states]]
+        device = states[0].master.device
+        if key != self._key:  # the first step, and the first after a checkpoint was loaded
+            self._key, pieces = key, []
+            for state, group in zip(states, gradients, strict=True):
+                begin = 0
+                for gradient in group:
+                    if not is_padding(gradient):
+                        pieces.append([*state.addresses(begin), gradient.numel(), state.factor])
+                    begin += gradient.numel()
+            self._tables = [x.to(device) for x in _tables(pieces)]
+            self._even = all(n % 16 == 0 for piece in pieces for n in piece[:5])
+            # The host writes there again after it has waited for this step's norm, and so for the copy.
+            self._addresses = torch.empty(len(pieces), dtype=torch.long, pin_memory=device.type == "cuda")
+        addresses = [g.data_ptr() for g in self._gradients]
+        self._aligned = self._even and all(n % 16 == 0 for n in addresses)
+        self._addresses.copy_(torch.tensor(addresses, dtype=torch.long))
+        self._sent = self._addresses.to(device, non_blocking=True)
+
+    def run(self, step: Tensor, factors: Tensor | None, settings: dict[str, Any]) -> None:
+        """Make the step, and forget the gradients.
+
+        Args:
+            step: a scalar, the number of steps with this one.
+            factors: [n] what gradients are divided by, or None: by nothing.
+            settings: lr, betas, eps and weight_decay.
+        """
+        from halo.training.adamw_kernel import adamw  # Triton does not exist on every machine
+
+        gradients, self._gradients = self._gradients, []
+        if not gradients:
+            return
+        beta_1, beta_2 = settings["betas"]
+        adamw[(len(self._tables[1]),)](
+            *(self._sent, *self._tables, step, factors, gradients[0], settings["lr"]),
+            *(math.log(beta_1), math.log(beta_2), settings["eps"], settings["weight_decay"]),
+            CLIPPED=factors is not None,
+            ALIGNED=self._aligned,
+            LANES=LANES_OF_STEP,
+            LOOPS=LOOPS,
+        )
+
+
+def is_padding(gradient: Tensor) -> bool:
+    """Whether DeepSpeed made it to fill a partition."""
+    return getattr(gradient, "_zero_padding", False)
+
+
+def _tables(pieces: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's `pieces`, `piece_of` and `begin_of`."""
+    table, each = torch.tensor(pieces, dtype=torch.long).view(len(pieces), 6), LANES_OF_STEP * LOOPS
+    programs = -(-table[:, 4] // each)
+    piece_of = torch.arange(len(pieces)).repeat_interleave(programs)
     begin_of = (torch.arange(len(piece_of)) - (programs.cumsum(0) - programs)[piece_of]) * each
-    table = torch.cat([places, sizes[:, None], last[:, None]], dim=1)
-    beta_1, beta_2 = settings["betas"]
-    tables = [_sent(x, device) for x in (table, piece_of.int(), begin_of)]
-    aligned = not bool((places % 16).any() or (sizes % 16).any())
-
-    def run() -> None:
-        if len(piece_of):
-            adamw[(len(piece_of),)](
-                *(*tables, step, factors, pieces[0].gradient, settings["lr"]),
-                *(math.log(beta_1), math.log(beta_2), settings["eps"], settings["weight_decay"]),
-                CLIPPED=factors is not None,
-                ALIGNED=aligned,
-                LANES=LANES_OF_STEP,
-                LOOPS=LOOPS,
-            )
-
-    return run
-
-
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without a wait of the host."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return table, piece_of.int(), begin_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halo.training.fused_step import FusedStep, GradientPiece, prepared_adamw
+from halo.training.fused_step import FusedAdamW, FusedStep, PartitionState
 from tests.distributed import jobs
 from tests.distributed.conftest import shards  # noqa: F401
 
@@ -32,21 +32,26 @@ def test_the_kernel_is_adamw(start, sizes):
     def beginning_at_start(x):
         return torch.cat([x.new_zeros(start), x])[start:]
 
-    state = [[beginning_at_start(x) for x in (p.detach().float(), p.detach().bfloat16())] for p in expected]
-    moments = [[beginning_at_start(torch.zeros(size, device="cuda")) for _ in range(2)] for size in sizes]
-    step = torch.zeros((), device="cuda")
+    states = []
+    for i, p in enumerate(expected):  # one group each
+        moments = (beginning_at_start(torch.zeros(sizes[i], device="cuda")) for _ in range(2))
+        weights = (beginning_at_start(x) for x in (p.detach().float(), p.detach().bfloat16()))
+        states.append(PartitionState(*weights, *moments, factor=i % 2))
+    step, adamw = torch.zeros((), device="cuda"), FusedAdamW()
     for factors in (None, torch.tensor([4.0, 1.0], device="cuda"), None):
-        pieces = []
+        gradients = []
         for i, p in enumerate(expected):
             gradient = beginning_at_start(torch.randn(sizes[i], device="cuda").bfloat16())
             p.grad = gradient.double() / (1 if factors is None else factors[i % 2])
-            pieces.append(GradientPiece(gradient, *state[i], *moments[i], factor=i % 2))
+            gradients.append([gradient])
         optimizer.step()
         step += 1
-        prepared_adamw(pieces, step, factors, settings)()
-        for p, (master, weight) in zip(expected, state, strict=True):
-            torch.testing.assert_close(master.double(), p.detach(), rtol=1e-5, atol=1e-6)
-            assert torch.equal(weight, master.bfloat16())
+        adamw.prepare(states, gradients)
+        adamw.run(step, factors, settings)
+        torch.cuda.synchronize()
+        for p, state in zip(expected, states, strict=True):
+            torch.testing.assert_close(state.master.double(), p.detach(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(state.weight, state.master.bfloat16())
 
 
 @pytest.mark.parametrize("zero", ["zero1.json", "zero2.json"])
