@@ -1,4 +1,14 @@
-"""The Triton kernel of halo/training/fused_step.py."""
+"""The Triton kernel of halo/training/fused_step.py.
+
+gradients           [n] int64: where a piece's gradient begins
+pieces              [n, 6] int64: where its weight, the rounded copy of it, first and second moment begin, its number
+                    of elements, and its place in `factors`
+piece_of, begin_of  [programs] int32 and int64: a program's piece, and its first element there
+step                a number: how many steps there are with this one
+factors             gradients are divided by these, where they are CLIPPED
+like                has the precision of gradients and rounded weights
+ALIGNED             whether each piece begins at a multiple of 16 bytes, and has a multiple of 16 elements
+"""
 
 import triton
 import triton.language as tl
@@ -23,18 +33,7 @@ def adamw(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     LOOPS: tl.constexpr,
 ):
-    """One step of AdamW, in float32. Program i does LANES x LOOPS elements of one piece.
-
-    Args:
-        gradients: [n] int64: where a piece's gradient begins.
-        pieces: [n, 6] int64: where its weight, the rounded copy of it, first and second moment begin, its number of
-            elements, and its place in `factors`.
-        piece_of, begin_of: [programs] int32 and int64: a program's piece, and its first element there.
-        step: a number: how many steps there are with this one.
-        factors: gradients are divided by these, where they are CLIPPED.
-        like: has the precision of gradients and rounded weights.
-        ALIGNED: whether each piece begins at a multiple of 16 bytes, and has a multiple of 16 elements.
-    """
+    """One step of AdamW, in float32. Program i does LANES x LOOPS elements of one piece (see above)."""
     program = tl.program_id(0)
     index = tl.load(piece_of + program)
     piece = pieces + index * 6

@@ -65,11 +65,12 @@ class FusedStep:
     def step(self, closure: None = None) -> None:
         """One step of all groups; DeepSpeed's own if a gradient is not finite, which drops them."""
         zero = self._zero
-        norm = self._gradients.measure()
+        self._gradients.measure()
         optimizer, groups = zero.optimizer, range(len(zero.single_partition_of_fp32_groups))
         states = [self._state(group) for group in groups]
         self._adamw.prepare(states, [zero.averaged_gradients[group] for group in groups])
-        if not math.isfinite(norm):  # the host waits here, as DeepSpeed's does
+        norm = self._gradients.norms()["gradient_norm"]  # the host waits here, as DeepSpeed's does
+        if not math.isfinite(norm):
             self._plain_step(closure)
             return
         steps = [optimizer.state[partition]["step"] for partition in zero.single_partition_of_fp32_groups]

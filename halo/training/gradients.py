@@ -7,6 +7,7 @@ one pass makes the norms, which also show what is not finite, and the optimizer'
 A layer's norm is that of the mean gradient over all ranks and micro-batches, in every ZeRO stage.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -49,6 +50,8 @@ class Gradients:
         self._offloaded = bool(zero.offload_optimizer if self._three else zero.cpu_offload)
         self._norms_layers: Tensor | None = None
         self._norms = torch.zeros(len(layers), device=device())
+        self._read: list[float] | None = None
+        """The norms on the host, once they were read."""
         self.factors: Tensor | None = None
         """What gradients are divided by, one number or one for each layer; None: by nothing."""
         # The norm shows what this check would find.
@@ -60,10 +63,12 @@ class Gradients:
         zero.unscale_and_clip_grads = lambda *_: None
         self._plain_step, zero._optimizer_step = zero._optimizer_step, self._step
 
-    def norms(self) -> dict[str, Tensor]:
+    def norms(self) -> dict[str, float]:
         """The last step's norms before clipping: `gradient_norm` of all, `gradient_norm/<layer>` of each layer."""
-        norms = {f"gradient_norm/{name}": norm for name, norm in zip(self._names, self._norms, strict=True)}
-        return {"gradient_norm": torch.linalg.vector_norm(self._norms)} | norms
+        if self._read is None:
+            self._read = self._norms.tolist()
+        norms = {f"gradient_norm/{name}": norm for name, norm in zip(self._names, self._read, strict=True)}
+        return {"gradient_norm": math.hypot(*self._read)} | norms
 
     def measure(self) -> Tensor:
         """The global norm, a scalar on the device; not finite if a gradient is not."""
@@ -71,7 +76,7 @@ class Gradients:
         for index, norms in self._shares():
             squares.index_add_(0, index, norms.to(squares).square())
         dist.all_reduce(squares, group=self._zero.dp_process_group)
-        self._norms = squares.sqrt()
+        self._norms, self._read = squares.sqrt(), None
         total = squares.sum().sqrt()
         if self._clip:
             norms = self._norms if self._apart else total.expand(1)

@@ -38,11 +38,27 @@ from halo.run import atomic
 from halo.training.gpus import gpu_of_device
 
 
-def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The mean of each scalar over all ranks, in one collective."""
-    names = sorted(values)
-    total = all_sum(torch.stack([values[name].detach().double().mean() for name in names]))
-    return dict(zip(names, (total / world_size()).tolist(), strict=True))
+def mean_over_ranks(values: dict[str, torch.Tensor], flags: dict[str, bool]) -> Callable[[], dict[str, float]]:
+    """Begin one collective that makes the mean of each scalar over all ranks, and of each flag as 0 or 1.
+
+    Returns:
+        A function that waits for it, and not for what the GPU is given later, and returns the means.
+    """
+    on_gpu = torch.cuda.is_available()
+    numbers = torch.tensor([float(flag) for flag in flags.values()], dtype=torch.float64, pin_memory=on_gpu)
+    scalars = torch.stack([value.detach().double().mean() for value in values.values()])
+    total = all_sum(torch.cat([scalars, numbers.to(device(), non_blocking=True)])) / world_size()
+    host = torch.empty(total.shape, dtype=total.dtype, pin_memory=on_gpu).copy_(total, non_blocking=True)
+    copied = torch.cuda.Event() if on_gpu else None
+    if copied is not None:
+        copied.record()
+
+    def read() -> dict[str, float]:
+        if copied is not None:
+            copied.synchronize()
+        return dict(zip([*values, *flags], host.tolist(), strict=True))
+
+    return read
 
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
@@ -197,7 +213,9 @@ class Metrics:
         self._pauses[name] = value
 
     def log(self, step: int, values: dict[str, float], *, tokens: int) -> None:
-        """Record the 0-based step that just ended. Call it after the loss was read: then the step is over.
+        """Record the 0-based step that just ended. Call it after the loss was read: then its gradients are there.
+
+        The GPU may still make the optimizer's step: the time of that is in the next step's.
 
         Args:
             values: scalars to record, `loss` among them.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from halo.config import Training
 from halo.data.storage import cache_in
 from halo.data.stream import TokenStream
-from halo.distributed import SLOW_LIMIT, STEP_LIMIT, device, rank, waits_of_at_most, world_size
+from halo.distributed import SLOW_LIMIT, STEP_LIMIT, rank, waits_of_at_most, world_size
 from halo.errors import Stopped, UserError
 from halo.parallel.activations import KeptLayers
 from halo.run import StageFolder
@@ -149,21 +149,13 @@ class _Agreed:
     """Some rank could not write the metrics."""
 
     @classmethod
-    def of_ranks(
-        cls, values: dict[str, Tensor], *, stop: bool, checkpoint_written: bool, metrics_failed: bool
-    ) -> tuple["_Agreed", dict[str, float]]:
-        """What the ranks agree on, and the mean of each value over the ranks, from one collective."""
-        # This rank's flags, averaged with the metrics: above 0 means some rank, 1 means all.
-        flags = {"stop": stop, "checkpoint_written": checkpoint_written, "metrics_failed": metrics_failed}
-        means = mean_over_ranks(
-            values | {name: torch.tensor(float(flag), device=device()) for name, flag in flags.items()}
-        )
-        agreed = cls(
+    def of_means(cls, means: dict[str, float]) -> "_Agreed":
+        """From the means of the flags over the ranks, which it takes out: above 0 means some rank, 1 means all."""
+        return cls(
             must_stop=means.pop("stop") > 0,
             checkpoint_written=means.pop("checkpoint_written") == 1,
             metrics_failed=means.pop("metrics_failed") > 0,
         )
-        return agreed, means
 
 
 class _Loop:
@@ -221,13 +213,8 @@ class _Loop:
         """Train on one batch, and record that."""
         lr = learning_rate(self._training, self.state.step)
         with waits_of_at_most(self._limit):
-            values = self._optimize(lr)
-            agreed, means = _Agreed.of_ranks(
-                values,
-                stop=stop_requested(),
-                checkpoint_written=self._checkpoints.is_written(),
-                metrics_failed=self._metrics.has_failed(),
-            )
+            means = self._optimize(lr, stop_requested)
+            agreed = _Agreed.of_means(means)
             self.state = self.state.after_step(
                 loss=means["loss"],
                 skipped=self._engine.skipped(),
@@ -244,18 +231,28 @@ class _Loop:
         self._limit = STEP_LIMIT
         return agreed
 
-    def _optimize(self, lr: float) -> dict[str, Tensor]:
-        """Forward, backward, and the optimizer's step. Returns loss and metrics, means of this rank's micro-batches."""
+    def _optimize(self, lr: float, stop_requested: Callable[[], bool]) -> dict[str, float]:
+        """Forward, backward, and the optimizer's step.
+
+        Returns:
+            Loss and metrics, means over the micro-batches and ranks, and of the flags that `_Agreed` has. They are on
+            their way before the step: the host does not wait for it, and prepares the next one meanwhile.
+        """
         is_last_step = self.state.step == self._training.steps - 1
         total: dict[str, Tensor] = {}
+        means: Callable[[], dict[str, float]] | None = None
         for left in reversed(range(self._accumulation)):
             loss, values = self._engine.accumulate(next(self._batches))
             for name, value in ({"loss": loss} | values).items():
                 total[name] = total.get(name, 0) + value / self._accumulation
+            if not left:
+                flags = {"stop": stop_requested(), "checkpoint_written": self._checkpoints.is_written()}
+                means = mean_over_ranks(total, flags | {"metrics_failed": self._metrics.has_failed()})
             if left or not is_last_step:
                 self._batches.prefetch()  # while the GPU works on forward and backward; the step will wait for them
             self._engine.step(lr)
-        return total
+        assert means is not None
+        return means()
 
     def publish_checkpoint(self) -> None:
         """Wait until the last checkpoint is written, if it is not published yet, and publish it."""
