@@ -60,8 +60,8 @@ class SlidingWindowAttention(HypeNetAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Softmax attention within the window.
 
-        For eager, sdpa and its like the window is applied here, so that a mask need not have it; flash attention applies
-        it itself. Any other implementation relies on its mask.
+        For eager, sdpa and its like the window is applied here, so that a mask need not have it; flash attention
+        applies it itself. Any other implementation relies on its mask.
 
         Args:
             q: [B, H, T, D].
