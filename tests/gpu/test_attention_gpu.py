@@ -74,7 +74,7 @@ def test_a_model_with_padding_and_a_cache(name):
 
 def test_a_teacher_is_recorded_with_it(name):
     """The frozen teacher's forward is a CUDA graph: nothing in it may wait for the host, or compile anew."""
-    model = make_teacher("qwen3", hidden_size=256, num_attention_heads=4, head_dim=64).to("cuda", torch.bfloat16)
+    model = make_teacher("qwen3", hidden_size=384, head_dim=64, initializer_range=0.06).to("cuda", torch.bfloat16)
     ids = torch.randint(0, SIZES["vocab_size"], (2, 128), device="cuda")
     with torch.no_grad():
         plain = use_attention(model, "sdpa").model(ids).last_hidden_state.float()
