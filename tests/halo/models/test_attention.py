@@ -2,18 +2,22 @@
 
 import re
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+import halo
 from halo.config import AttentionName
 from halo.errors import UserError
 from halo.graph import STAGES
 from halo.models import attention
 from halo.models.attention import FASTEST, IMPLEMENTATIONS, Machine, choose, refusal, said_of, shape_of
 from halo.models.attention_functions import registered, use_attention
+from halo.models.fuse import fuse
+from halo.models.loading import frozen_states
 from halo.preset import load_config
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 from tests.halo.models import attention_cases, plain_flash
@@ -156,6 +160,13 @@ def test_every_stage_is_asked_for_what_it_runs(monkeypatch):
     assert [shape.tokens for shape in asked if shape.packed] == [config.finetune.seq_len]
 
 
+def test_a_stage_that_runs_a_model_says_which():
+    for name, stage in STAGES.items():
+        source = Path(halo.__file__).with_name("stages").joinpath(f"{name}.py").read_text()
+        assert ("context.attention[" in source) == bool(stage.models), name
+        assert all(f'["{model}"]' in source for model in stage.models), name
+
+
 def test_a_named_one_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(attention, "this_machine", lambda: machine(None))
     config = load_config("tiny", ["--attention", "flash_attention_3"])
@@ -203,6 +214,23 @@ def test_a_teachers_padding_is_not_seen(plain_kernels, family, name):
         sdpa = use_attention(model, "sdpa")(ids, attention_mask=mask).logits
         found = use_attention(model, name)(ids, attention_mask=mask).logits
         torch.testing.assert_close(found[mask.bool()], sdpa[mask.bool()], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_teachers_window_is_kept(plain_kernels, family):
+    """In transformers' own forward, and in the fused one."""
+    window = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2}
+    config = make_teacher(family).config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | window | {"layer_types": None})).double()
+    ids = torch.randint(1, config.vocab_size, (2, 23))
+    expected = use_attention(model.eval(), "sdpa")(ids).logits
+    assert not torch.allclose(make_teacher(family).double()(ids).logits, expected)
+    flash = use_attention(model, "flash_attention_2")
+    torch.testing.assert_close(flash(ids).logits, expected, rtol=1e-5, atol=1e-6)
+    fuse(flash)
+    torch.testing.assert_close(flash.lm_head(frozen_states(flash, ids)), expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
