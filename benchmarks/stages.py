@@ -34,6 +34,8 @@ from halo.config import Distill
 from halo.data.shards import write_shards
 from halo.distributed import device, on_rank0, rank, world_size
 from halo.models import build
+from halo.models.attention import IMPLEMENTATIONS, check_attention, choose, shape_of
+from halo.models.attention_functions import registered, use_attention
 from halo.plan.shapes import PUBLISHED
 from halo.preset import load_config
 from halo.ranks import RankLayout, split_ranks
@@ -89,6 +91,7 @@ def main() -> None:
     split = split_ranks(
         store, number, size, preset_settings(args, preset.distill, 1) if args.stage == "distill" else None
     )
+    args.attention = attention_of(args, getattr(preset, args.stage))
     if args.emulate:
         emulate(args.emulate)
     else:
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kept_layers", type=int, default=-1, help="that keep all activations (default: all that fit)")
     parser.add_argument("--offload", action="store_true", help="keep checkpointed activations in host memory")
     parser.add_argument("--sequence_parallel", type=int, default=1, help="ranks that share a sequence (default: 1)")
+    parser.add_argument("--attention", choices=["auto", *IMPLEMENTATIONS], default="auto", help="(default: auto)")
     parser.add_argument("--emulate", type=int, help="be the first of this many ranks, without the others")
     parser.add_argument("--steps", type=int, default=12, help="including the warm-up (default: 12)")
     parser.add_argument("--warm_up", type=int, default=4, help="first steps that are not counted (default: 4)")
@@ -143,6 +147,14 @@ def preset_settings(args: argparse.Namespace, preset: Any, ranks: int) -> Distil
     groups = max(1, ranks // args.sequence_parallel)
     values |= {"batch": values["micro_batch"] * args.accumulation * groups, "teacher_sharded": args.teacher_sharded}
     return Distill(**values | {"save_every": 10**9, "keep_every": 0})
+
+
+def attention_of(args: argparse.Namespace, preset: Any) -> str:
+    """What computes softmax attention, of teacher and student."""
+    packed = getattr(preset, "mask_documents", False)
+    shape = shape_of(TEACHERS[args.teacher], args.seq_len or preset.seq_len, packed, trains=args.stage != "align")
+    check_attention(args.attention, shape)
+    return choose(shape) if args.attention == "auto" else args.attention
 
 
 def emulate(size: int) -> None:
@@ -221,7 +233,7 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: R
     form = logits_form(training, words)
     shapes = nullcontext(SimpleNamespace(model=build.empty_teacher(teacher)))
     source: Any
-    with shapes if args.stage == "finetune" else teacher_of(training, teacher, split, form) as source:
+    with shapes if args.stage == "finetune" else teacher_of(training, teacher, split, form, args.attention) as source:
         objective = objective_of(args, training, teacher, source, ds_config)
         trained = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in source.model.parameters() if not p.is_meta)
@@ -243,10 +255,13 @@ def objective_of(
     torch.manual_seed(training.seed)  # as stages do: new weights (the gates) are the same in every run
     if args.stage == "align":
         assert isinstance(source, Teacher)
-        return Alignment(build.build_mixers(teacher, hybrid_config(config, [], rnn_mixer=args.mixer), place), source)
+        every = hybrid_config(config, [], rnn_mixer=args.mixer)
+        every._attn_implementation = registered(args.attention)
+        return Alignment(build.build_mixers(teacher, every, place), source)
     kept = [layer for layer in KEPT[args.teacher] if layer < config.num_hidden_layers]
     hybrid = hybrid_config(config, kept, rnn_mixer=args.mixer)
     student = build.build_student(teacher, hybrid, teacher / MIXERS, place)
+    use_attention(student, args.attention)
     if args.stage == "distill":
         return Distillation(student, source, **options_of(training))
     return NextToken(student, **options_of(training))
@@ -277,7 +292,7 @@ def report(
         f"{args.stage} {args.teacher}, {args.mixer}, {trained / 1e9:.2f}B trained, {world_size()} "
         f"{'emulated ' if args.emulate else ''}ranks, {training.sequence_parallel} a sequence, of {accumulation} x "
         f"{micro_batch} x {training.seq_len} tokens, ZeRO-{stage}, {'offload, ' if training.activation_offload else ''}"
-        f"checkpointing {'on' if training.activation_checkpointing else 'off'}: "
+        f"checkpointing {'on' if training.activation_checkpointing else 'off'}, attention by {args.attention}: "
         f"{of['tokens_per_s_gpu']:,.0f} tokens/s a GPU, {1000 * of['step_s']:.0f} ms a step (the first {first:.1f} s), "
         f"MFU {of.get('mfu', 0):.1%} of the data sheet's peak, "
         f"waiting {of.get('teacher_wait_s', 0) / of['step_s']:.1%} for the teacher, "

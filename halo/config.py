@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Schedule = Literal["cosine", "constant", "wsd"]
+AttentionName = Literal["auto", "sdpa", "cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 TOP_K = 64
 MIN_LR = 1e-5
 CACHE_GB = 64.0
@@ -361,6 +362,8 @@ class Config:
     """A Hugging Face id, folder or GGUF file of a causal language model."""
     rnn_mixer: str = DEFAULT_MIXER
     """The RNN mixer of the layers that replace attention."""
+    attention: AttentionName = "auto"
+    """What computes softmax attention, of teacher and student. Auto: the fastest that can run (docs/guide.md)."""
     architecture: Architecture = field(default_factory=Architecture)
     """The switches of HypeNet's ablations."""
     heldout: str = ""

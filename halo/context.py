@@ -7,7 +7,7 @@ from typing import Any
 
 from halo.config import Config
 from halo.errors import UserError
-from halo.graph import STAGES, Seen, stages_to
+from halo.graph import STAGES, Model, Seen, stages_to
 from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.tables import config_table
@@ -35,6 +35,8 @@ class Context:
     ds_config: dict[str, Any]
     split: RankLayout | None = None
     """Which ranks serve a dedicated teacher. None: all ranks train."""
+    attention: Mapping[str, Mapping[Model, str]]
+    """Stage -> its models -> the implementation of their attention (halo/models/attention.py)."""
     taken: Mapping[str, Path] = field(default_factory=dict)
     """Stages to take from another run: stage -> its folder there (halo/taking.py)."""
     verified: set[str] = field(default_factory=set)

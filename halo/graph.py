@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Seen = Literal["rnn", "attention", "heldout"]
+Model = Literal["teacher", "student"]
 
 RUN_CONFIG = "config.toml"
 """In a run's folder: the resolved settings."""
@@ -36,6 +37,8 @@ class Stage:
     sees: tuple[Seen, ...] = ()
     """Settings that its result depends on, beside its own table and its inputs: the RNN mixer and its switches ("rnn"),
     the switches of attention layers ("attention"), the text to measure on ("heldout")."""
+    models: tuple[Model, ...] = ()
+    """The models that it runs. What it makes or trains, or what was made, is the student."""
     trains: bool = False
     costed: bool = False
     """Whether the report (Table 2) shows what it cost."""
@@ -49,12 +52,13 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage(name="pretrain", launcher="pretrain.py", trains=True, conversion=False),
+        Stage(name="pretrain", launcher="pretrain.py", models=("student",), trains=True, conversion=False),
         Stage(
             name="align",
             launcher="align.py",
             script="stage1_{size}.sh",
             sees=("rnn",),
+            models=("teacher", "student"),
             trains=True,
             costed=True,
         ),
@@ -64,6 +68,7 @@ STAGES: dict[str, Stage] = {
             launcher="selection.py",
             script="selection_{size}.sh",
             sees=("rnn", "heldout"),  # it replaces single layers of the teacher: no attention layer of the hybrid
+            models=("teacher", "student"),
             costed=True,
         ),
         Stage(
@@ -72,6 +77,7 @@ STAGES: dict[str, Stage] = {
             launcher="kd.py",
             script="stage2_{size}.sh",
             sees=("rnn", "attention"),
+            models=("teacher", "student"),
             trains=True,
             costed=True,
         ),
@@ -81,6 +87,7 @@ STAGES: dict[str, Stage] = {
             inputs=("distill",),
             launcher="finetune.py",
             script="stage3_{size}.sh",
+            models=("student",),
             trains=True,
             costed=True,
         ),
@@ -90,11 +97,19 @@ STAGES: dict[str, Stage] = {
             launcher="scaling.py",
             script="export.sh",
             sees=("heldout",),
+            models=("student",),
             costed=True,
         ),
         Stage(name="export", inputs=("finetune", "scaling"), launcher="export.py", script="export.sh"),
-        Stage(name="niah", inputs=("export",), launcher="niah.py", script="niah.sh", sees=("heldout",)),
-        Stage(name="csr", inputs=("export",), launcher="csr.py", script="csr.sh"),
+        Stage(
+            name="niah",
+            inputs=("export",),
+            launcher="niah.py",
+            script="niah.sh",
+            sees=("heldout",),
+            models=("teacher", "student"),
+        ),
+        Stage(name="csr", inputs=("export",), launcher="csr.py", script="csr.sh", models=("teacher", "student")),
     )
 }
 """Every stage by its name, each after its inputs."""

@@ -13,8 +13,9 @@ from halo.distributed import on_rank0, rank, world_size
 from halo.errors import UserError
 from halo.graph import STAGES, stages_to
 from halo.job import Job
+from halo.models.attention import attention_of_stage, check_attention, said_of
 from halo.models.build import check_teacher
-from halo.models.loading import check_architecture, find_teacher
+from halo.models.loading import check_architecture, find_teacher, load_model_config
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
 from halo.parallel.checks import check_sequence_parallel
 from halo.run import claim, recorded_config, teacher_fingerprint
@@ -39,12 +40,16 @@ def run_stage(job: Job, stage: str) -> Context:
         context = replace(on_rank0(take, context), split=job.split)
         for name in taken:
             say(f"{name}: taken from {job.taken_from}")
+        told = job.config.attention != "auto"
         for name in names:
             if on_rank0(context.is_complete, name):
                 say(on_rank0(_done, context, name))
                 continue
             if name != stage:
                 say(f"{name}: missing, preparing it for {stage}")
+            if not told and context.attention:
+                say(said_of(context.attention))
+                told = True
             began = time.perf_counter()
             stage_module(name).run(context)
             say(f"{name}: {time.perf_counter() - began:.0f} s -> {context.run / name}")
@@ -74,6 +79,7 @@ def _done(context: Context, name: str) -> str:
 def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
     """Every check that needs no model. Writes nothing but what is fetched from the hub."""
     ds_config = read_ds_config(job.ds_config)
+    check_attention(job.config.attention)
     converts = STAGES[stage].conversion
     if converts:
         _check_mixer(job.config.rnn_mixer)
@@ -85,12 +91,14 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
             complete_ds_config(ds_config, training)
     claim(job.run, job.config)
     teacher = _find_teacher(job, names) if converts else Path()
+    model_config = load_model_config(teacher) if converts else job.config.pretrain
     context = Context(
         config=job.config,
         run=job.run,
         teacher=teacher,
         fingerprint=teacher_fingerprint(teacher, tokenizer_hash(load_tokenizer(teacher))) if converts else "",
         ds_config=ds_config,
+        attention={n: attention_of_stage(job.config, n, model_config) for n in names if STAGES[n].models},
     )
     if job.taken_from is not None:
         context = with_taken(context, job.taken_from, job.taken_stages)

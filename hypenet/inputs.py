@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .cache import HypeNetCache
 from .configuration_hypenet import HypeNetConfig
+from .implementations import like_sdpa
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 
@@ -50,7 +51,7 @@ def layer_masks(
         masks["full_attention"] = create_causal_mask(**arguments)
     if "sliding_attention" in config.layer_types:
         # The layers apply the window themselves: without a mask, no [T, S] is made.
-        without = config._attn_implementation == "sdpa" and attention_mask is None and position_ids is None
+        without = like_sdpa(config._attn_implementation) and attention_mask is None and position_ids is None
         masks["sliding_attention"] = None if without else create_sliding_window_causal_mask(**arguments)
     return masks
 
@@ -92,7 +93,7 @@ def packed_arguments(
     Args:
         bounds: [documents + 1].
         position_ids: [B or 1, T], or None: each document counts from 0.
-        sdpa: whether attention is sdpa, which computes each document in its own call.
+        sdpa: whether attention is sdpa or like it, and computes each document in its own call.
 
     Returns:
         The positions; those from which a mask is made, or None: no mask; and the layers' arguments, by transformers'

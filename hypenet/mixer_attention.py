@@ -15,6 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .configuration_hypenet import ATTENTION, HypeNetConfig, read_scaling
 from .fused import gated, projections, turn
+from .implementations import like_sdpa
 from .mixers import Mixer, mixer
 from .norm import HeadNorm
 
@@ -133,7 +134,7 @@ class HypeNetAttention(Mixer, Qwen3Attention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax attention of rows. Of packed documents without a mask, with sdpa: of each document alone.
+        """Softmax attention of rows. Of packed documents without a mask, with sdpa and its like: of each alone.
 
         Args:
             q: [B, H, T, D].
@@ -145,7 +146,7 @@ class HypeNetAttention(Mixer, Qwen3Attention):
             The output, [B, T, H, D], and the attention weights if the implementation returns them.
         """
         bounds = kwargs.get("cu_seq_lens_q")
-        if bounds is None or attention_mask is not None or self.implementation != "sdpa":
+        if bounds is None or attention_mask is not None or not like_sdpa(self.implementation):
             return self.attend_rows(q, k, v, attention_mask, **kwargs)
         q_, k_, v_ = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
         documents = [

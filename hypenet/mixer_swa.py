@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_hypenet import SLIDING_WINDOW, WINDOW, HypeNetConfig
+from .implementations import like_flash, like_sdpa
 from .mixer_attention import HypeNetAttention
 from .mixers import mixer
 
@@ -59,8 +60,8 @@ class SlidingWindowAttention(HypeNetAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Softmax attention within the window.
 
-        For eager and sdpa the window is applied here, so that a mask need not have it; flash attention applies it
-        itself. Any other implementation relies on its mask.
+        For eager, sdpa and its like the window is applied here, so that a mask need not have it; flash attention
+        applies it itself. Any other implementation relies on its mask.
 
         Args:
             q: [B, H, T, D].
@@ -75,8 +76,8 @@ class SlidingWindowAttention(HypeNetAttention):
             ValueError: there is no mask, and the implementation needs one.
         """
         implementation, window = self.implementation, self.sliding_window
-        if implementation not in ("eager", "sdpa"):
-            if attention_mask is None and k.shape[2] > window and "flash" not in implementation:
+        if implementation != "eager" and not like_sdpa(implementation):
+            if attention_mask is None and k.shape[2] > window and not like_flash(implementation):
                 raise ValueError(
                     f"Layer {self.layer_idx}: {implementation} sees beyond the window of {window} without a mask: "
                     "give one, or use sdpa, eager or flash attention."
@@ -88,7 +89,7 @@ class SlidingWindowAttention(HypeNetAttention):
         k, v, mask = k[:, :, -keys:], v[:, :, -keys:], attention_mask
         if mask is not None:
             mask = mask[..., -keys:] if mask.ndim == 4 else mask[:, None, None, -keys:].bool()
-        if implementation == "sdpa" and queries > 2 * window:
+        if like_sdpa(implementation) and queries > 2 * window:
             return self._attend_in_blocks(q, k, v, mask, **kwargs), None
         if implementation == "eager" and mask is None:
             mask = q.new_zeros(1, 1, queries, keys)

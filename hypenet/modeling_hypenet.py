@@ -31,6 +31,7 @@ from .fixed_decay import fixed_decay_attention
 from .fixed_decay_kernels import segment_outputs
 from .fused import projections, swiglu
 from .fused_kernels import triton
+from .implementations import like_sdpa
 from .inputs import cached_tokens, checked_mask, documents, layer_masks, packed_arguments, positions
 from .kernels import serves
 from .linear_attention import linear_attention
@@ -207,7 +208,7 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         if bounds is not None:
             if attention_mask is not None or past_key_values is not None or use_cache:
                 raise ValueError("Packed documents take neither attention_mask nor a cache: each is a sequence alone.")
-            sdpa, device = self.config._attn_implementation == "sdpa", inputs_embeds.device
+            sdpa, device = like_sdpa(self.config._attn_implementation), inputs_embeds.device
             position_ids, apart, packed = packed_arguments(bounds, position_ids, batch, device, sdpa=sdpa)
             kwargs, use_cache = kwargs | packed, False
         masks = layer_masks(self.config, inputs_embeds, attention_mask, past_key_values, apart)

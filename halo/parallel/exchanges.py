@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halo.parallel.sequence import Rows, SequenceGroup
+from hypenet.implementations import like_flash, like_sdpa
 from hypenet.linear_attention import by_token, linear_attention
 
 
@@ -27,13 +28,14 @@ class Ulysses:
     If there are more ranks than key and value heads, these are repeated (`repeats`).
 
     Raises:
-        ValueError: the attention's implementation is not sdpa.
+        ValueError: the attention's implementation needs a mask to be causal.
     """
 
     def __init__(self, attention: Any, group: SequenceGroup):
-        if attention.implementation != "sdpa":
+        if not (like_sdpa(attention.implementation) or like_flash(attention.implementation)):
             raise ValueError(
-                f"Ranks share sequences with sdpa, not {attention.implementation}: load the model with it."
+                f"Ranks share sequences with sdpa or flash attention, not {attention.implementation}: load the model "
+                "with one of them."
             )
         self._attend, self._group = attention.attend, group
         heads = attention.heads

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from halo.context import Context
 from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
+from halo.models.attention import PLAIN
+from halo.models.attention_functions import registered, use_attention
 from halo.models.build import build_mixers, build_teacher
 from halo.parallel.sequence import SequenceGroup
 from halo.run import StageFolder
@@ -35,10 +37,12 @@ def check(context: Context) -> None:
 def run(context: Context) -> None:
     folder, training = context.folder("align"), context.config.align
     shards = shards_for(context, "align")
-    teacher = build_teacher(context.teacher)
+    attention = context.attention["align"]
+    teacher = use_attention(build_teacher(context.teacher), attention["teacher"])
     switches = context.config.architecture.switches()
     config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=context.config.rnn_mixer, **switches)
     torch.manual_seed(training.seed)
+    config._attn_implementation = registered(attention["student"])
     mixers = build_mixers(context.teacher, config, placement(context.ds_config, training))
     objective = Alignment(mixers, Teacher(teacher, sequence=SequenceGroup(training.sequence_parallel)))
     result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
@@ -50,16 +54,20 @@ def run(context: Context) -> None:
     on_rank0(finish)
 
 
-def new_mixers(teacher: PreTrainedModel, rnn_mixer: str, **switches: Any) -> dict[int, nn.Module]:
+def new_mixers(
+    teacher: PreTrainedModel, rnn_mixer: str, *, attention: str = PLAIN, **switches: Any
+) -> dict[int, nn.Module]:
     """An RNN mixer for every attention layer of the teacher, initialised from its weights (Sec. 4.1).
 
     Args:
+        attention: the implementation of softmax attention, where the mixer has some.
         switches: those of `hybrid_config`.
 
     Returns:
         Layer index -> mixer, in the teacher's dtype and on its device.
     """
     config = hybrid_config(teacher.config, attention_layers=[], rnn_mixer=rnn_mixer, **switches)
+    config._attn_implementation = registered(attention)
     return {
         index: mixer_from_attention(layer.self_attn, config, index).to(teacher.dtype)
         for index, layer in enumerate(teacher.model.layers)

@@ -17,6 +17,7 @@ from halo.distributed import device, from_rank0, on_rank0, rank
 from halo.measuring.evaluation import Pair, ProgressCallback, log_likelihoods
 from halo.measuring.figures import measuring
 from halo.measuring.report import Score, csr_average, csr_markdown
+from halo.models.attention_functions import use_attention
 from halo.models.loading import load_hybrid, load_teacher
 from halo.models.tokenizer import load_tokenizer
 from halo.stages.export import MODEL
@@ -35,9 +36,10 @@ def check(context: Context) -> None:
 def run(context: Context) -> None:
     settings, folder = context.config.csr, context.folder("csr")
     tokenizer = load_tokenizer(context.teacher)
+    attention = context.attention["csr"]
     models: dict[str, Callable[[], PreTrainedModel]] = {
-        "teacher": lambda: load_teacher(context.teacher),
-        "hybrid": lambda: load_hybrid(context.run / "export" / MODEL),
+        "teacher": lambda: use_attention(load_teacher(context.teacher), attention["teacher"]),
+        "hybrid": lambda: use_attention(load_hybrid(context.run / "export" / MODEL), attention["student"]),
     }
     accuracy: dict[str, dict[str, float]] = {}
     with measuring(folder, None, "csr") as measure:

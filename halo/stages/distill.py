@@ -16,6 +16,7 @@ from halo.context import Context
 from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
 from halo.errors import UserError
+from halo.models.attention_functions import use_attention
 from halo.models.build import build_student, build_teacher
 from halo.models.loading import load_model_config
 from halo.parallel.sequence import SequenceGroup
@@ -53,10 +54,12 @@ def run(context: Context) -> None:
         **context.config.architecture.switches(),
     )
     form = logits_form(training, config.vocab_size)
-    with teacher_of(training, context.teacher, context.split, form) as teacher:
+    attention = context.attention["distill"]
+    with teacher_of(training, context.teacher, context.split, form, attention["teacher"]) as teacher:
         torch.manual_seed(training.seed)
         mixers = context.folder("align").path / MIXERS_FILE
         student = build_student(context.teacher, config, mixers, placement(context.ds_config, training))
+        use_attention(student, attention["student"])
         objective = Distillation(
             student,
             teacher,
@@ -69,15 +72,18 @@ def run(context: Context) -> None:
 
 
 def teacher_of(
-    training: Distill, source: Path, split: RankLayout | None, form: LogitsForm
+    training: Distill, source: Path, split: RankLayout | None, form: LogitsForm, attention: str
 ) -> AbstractContextManager[TeacherSource]:
     """The teacher, where the settings place it, for as long as the block lasts.
+
+    Args:
+        attention: the implementation of its attention.
 
     Raises:
         UserError: it could not be loaded.
     """
     if training.teacher_placement == "colocated":
-        model = build_teacher(source, teacher_group(training.teacher_sharded))
+        model = use_attention(build_teacher(source, teacher_group(training.teacher_sharded)), attention)
         return nullcontext(Teacher(model, form, SequenceGroup(training.sequence_parallel, apart=True)))
     assert split is not None and split.teachers
     micro_batch, _ = split_batch(training)
@@ -85,6 +91,7 @@ def teacher_of(
         teacher=str(source.resolve()),
         sharded=training.teacher_sharded,
         form=form,
+        attention=attention,
         batch=micro_batch,
         seq_len=training.seq_len,
     )

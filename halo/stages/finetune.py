@@ -3,6 +3,7 @@
 from halo.context import Context
 from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
+from halo.models.attention_functions import use_attention
 from halo.models.build import build_hybrid
 from halo.models.tokenizer import load_tokenizer, separator_id
 from halo.stages.distill import HYBRID, options_of, save_hybrid
@@ -22,6 +23,7 @@ def run(context: Context) -> None:
     folder, training = context.folder("finetune"), context.config.finetune
     shards = shards_for(context, "finetune")
     student = build_hybrid(context.run / "distill" / HYBRID, placement(context.ds_config, training))
+    use_attention(student, context.attention["finetune"]["student"])
     objective = NextToken(
         student,
         separator=separator_id(load_tokenizer(context.teacher)) if training.mask_documents else None,

@@ -17,6 +17,7 @@ from halo.graph import conversion
 from halo.measuring.evaluation import needle_recall, share_sequences
 from halo.measuring.figures import measuring
 from halo.measuring.report import Cell, Results, StageCost, to_json, to_markdown, to_png
+from halo.models.attention_functions import use_attention
 from halo.models.loading import apply_yarn, load_hybrid, load_teacher
 from halo.models.tokenizer import load_tokenizer
 from halo.parallel.sequence import SequenceGroup
@@ -69,8 +70,9 @@ def _models(context: Context, group: SequenceGroup) -> dict[str, Callable[[int],
     """The table's rows: name -> the model, set up for a length in tokens."""
     teacher = load_teacher(context.teacher).to(device())
     hybrid = load_hybrid(context.run / "export" / MODEL).to(device())
-    for model in (teacher, hybrid):
-        share_sequences(model, group)
+    attention = context.attention["niah"]
+    for model, implementation in ((teacher, attention["teacher"]), (hybrid, attention["student"])):
+        share_sequences(use_attention(model, implementation), group)
     scaling, original = hybrid.config.attn_logits_scaling, context.config.niah.yarn_from
 
     def teacher_plain(length: int) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from halo.data.needle import template_texts
 from halo.data.stage_shards import ensure_shards
 from halo.distributed import on_rank0
 from halo.errors import UserError
+from halo.models.attention_functions import use_attention
 from halo.models.tokenizer import load_tokenizer, train_tokenizer
 from halo.run import StageFolder, atomic_folder
 from halo.training.objectives import NextToken
@@ -33,6 +34,7 @@ def run(context: Context) -> None:
     shards = on_rank0(_prepare_text, training, tokenizer, context.run / "data" / "pretrain")
     torch.manual_seed(training.seed)
     model = Qwen3ForCausalLM(model_config(training, load_tokenizer(tokenizer)))
+    use_attention(model, context.attention["pretrain"]["student"])
     result = train(NextToken(model), training, shards=shards, folder=folder, ds_config=context.ds_config)
     on_rank0(_save_teacher, folder, model, result, tokenizer)
 

@@ -10,6 +10,7 @@ from halo.data.held_out import HeldOut, check_held_out
 from halo.distributed import device, on_rank0
 from halo.measuring.evaluation import loss_at_length, share_sequences
 from halo.measuring.figures import measuring
+from halo.models.attention_functions import use_attention
 from halo.models.loading import load_hybrid
 from halo.models.tokenizer import load_tokenizer
 from halo.parallel.sequence import SequenceGroup
@@ -32,6 +33,7 @@ def run(context: Context) -> None:
         settings.seq_len, settings.documents
     )
     hybrid = load_hybrid(context.run / "finetune" / HYBRID).to(device())
+    use_attention(hybrid, context.attention["scaling"]["student"])
     group = SequenceGroup(settings.sequence_parallel)
     share_sequences(hybrid, group)
     scaled = {f"{a:g}": hype_scaling(a) if settings.form == "hype" else a for a in settings.candidates}

@@ -21,6 +21,7 @@ from halo.measuring.evaluation import CHOICES, build_questions, continuation_acc
 from halo.measuring.figures import measuring
 from halo.measuring.importance import default_k, importance, ranking
 from halo.measuring.report import selection_png
+from halo.models.attention_functions import use_attention
 from halo.models.loading import load_model_config, load_teacher
 from halo.models.tokenizer import load_tokenizer
 from halo.stages.align import load_mixers, new_mixers
@@ -45,7 +46,8 @@ def check(context: Context) -> None:
 
 def run(context: Context) -> None:
     settings = context.config.selection
-    teacher = load_teacher(context.teacher).eval().to(device())
+    teacher = use_attention(load_teacher(context.teacher), context.attention["selection"]["teacher"])
+    teacher = teacher.eval().to(device())
     keep = settings.attention_layers or default_k(len(teacher.model.layers))
     report: dict[str, Any] = {"attention_layers": sorted(settings.layers)}
     cost = {"tokens": 0, "seconds": 0.0}
@@ -79,7 +81,8 @@ def _measure(context: Context, teacher: PreTrainedModel) -> tuple[dict[str, Any]
     questions = build_questions(
         held_out.token_ids(), count=settings.questions, context=ask, continuation=answer, seed=settings.seed
     )
-    mixers = new_mixers(teacher, context.config.rnn_mixer, **context.config.architecture.switches())
+    attention, switches = context.attention["selection"]["student"], context.config.architecture.switches()
+    mixers = new_mixers(teacher, context.config.rnn_mixer, attention=attention, **switches)
     weights = load_mixers(context.folder("align"))
     recall, csr = [], []
     batch_tokens = context.config.niah.batch_tokens

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from halo.distributed import PATIENCE, SLOW_LIMIT, STEP_LIMIT, device, rank
 from halo.errors import Stopped, UserError
+from halo.models.attention_functions import use_attention
 from halo.models.build import build_head, build_teacher, empty_teacher
 from halo.ranks import LEAVE, ORDER, RankLayout
 from halo.stop import ignoring_stop_requests
@@ -66,6 +67,8 @@ class Order:
     """A folder or a GGUF file."""
     sharded: bool
     form: LogitsForm
+    attention: str
+    """The implementation of its attention (halo/models/attention.py)."""
     batch: int
     """B, the sequences of a question."""
     seq_len: int
@@ -255,7 +258,8 @@ def serve(layout: RankLayout) -> None:
 def _answer(layout: RankLayout, order: Order) -> None:
     """Answer this rank's students in turn, until none has more questions."""
     links = [Link(layout, student, LinkEnd.TEACHER) for student in layout.answered_students()]
-    teacher = Teacher(build_teacher(Path(order.teacher), teacher_group(order.sharded)), order.form)
+    model = use_attention(build_teacher(Path(order.teacher), teacher_group(order.sharded)), order.attention)
+    teacher = Teacher(model, order.form)
     for link in links:
         link.send_message(torch.ones(1))()
         # NCCL connects at the first transfer, and each end waits there: not while the other waits for a question.

@@ -134,6 +134,7 @@ def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher:
         teacher=str(teacher),
         sharded=settings.teacher_sharded,
         form=logits_form(settings, SHAPE["vocab_size"]),
+        attention="sdpa",
         batch=micro_batch,
         seq_len=settings.seq_len,
     )

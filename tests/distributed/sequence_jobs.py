@@ -1,5 +1,6 @@
 """Functions that the tests of sequence parallelism run on each rank."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from halo.data.needle import NeedleSample
 from halo.distributed import all_sum, world_size
 from halo.measuring.evaluation import loss_at_length, needle_recall, share_sequences
+from halo.models.attention import IMPLEMENTATIONS
+from halo.models.attention_functions import use_attention
 from halo.parallel.sequence import SequenceGroup
 from halo.stages.align import new_mixers
 from halo.teacher.colocated import Teacher
@@ -21,6 +24,7 @@ from halo.training.objectives import Alignment, Distillation, NextToken
 from halo.training.trainer import Objective
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 from tests.distributed import jobs
+from tests.halo.models import plain_flash
 
 B, T, SEPARATOR = 2, 64, 63
 OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}, "ttt": {"mini_batch_size": 5}}
@@ -112,6 +116,24 @@ def of_stages(mixer: str) -> dict[str, tuple[Tensor, Gradients]]:
     """`loss_and_gradients` of stages 1 and 2."""
     stages: dict[str, Callable[[str, int], Objective]] = {"align": alignment, "distill": distillation}
     return {name: loss_and_gradients(make(mixer, world_size()), tokens(False)) for name, make in stages.items()}
+
+
+def with_flash_attention(mixers: list[str]) -> list[tuple[Tensor, Gradients]]:
+    """`loss_and_gradients` in float64 of stage 3 on packed rows with each mixer, and of stage 2.
+
+    One rank computes them with torch's own attention, several with flash attention's functions, written in torch.
+    """
+    sys.modules[IMPLEMENTATIONS["flash_attention_4"].module] = plain_flash
+    name = "flash_attention_4" if world_size() > 1 else "sdpa"
+    objectives: list[Objective] = []
+    for mixer in mixers:
+        model = use_attention(student(mixer), name)
+        objectives.append(NextToken(model, separator=SEPARATOR, sequence=SequenceGroup(world_size())))
+    teacher = use_attention(jobs.make_teacher(num_hidden_layers=2).double(), name)
+    asked = Teacher(teacher, sequence=SequenceGroup(world_size(), apart=True))
+    model = use_attention(student(mixers[0]), name)
+    objectives.append(Distillation(model, asked, cross_entropy=0.5, sequence=SequenceGroup(world_size())))
+    return [loss_and_gradients(objective.double(), tokens(packed=True)) for objective in objectives]
 
 
 def in_tiles(zero: str | None) -> tuple[Tensor, Gradients]:

@@ -51,6 +51,13 @@ def test_in_double_precision(one_process):
             assert worst(of_rank[case], expected) <= 1e-11, case
 
 
+def test_flash_attention_shares_sequences_too():
+    mixers = ["lightning-attn", "swa"]
+    expected = sequence_jobs.with_flash_attention(mixers)
+    for of_rank in run_ranks(2, sequence_jobs.with_flash_attention, mixers):
+        assert [worst(*pair) <= 1e-9 for pair in zip(of_rank, expected, strict=True)] == [True] * 3
+
+
 def test_stages_1_and_2():
     expected = sequence_jobs.of_stages("lightning-attn")
     for of_rank in run_ranks(2, sequence_jobs.of_stages, "lightning-attn"):

@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import Qwen3Config
 from triton.runtime.autotuner import Autotuner
 
+from halo.models.attention import IMPLEMENTATIONS, refusal, shape_of
+from halo.models.attention_functions import use_attention
 from halo.parallel.sequence import SequenceGroup
 from halo.teacher.batch import Batch
 from halo.training.objectives import NextToken
@@ -26,19 +29,24 @@ SHAPE = {
     "head_dim": 128,
     "initializer_range": 0.06,
 }
-CASES = [("lightning-attn", False), ("lightning-attn", True), ("gla", True), ("deltanet", True)]
+RUNNING = [name for name in IMPLEMENTATIONS if not refusal(name, shape_of(Qwen3Config(head_dim=128), T, trains=True))]
+CASES = [("lightning-attn", False, "sdpa"), ("gla", True, "sdpa"), ("deltanet", True, "sdpa")]
+CASES += [("lightning-attn", True, name) for name in RUNNING]
+"""The mixer, whether documents are packed, and what computes softmax attention."""
 
 _prune = Autotuner.prune_configs
 Autotuner.prune_configs = lambda tuner, arguments: _prune(tuner, arguments)[:1]
 """Of a kernel's configurations the first is taken, untimed: each would have to be compiled, for minutes."""
 
 
-def gradients(mixer: str, packed: bool, degree: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def gradients(
+    mixer: str, packed: bool, attention: str, degree: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
     """Of every parameter, and the loss, of a model of two layers."""
     torch.manual_seed(0)
     types = [mixer, "attn"]
     config = HypeNetConfig(**SHAPE, num_hidden_layers=2, mixer_types=types)
-    model = HypeNetForCausalLM(config).to("cuda", dtype).train()
+    model = use_attention(HypeNetForCausalLM(config).to("cuda", dtype).train(), attention)
     ids = torch.randint(0, SEPARATOR, (B, T))
     ids[:, [100, 255, 400]] = SEPARATOR
     objective = NextToken(model, separator=SEPARATOR if packed else None, sequence=SequenceGroup(degree))
@@ -80,7 +88,7 @@ def _rank(rank: int, store: str, results: str) -> None:
 def test_two_ranks_compute_what_one_does():
     """As near as one process in half precision is to single precision, within a factor."""
     one = [gradients(*case, degree=1) for case in CASES]  # first: what it compiles, both ranks find in Triton's cache
-    exact = [gradients(*case, degree=1, dtype=torch.float32) for case in CASES]
+    exact = [gradients(*case[:2], "sdpa", degree=1, dtype=torch.float32) for case in CASES]
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (f"{folder}/store", f"{folder}/results"), nprocs=2)
         both = torch.load(f"{folder}/results")

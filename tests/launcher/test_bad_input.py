@@ -50,6 +50,17 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+# The attention
+
+
+def test_an_attention_implementation_that_cannot_run(tmp_path):
+    """Before the teacher is looked for."""
+    overrides = ["--attention", "cudnn", "--teacher", "/no/such/folder"]
+    said = refusal("align", tmp_path / "run", *overrides)
+    assert said == "attention = cudnn: it needs a CUDA GPU, and there is none: set attention to auto or sdpa"
+    assert not (tmp_path / "run").exists()
+
+
 # The teacher
 
 

@@ -30,6 +30,10 @@ def test_every_stage_leaves_its_record(demo):
     assert not list(run.rglob("*.partial"))
 
 
+def test_what_attention_took_is_said_once(demo):
+    assert demo[1].count("attention: auto takes ") == 1
+
+
 def test_stage_1_leaves_rnn_mixers_and_nothing_of_the_teacher(demo):
     run, _ = demo
     names = load_file(run / "align" / "mixers.safetensors")
