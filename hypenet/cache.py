@@ -5,8 +5,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_hypenet import ATTENTION, SLIDING_WINDOW, HypeNetConfig
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in arguments and outputs: "cache" since 5.24. A forward takes both names."""
 
 State = Tensor | tuple[Tensor, ...]
 """The state of an RNN layer between calls: one tensor or several, [B, ...] each."""
@@ -116,6 +120,17 @@ class HypeNetCache(Cache):
         layer = self.layers[layer_idx]
         assert isinstance(layer, StateLayer), f"layer {layer_idx} is an attention layer"
         return layer
+
+
+def the_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache, by whichever of its names it was given, or None.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give the cache as past_key_values or as cache, not both.")
+    return cache if past_key_values is None else past_key_values
 
 
 def _own(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .cache import HypeNetCache
+from .cache import CACHE, HypeNetCache
 from .configuration_hypenet import HypeNetConfig
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
@@ -39,7 +39,7 @@ def layer_masks(
         "input_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         "cache_position": torch.arange(seen, seen + tokens, device=inputs_embeds.device),
-        "past_key_values": cache,
+        CACHE: cache,
         "position_ids": position_ids,
     }
     arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}

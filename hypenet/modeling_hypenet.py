@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 # Every file of the model is imported here, also those that only others use: an import registers a mixer, and
 # transformers 4 loads exported code with these files only.
 # ruff: noqa: F401
-from .cache import HypeNetCache
+from .cache import CACHE, HypeNetCache, the_cache
 from .configuration_hypenet import HypeNetConfig
 from .delta_rule import delta_rule
 from .fixed_decay import fixed_decay_attention
@@ -162,6 +162,7 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         past_key_values: HypeNetCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Qwen3Model's, with a mask for each kind of mixer.
@@ -172,7 +173,7 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
             position_ids: [B, T] or [1, T], 0-based. By default counted from the mask, so padding has no position.
                 Without a mask and a cache, positions that restart at 0 mark packed documents: neither attention nor
                 state crosses from one to the next.
-            past_key_values: the cache to continue.
+            past_key_values, cache: two names of one argument, the cache to continue.
             use_cache: whether to return a cache. By default `config.use_cache`, but never in training or for packed
                 documents.
             kwargs: among them `cu_seq_lens_q`, [documents + 1] in int32, the bounds of packed documents in the
@@ -183,35 +184,36 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        seen = cached_tokens(past_key_values)
+        cache = the_cache(past_key_values, cache)
+        seen = cached_tokens(cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
         recurrent = "linear_attention" in self.config.layer_types
         attention_mask = checked_mask(attention_mask, seen, tokens, recurrent=recurrent)
         bounds, apart = kwargs.pop("cu_seq_lens_q", None), None
-        if attention_mask is None and past_key_values is None:
+        if attention_mask is None and cache is None:
             bounds = documents(position_ids, bounds, batch, tokens)
         if bounds is not None:
-            if attention_mask is not None or past_key_values is not None or use_cache:
+            if attention_mask is not None or cache is not None or use_cache:
                 raise ValueError("Packed documents take neither attention_mask nor a cache: each is a sequence alone.")
             sdpa, device = self.config._attn_implementation == "sdpa", inputs_embeds.device
             position_ids, apart, packed = packed_arguments(bounds, position_ids, batch, device, sdpa=sdpa)
             kwargs, use_cache = kwargs | packed, False
-        masks = layer_masks(self.config, inputs_embeds, attention_mask, past_key_values, apart)
+        masks = layer_masks(self.config, inputs_embeds, attention_mask, cache, apart)
         if position_ids is None:
             position_ids = positions(attention_mask, seen, tokens, inputs_embeds.device)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = HypeNetCache(self.config)
+        if use_cache and cache is None:
+            cache = HypeNetCache(self.config)
         # Qwen3's own forward picks a layer's mask by `config.layer_types`.
         return super().forward(
             inputs_embeds=inputs_embeds,
             attention_mask=masks,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -236,11 +238,13 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         loaded = super()._load_pretrained_model(model, *args, **kwargs)
         head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
         there = not (head.is_meta or embedding.is_meta)
-        if model.config.tie_word_embeddings and there and not torch.equal(head, embedding):
-            raise ValueError(
-                "The checkpoint's lm_head.weight is not its embedding, but its configuration ties the two: "
-                "set tie_word_embeddings to false."
-            )
+        if model.config.tie_word_embeddings and there:
+            if not torch.equal(head, embedding):
+                raise ValueError(
+                    "The checkpoint's lm_head.weight is not its embedding, but its configuration ties the two: "
+                    "set tie_word_embeddings to false."
+                )
+            model.lm_head.weight = embedding  # transformers 5.0 to 5.2 leave two that the checkpoint has both
         return loaded
 
     @can_return_tuple
@@ -254,21 +258,23 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Qwen3ForCausalLM's, but in training labels give a loss without logits.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as `HypeNetModel` has
-                them.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: as `HypeNetModel`
+                has them.
             labels: [B, T]: the input tokens, -100 where one is no target. The first token of a packed document is
                 none. In training, `logits` is None then. It is returned too, as in evaluation, if `logits_to_keep` is
                 set, or the loss or the head is not the model's own (`loss_function`, an adapter).
             logits_to_keep: the number of last tokens, or their indices, to compute logits of. 0: all.
             kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
         """
+        cache = the_cache(past_key_values, cache)
         every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and past_key_values is None and (attention_mask is None or attention_mask.all()):
+        if labels is not None and cache is None and (attention_mask is None or attention_mask.all()):
             bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), *labels.shape)
             if bounds is not None:
                 kwargs["cu_seq_lens_q"] = bounds
@@ -278,7 +284,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
             **kwargs,
@@ -289,7 +295,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         outputs = self.model(**inputs)
         return CausalLMOutputWithPast(
             loss=next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -304,8 +310,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         """
         if generation_config.cache_implementation is not None:
             raise ValueError("HypeNet has one cache, HypeNetCache: leave cache_implementation unset.")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HypeNetCache(self.config)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = HypeNetCache(self.config)
 
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any

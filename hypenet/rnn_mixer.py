@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
-from .cache import HypeNetCache, State
+from .cache import HypeNetCache, State, the_cache
 from .configuration_hypenet import HypeNetConfig
 from .fused import Rope, gated, turn
 from .linear_attention import linear_attention, widen
@@ -167,6 +167,7 @@ class RNNMixer(Mixer):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Qwen3Attention's convention, save for the mask.
@@ -176,7 +177,7 @@ class RNNMixer(Mixer):
             position_embeddings: RoPE's cos and sin, [B, T, D] each.
             attention_mask: [B, T], 1 at tokens and 0 at padding, or None. In place of a teacher's attention also
                 that attention's [B, 1, T, T]. With a cache, padding must be on the left.
-            past_key_values: a `HypeNetCache` to continue from and to update.
+            past_key_values, cache: two names of one argument, a `HypeNetCache` to continue from and to update.
             cu_seq_lens_q: [documents + 1] in int32, the bounds of documents packed into the B x T tokens.
 
         Returns:
@@ -185,7 +186,8 @@ class RNNMixer(Mixer):
         Raises:
             ValueError: the cache is not a `HypeNetCache`.
         """
-        if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
+        cache = the_cache(past_key_values, cache)
+        if cache is not None and not isinstance(cache, HypeNetCache):
             raise ValueError(f"RNN layer {self.layer_idx} needs a HypeNetCache: give one, or pass use_cache=False.")
 
         rope = position_embeddings if self.options.use_rope else None
@@ -205,9 +207,9 @@ class RNNMixer(Mixer):
             inputs = inputs.to(self.q_proj.weight.dtype)
             without_autocast = torch.autocast(device, enabled=False)
         with without_autocast:
-            output, state = self._recur(q, k, v, inputs, tokens, gates, past_key_values, cu_seq_lens_q)
-        if past_key_values is not None and state is not None:
-            past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
+            output, state = self._recur(q, k, v, inputs, tokens, gates, cache, cu_seq_lens_q)
+        if cache is not None and state is not None:
+            cache.update_state(state, self.layer_idx, hidden_states.shape[1])
 
         return self.o_proj(self.norm_and_gate(output.flatten(2), hidden_states)), None
 
@@ -219,7 +221,7 @@ class RNNMixer(Mixer):
         hidden_states: Tensor,
         tokens: Tensor | None,
         gates: Tensor | None,
-        past_key_values: HypeNetCache | None,
+        cache: HypeNetCache | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, State | None]:
         """`recur` of rows, from the cache's state if there is one, or of packed documents as one row."""
@@ -232,8 +234,8 @@ class RNNMixer(Mixer):
                 q_, k_, v_, hidden_states, None, **of_keys, state=first, keep_state=False, cu_seqlens=cu_seqlens
             )
             return output.view_as(q), None
-        keep = past_key_values is not None
-        state = None if past_key_values is None else past_key_values.state(self.layer_idx)
+        keep = cache is not None
+        state = None if cache is None else cache.state(self.layer_idx)
         if state is None:
             state = self.first_state(q, q.shape[0])
         return self.recur(q, k, v, hidden_states, tokens, **of_keys, state=state, keep_state=keep, cu_seqlens=None)
