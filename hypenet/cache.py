@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_hypenet import ATTENTION, SLIDING_WINDOW, HypeNetConfig
+from .kernels import unvalued
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls the cache in arguments and outputs: "cache" since 5.24. A forward takes both names."""
@@ -135,4 +136,6 @@ def the_cache(past_key_values: Any, cache: Any) -> Any:
 
 def _own(x: Tensor) -> Tensor:
     """x with its own memory: a view would keep the whole tensor alive."""
+    if unvalued(x):  # what memory it will have is not known
+        return x.clone()
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -61,7 +62,7 @@ def linear_attention_chunked(
     """
     length, dim = q.shape[1], q.shape[-1]
     by_channel = log_decay is not None and log_decay.ndim == 4
-    size = min(16 if by_channel else max(32, min(dim, 128)), length)  # C near K balances [C, C] and [K, V]
+    size = chunk_size(16 if by_channel else max(32, min(dim, 128)), length)  # C near K balances [C, C] and [K, V]
     dtype = torch.promote_types(q.dtype, torch.float32)
     state = start(q, v, state)
     decay = by_token(log_decay, q).to(dtype)
@@ -75,11 +76,8 @@ def linear_attention_chunked(
     across = total[:, :, :, -1, :, None].exp()
     updates = (k_ * (total[:, :, :, -1:] - total).exp()).mT @ v_  # [B, H, N, K, V]
 
-    states = []
-    for n in range(updates.shape[2]):
-        states.append(state)
-        state = across[:, :, n] * state + updates[:, :, n]
-    output = scale * (scores @ v_ + (q_ * total.exp()) @ torch.stack(states, dim=2))
+    state, (states,) = over_chunks(lambda s, decay, new: (decay * s + new, (s,)), state, across, updates)
+    output = scale * (scores @ v_ + (q_ * total.exp()) @ states)
     return join_chunks(output, length).to(q.dtype), state
 
 
@@ -209,6 +207,42 @@ def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     batch, _, heads, dim = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     return torch.zeros(batch, heads, dim, v.shape[-1], device=q.device, dtype=dtype)
+
+
+def chunk_size(size: int, length: int) -> int:
+    """`size`, but no more than there are tokens, if a recorded graph does not leave their number open."""
+    return size if _is_open(length) else min(size, length)
+
+
+def _is_open(length: Any) -> bool:
+    return not isinstance(length, int)
+
+
+def over_chunks(
+    step: Callable[..., tuple[Any, tuple[Tensor, ...]]], state: Any, *inputs: Tensor
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """The recurrence between chunks: step(state, *inputs of a chunk) -> (the next state, outputs of the chunk).
+
+    Args:
+        state: one tensor or several, before the first chunk.
+        inputs: [B, H, N, ...].
+
+    Returns:
+        The state after the last chunk, and the outputs, [B, H, N, ...].
+    """
+    chunks = inputs[0].shape[2]
+    if _is_open(chunks):  # a recorded graph for any number of chunks
+
+        def recorded(state: Any, parts: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+            return tree_map(torch.clone, step(state, *parts))  # what it returns may not be what it was given
+
+        state, stacked = scan(recorded, state, tuple(x.movedim(2, 0) for x in inputs))
+        return state, tuple(x.movedim(0, 2) for x in stacked)
+    outputs = []
+    for n in range(chunks):
+        state, output = step(state, *(x[:, :, n] for x in inputs))
+        outputs.append(output)
+    return state, tuple(torch.stack(x, dim=2) for x in zip(*outputs, strict=True))
 
 
 def split_into_chunks(x: Tensor, size: int) -> Tensor:

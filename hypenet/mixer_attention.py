@@ -84,6 +84,7 @@ class HypeNetAttention(Mixer, Qwen3Attention):
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
+        rows_apart: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Qwen3Attention's convention.
@@ -93,6 +94,7 @@ class HypeNetAttention(Mixer, Qwen3Attention):
             attention_mask: in the form of `config._attn_implementation`, e.g. [B, 1, T, S].
             past_key_values, cache: two names of one argument, the cache to continue from and to update.
             position_ids: [B, T] or [1, T], needed for the scaling of logits.
+            rows_apart: what RNN layers are told beside their mask; the mask of attention has it.
 
         Returns:
             The output, [B, T, hidden], and the attention weights if the implementation returns them.

@@ -25,9 +25,11 @@ from .configuration_hypenet import HypeNetConfig
 from .kernels import kernel, serves
 from .linear_attention import (
     beside,
+    chunk_size,
     each_document,
     join_chunks,
     linear_attention_chunked,
+    over_chunks,
     split_into_chunks,
     start,
     widen,
@@ -138,7 +140,7 @@ def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, key
     Only differences of cumulated log-decays that are never positive are exponentiated, [C, C, M] a chunk.
     """
     length = q.shape[1]
-    size = min(16, length)
+    size = chunk_size(16, length)
     q_, k_, s_, g = (split_into_chunks(widen(x), size) for x in (q, k, s, log_decay))  # [B, H, N, C, ...]
 
     total = g.cumsum(3)
@@ -148,12 +150,9 @@ def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, key
     across = total[:, :, :, -1, None, :].exp()
     updates = k_.mT @ (s_ * (total[:, :, :, -1:] - total).exp())  # [B, H, N, K, M]
 
-    states = []
-    for n in range(updates.shape[2]):
-        states.append(keys)
-        keys = keys * across[:, :, n] + updates[:, :, n]
+    keys, (states,) = over_chunks(lambda s, decay, new: (s * decay + new, (s,)), keys, across, updates)
     logits = torch.einsum("bhnij,bhnijm,bhnjm->bhnim", q_ @ k_.mT, within, s_)
-    return join_chunks(logits + (q_ @ torch.stack(states, dim=2)) * total.exp(), length), keys
+    return join_chunks(logits + (q_ @ states) * total.exp(), length), keys
 
 
 def _start(q: Tensor, s: Tensor, v: Tensor, state: Slots | None) -> Slots:

@@ -31,7 +31,15 @@ from .fixed_decay import fixed_decay_attention
 from .fixed_decay_kernels import segment_outputs
 from .fused import swiglu
 from .fused_kernels import triton
-from .inputs import cached_tokens, checked_mask, documents, layer_masks, packed_arguments, positions
+from .inputs import (
+    cached_tokens,
+    checked_mask,
+    documents,
+    layer_masks,
+    packed_arguments,
+    padding_to_pass,
+    positions,
+)
 from .kernels import serves
 from .linear_attention import linear_attention
 from .losses import IGNORE, next_token_loss
@@ -184,29 +192,27 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        cache = the_cache(past_key_values, cache)
-        seen = cached_tokens(cache)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        seen = cached_tokens(cache := the_cache(past_key_values, cache))
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens = inputs_embeds.shape[:2]
-        recurrent = "linear_attention" in self.config.layer_types
-        attention_mask = checked_mask(attention_mask, seen, tokens, recurrent=recurrent)
+        attention_mask = checked_mask(attention_mask, seen, tokens)
         bounds, apart = kwargs.pop("cu_seq_lens_q", None), None
-        if attention_mask is None and cache is None:
-            bounds = documents(position_ids, bounds, batch, tokens)
+        if cache is None:
+            bounds = documents(position_ids, bounds, attention_mask, batch, tokens)
         if bounds is not None:
             if attention_mask is not None or cache is not None or use_cache:
                 raise ValueError("Packed documents take neither attention_mask nor a cache: each is a sequence alone.")
-            sdpa, device = self.config._attn_implementation == "sdpa", inputs_embeds.device
-            position_ids, apart, packed = packed_arguments(bounds, position_ids, batch, device, sdpa=sdpa)
+            position_ids, apart, packed = packed_arguments(self.config, bounds, position_ids, inputs_embeds)
             kwargs, use_cache = kwargs | packed, False
-        masks = layer_masks(self.config, inputs_embeds, attention_mask, cache, apart)
-        if position_ids is None:
-            position_ids = positions(attention_mask, seen, tokens, inputs_embeds.device)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
             cache = HypeNetCache(self.config)
+        if "linear_attention" in self.config.layer_types:
+            kwargs["rows_apart"] = padding_to_pass(attention_mask, tokens, cache, training=self.training)
+        masks = layer_masks(self.config, inputs_embeds, attention_mask, cache, apart)
+        if position_ids is None:
+            position_ids = positions(attention_mask, seen, tokens, inputs_embeds.device)
         # Qwen3's own forward picks a layer's mask by `config.layer_types`.
         return super().forward(
             inputs_embeds=inputs_embeds,
@@ -274,8 +280,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         """
         cache = the_cache(past_key_values, cache)
         every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and cache is None and (attention_mask is None or attention_mask.all()):
-            bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), *labels.shape)
+        if labels is not None and cache is None:
+            bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), attention_mask, *labels.shape)
             if bounds is not None:
                 kwargs["cu_seq_lens_q"] = bounds
                 first = bounds[:-1].to(labels.device, torch.long)

@@ -273,17 +273,6 @@ def test_documents_are_seen_behind_a_mask_of_ones(hybrid, tokens):
     close(packed[:, 20:], hybrid(tokens[:, 20:]).logits)
 
 
-def test_padding_after_tokens_that_a_state_has_seen_is_refused(make_hybrid, hybrid, tokens):
-    cache = hybrid(tokens[:, :20], use_cache=True).past_key_values
-    mask = torch.ones_like(tokens[:, :30])
-    mask[0, 20:25] = 0
-    with pytest.raises(ValueError, match="padding after tokens that RNN layers have seen"):
-        hybrid(tokens[:, 20:30], attention_mask=mask, past_key_values=cache)
-    attention_alone = make_hybrid(mixer_types=["attn"] * 4)
-    cache = attention_alone(tokens[:, :20], use_cache=True).past_key_values
-    attention_alone(tokens[:, 20:30], attention_mask=mask, past_key_values=cache)
-
-
 def test_the_model_without_its_head_loads_from_the_same_folder(hybrid, tokens, tmp_path):
     hybrid.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)

@@ -3,7 +3,10 @@
 Every mixer; half of the layers are attention, since a hybrid has both.
 """
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypenet.mixers import MIXERS
 from tests.hypenet.sizes import SIZES
 
 OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}}
+ROOT = Path(__file__).parents[2]
 LENGTH = 21
 
 
@@ -85,3 +89,62 @@ def test_continued_from_a_cache_it_is_as_in_one_call(model, ids, mask):
     first = model(ids[:, :13], attention_mask=mask[:, :13], use_cache=True)
     second = model(ids[:, 13:], attention_mask=mask, use_cache=True, **{CACHE: first[CACHE]})
     exact(torch.cat([first.logits, second.logits], dim=1)[mask.bool()], whole[mask.bool()])
+
+
+SCRIPT = """
+import sys, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+sys.path.insert(0, sys.argv[1])
+from hypenet.configuration_hypenet import HypeNetConfig
+from hypenet.mixers import MIXERS
+from hypenet.modeling_hypenet import HypeNetForCausalLM
+from tests.hypenet.sizes import SIZES
+
+def make():
+    torch.manual_seed(1)
+    types = sorted(MIXERS)
+    return HypeNetForCausalLM(HypeNetConfig(**SIZES | {"mixer_types": types, "num_hidden_layers": len(types)})).eval()
+
+ids = torch.arange(1, 22)[None]
+with FakeTensorMode(allow_non_fake_inputs=True):
+    assert make()(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, SIZES["vocab_size"])
+exported = torch.export.export(make(), (ids,), {"use_cache": False}).module()(ids, use_cache=False).logits
+logits = make()(ids).logits
+assert type(logits) is torch.Tensor, type(logits)
+torch.testing.assert_close(exported, logits)
+with torch.inference_mode():
+    make()(ids)
+make().train()(ids, labels=ids).loss.backward()
+"""
+
+
+def test_what_is_traced_first_leaves_nothing_to_later_models():
+    """In a process of its own: whatever is kept for later calls, the first of them is one without values."""
+    subprocess.run([sys.executable, "-c", SCRIPT, str(ROOT)], check=True, timeout=200)
+
+
+@torch.no_grad()
+def test_states_pass_over_padding_wherever_it_is(model, ids):
+    """Rows of other lengths in every turn of a conversation, one turn without a token: as each row alone."""
+    mask = torch.ones(2, 26, dtype=torch.long)
+    mask[0, 3:6], mask[1, :4], mask[1, 9:12], mask[0, 12:15], mask[1, 15:17] = 0, 0, 0, 0, 0
+    ids = torch.cat([ids, ids[:, :5]], dim=1)
+    sliding = "swa" in model.config.mixer_types  # its window counts padding
+    cache, logits = None, []
+    for start, end in ((0, 12), (12, 15), (15, 16), (16, 26)):
+        output = model(ids[:, start:end], attention_mask=mask[:, :end], use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
+        logits.append(output.logits)
+    for row in () if sliding else (0, 1):
+        alone = model(ids[row][mask[row].bool()][None]).logits[0]
+        exact(torch.cat(logits, dim=1)[row][mask[row].bool()], alone)
+
+
+def test_a_batch_padded_on_the_right_is_generated_from(model, ids):
+    """transformers warns of it, since the first new token follows a padding token; it is not refused."""
+    mask = torch.ones_like(ids)
+    mask[1, 14:] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    generated = model.generate(ids * mask, **kwargs)
+    assert torch.equal(generated, model.generate(ids * mask, use_cache=False, **kwargs))
+    assert torch.equal(generated[:1], model.generate(ids[:1], **kwargs | {"attention_mask": mask[:1]}))
