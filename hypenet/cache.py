@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.fx._pytree import register_pytree_flatten_spec
+from torch.utils._pytree import Context, SequenceKey, register_pytree_node
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -121,6 +124,46 @@ class HypeNetCache(Cache):
         layer = self.layers[layer_idx]
         assert isinstance(layer, StateLayer), f"layer {layer_idx} is an attention layer"
         return layer
+
+
+def _flat(cache: HypeNetCache) -> tuple[list[Any], Context]:
+    """The tensors of a cache for torch.export, layer by layer. A length is the length of an empty tensor: so it can be
+    left open."""
+    layers: list[Any] = []
+    for layer in cache.layers:
+        if isinstance(layer, StateLayer):
+            layers.append((layer.state, torch.empty(layer.length, 0)))
+        elif layer.is_initialized:
+            layers.append((layer.keys, layer.values, torch.empty(getattr(layer, "cumulative_length", 0), 0)))
+        else:
+            layers.append(None)
+    return layers, cache.config
+
+
+def _unflat(layers: Any, config: Context) -> HypeNetCache:
+    cache = HypeNetCache(config)
+    for layer, held in zip(cache.layers, layers, strict=True):
+        if held is None:
+            continue
+        if isinstance(layer, StateLayer):
+            (layer.state, counted), layer.is_initialized = held, held[0] is not None
+            layer.length = counted.shape[0]
+            continue
+        keys, values, counted = held
+        layer.update(keys, values)
+        layer.keys, layer.values = keys, values
+        if isinstance(layer, WindowLayer):
+            layer.cumulative_length = counted.shape[0]
+    return cache
+
+
+def _named(cache: HypeNetCache) -> tuple[list[tuple[Any, Any]], Context]:
+    layers, config = _flat(cache)
+    return [(SequenceKey(i), layer) for i, layer in enumerate(layers)], config
+
+
+register_pytree_node(HypeNetCache, _flat, _unflat, flatten_with_keys_fn=_named)
+register_pytree_flatten_spec(HypeNetCache, lambda cache, spec: _flat(cache)[0])
 
 
 def the_cache(past_key_values: Any, cache: Any) -> Any:

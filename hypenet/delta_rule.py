@@ -24,6 +24,7 @@ from torch import Tensor
 from .kernels import check_gated_backward, kernel, serves
 from .linear_attention import (
     beside,
+    by_channel_scores,
     by_token,
     chunk_size,
     each_document,
@@ -210,7 +211,7 @@ def _scores(rows: Tensor, columns: Tensor, decay: Tensor) -> Tensor:
     """sum_k rows_ik decay_ijk columns_jk: [.., C, K], [.., C, K] and [.., C, C, K or 1] -> [B, H, N, C, C]."""
     if decay.shape[-1] == 1:
         return rows @ columns.mT * decay[..., 0]
-    return torch.einsum("bhnik,bhnjk,bhnijk->bhnij", rows, columns, decay)
+    return by_channel_scores(rows, columns, decay)
 
 
 def _kernel_serves(q: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -27,6 +27,7 @@ from .linear_attention import (
     beside,
     chunk_size,
     each_document,
+    is_open,
     join_chunks,
     linear_attention_chunked,
     over_chunks,
@@ -151,7 +152,10 @@ def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, key
     updates = k_.mT @ (s_ * (total[:, :, :, -1:] - total).exp())  # [B, H, N, K, M]
 
     keys, (states,) = over_chunks(lambda s, decay, new: (s * decay + new, (s,)), keys, across, updates)
-    logits = torch.einsum("bhnij,bhnijm,bhnjm->bhnim", q_ @ k_.mT, within, s_)
+    if is_open(length):
+        logits = ((q_ @ k_.mT)[..., None] * within * s_[..., None, :, :]).sum(-2)
+    else:
+        logits = torch.einsum("bhnij,bhnijm,bhnjm->bhnim", q_ @ k_.mT, within, s_)
     return join_chunks(logits + (q_ @ states) * total.exp(), length), keys
 
 

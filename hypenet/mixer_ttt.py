@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
 from .kernels import unvalued
-from .linear_attention import each_document, over_chunks, widen
+from .linear_attention import each_document, in_chunks, is_open, over_chunks, widen
 from .mixers import mixer
 from .rnn_mixer import RNNMixer, RNNOptions
 
@@ -151,7 +151,7 @@ def ttt_in_slots(
     """
     w, b, sum_w, sum_b, filled = state
     batch, length = q.shape[:2]
-    chunks = (length + 2 * mini_batch - 2) // mini_batch
+    chunks = (length + 2 * mini_batch - 2) // mini_batch + is_open(length)
     if tokens is None:
         tokens = torch.ones(batch, length, dtype=torch.bool, device=q.device)
     filled = filled.to(q.device)
@@ -162,7 +162,7 @@ def ttt_in_slots(
         """[B, T, H, ...] -> [B, N, mini_batch, H, ...], seen as [B, 1, N, ...] where chunks are taken."""
         slots = x.new_zeros(batch, chunks * mini_batch + 1, *x.shape[2:])
         slots = slots.index_put((torch.arange(batch, device=x.device)[:, None], beyond), x)
-        return slots[:, :-1].unflatten(1, (chunks, mini_batch))[:, None]
+        return in_chunks(slots[:, :-1], mini_batch)[:, None]
 
     total = filled + tokens.sum(1)
     ends = mini_batch * torch.arange(1, chunks + 1, device=q.device)

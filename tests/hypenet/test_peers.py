@@ -3,6 +3,7 @@
 Every mixer; half of the layers are attention, since a hybrid has both.
 """
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from hypenet.cache import CACHE, HypeNetCache
@@ -148,3 +150,63 @@ def test_a_batch_padded_on_the_right_is_generated_from(model, ids):
     generated = model.generate(ids * mask, **kwargs)
     assert torch.equal(generated, model.generate(ids * mask, use_cache=False, **kwargs))
     assert torch.equal(generated[:1], model.generate(ids[:1], **kwargs | {"attention_mask": mask[:1]}))
+
+
+def close_at_tokens(actual, expected, mask):
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_exported_with_a_mask_it_serves_any_number_of_rows_and_tokens(model, ids, mask):
+    """Tokenizers always give a mask."""
+    dims = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens", min=2, max=4096)}
+    shapes = {"input_ids": dims, "attention_mask": dims, "use_cache": None}
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+    longer = torch.ones(3, 70, dtype=torch.long)
+    longer[1, :40] = longer[2, 60:] = 0  # on the left, and at the end
+    more = torch.randint(1, SIZES["vocab_size"], (3, 70), generator=torch.Generator().manual_seed(7))
+    for tokens, at in ((ids, mask), (more, longer)):
+        expected = model(tokens, attention_mask=at, use_cache=False).logits
+        close_at_tokens(exported(input_ids=tokens, attention_mask=at, use_cache=False).logits, expected, at)
+    if "linear_attention" not in model.config.layer_types:
+        return
+    longer[0, 20:23] = 0
+    with pytest.raises(RuntimeError, match="Padding follows tokens"):
+        exported(input_ids=more, attention_mask=longer, use_cache=False)
+
+
+@torch.no_grad()
+def test_exported_with_positions_it_refuses_documents(hybrid, ids):
+    model = hybrid.double()
+    positions = torch.arange(LENGTH).expand(2, LENGTH)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    exported = torch.export.export(model, (), inputs).module()
+    exact(exported(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(RuntimeError, match="begin anew"):
+        exported(**inputs | {"position_ids": positions % 7})
+
+
+@torch.no_grad()
+def test_an_exported_step_continues_a_cache(model, ids, mask):
+    cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)[CACHE]
+    inputs = {"input_ids": ids[:, -1:], "attention_mask": mask, "use_cache": True}
+    step = torch.export.export(model, (), {**inputs, CACHE: copy.deepcopy(cache)}).module()
+    actual, expected = step(**inputs, **{CACHE: copy.deepcopy(cache)}), model(**inputs, **{CACHE: cache})
+    exact(actual.logits, expected.logits)
+    exact(tree_leaves(actual[CACHE]), tree_leaves(expected[CACHE]))
+    assert actual[CACHE].get_seq_length() == LENGTH
+
+
+def test_compiled_as_one_graph_it_takes_a_mask_a_cache_and_labels(model, ids, mask):
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        first = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+        step = compiled(ids[:, -1:], attention_mask=mask, use_cache=True, **{CACHE: first[CACHE]})
+        exact(step.logits, expected[:, -1:])
+    model.train()
+    loss = compiled(ids, attention_mask=mask, labels=ids).loss
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    exact(grads, torch.autograd.grad(model(ids, attention_mask=mask, labels=ids).loss, list(model.parameters())))
