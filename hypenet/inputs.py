@@ -9,12 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils import TransformersKwargs
 
 from .cache import CACHE, HypeNetCache
 from .configuration_hypenet import HypeNetConfig
 from .kernels import unvalued
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+
+
+_KNOWN = {
+    *TransformersKwargs.__annotations__,
+    *("return_dict", "cache_position", "ignore_index", "shift_labels", "is_causal", "seq_idx"),
+    "token_type_ids",  # some tokenizers give them; no causal model reads them
+}
+
+
+def known_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward that have no place in its signature, with fla's `cu_seqlens` by transformers' name.
+
+    Raises:
+        TypeError: one is unknown, or the bounds are there by both names.
+    """
+    kwargs = dict(kwargs)
+    if (bounds := kwargs.pop("cu_seqlens", None)) is not None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise TypeError("Give the bounds of documents as cu_seq_lens_q or as cu_seqlens, not both.")
+        kwargs["cu_seq_lens_q"] = bounds
+    if unknown := kwargs.keys() - _KNOWN:
+        raise TypeError(f"HypeNet's forward has no argument {', '.join(sorted(unknown))}.")
+    return kwargs
 
 
 def layer_masks(

@@ -35,6 +35,7 @@ from .inputs import (
     cached_tokens,
     checked_mask,
     documents,
+    known_arguments,
     layer_masks,
     packed_arguments,
     padding_to_pass,
@@ -104,6 +105,7 @@ class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
     config: HypeNetConfig
     _no_split_modules = ["HypeNetDecoderLayer"]  # noqa: RUF012
     _can_compile_fullgraph = False
+    _supports_attention_backend = False  # the generic backends of vLLM and SGLang keep no states between steps
     _is_stateful = True  # a state cannot be rolled back, as assisted generation would
 
     @classmethod
@@ -178,21 +180,21 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         Args:
             input_ids: [B, T]; or `inputs_embeds`, [B, T, hidden].
             attention_mask: [B, S], 1 at tokens and 0 at padding, over all S tokens seen with these T.
-            position_ids: [B, T] or [1, T], 0-based. By default counted from the mask, so padding has no position.
-                Without a mask and a cache, positions that restart at 0 mark packed documents: neither attention nor
-                state crosses from one to the next.
+            position_ids: [B, T] or [1, T], 0-based. By default counted from the mask. Without a mask and a cache,
+                positions that restart at 0 mark packed documents: neither attention nor state crosses between them.
             past_key_values, cache: two names of one argument, the cache to continue.
             use_cache: whether to return a cache. By default `config.use_cache`, but never in training or for packed
                 documents.
-            kwargs: among them `cu_seq_lens_q`, [documents + 1] in int32, the bounds of packed documents in the
-                B x T tokens, and the other outputs of transformers' `DataCollatorWithFlattening`.
+            kwargs: among them `cu_seq_lens_q`, in fla `cu_seqlens`, [documents + 1] in int32, the bounds of packed
+                documents in the B x T tokens; and the other outputs of transformers' `DataCollatorWithFlattening`.
 
         Raises:
+            TypeError: an argument that neither this model nor transformers has.
             ValueError: an argument does not fit the others.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        seen = cached_tokens(cache := the_cache(past_key_values, cache))
+        kwargs, seen = known_arguments(kwargs), cached_tokens(cache := the_cache(past_key_values, cache))
         inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens = inputs_embeds.shape[:2]
         attention_mask = checked_mask(attention_mask, seen, tokens)
@@ -243,14 +245,22 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         """
         loaded = super()._load_pretrained_model(model, *args, **kwargs)
         head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-        there = not (head.is_meta or embedding.is_meta)
-        if model.config.tie_word_embeddings and there:
-            if not torch.equal(head, embedding):
-                raise ValueError(
-                    "The checkpoint's lm_head.weight is not its embedding, but its configuration ties the two: "
-                    "set tie_word_embeddings to false."
-                )
-            model.lm_head.weight = embedding  # transformers 5.0 to 5.2 leave two that the checkpoint has both
+        if not model.config.tie_word_embeddings:
+            return loaded
+        # transformers 4 returns its lists, 5 a record of them.
+        record = loaded[0] if isinstance(loaded, tuple) else loaded
+        mismatched = loaded[3] if record is model else record.mismatched_keys
+        if any("lm_head.weight" in key for key in mismatched):  # of another shape: the embedding is made anew
+            if record is not model:
+                record.missing_keys.add("lm_head.weight")
+        elif head.is_meta or embedding.is_meta:
+            return loaded
+        elif not torch.equal(head, embedding):
+            raise ValueError(
+                "The checkpoint's lm_head.weight is not its embedding, but its configuration ties the two: "
+                "set tie_word_embeddings to false."
+            )
+        model.lm_head.weight = embedding  # transformers 5.0 to 5.2 leave two that the checkpoint has both
         return loaded
 
     @can_return_tuple
@@ -279,6 +289,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
         """
         cache = the_cache(past_key_values, cache)
+        kwargs = known_arguments(kwargs)
         every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and cache is None:
             bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), attention_mask, *labels.shape)

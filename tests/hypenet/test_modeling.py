@@ -124,7 +124,7 @@ def test_flex_attention_agrees(make_hybrid, tokens, use_cache):
 def test_flash_attention_is_not_refused(make_hybrid, tokens, monkeypatch):
     """transformers asks the class. What runs is its sdpa here, since the kernels need a GPU."""
     assert HypeNetForCausalLM._supports_flash_attn and HypeNetForCausalLM._supports_sdpa
-    assert HypeNetForCausalLM._supports_attention_backend and HypeNetForCausalLM._supports_flex_attn
+    assert HypeNetForCausalLM._supports_flex_attn
     model = make_hybrid(mixer_types=["swa", "attn"] * 2, mixer_options={"swa": {"window": 60}})
     seen = []
 

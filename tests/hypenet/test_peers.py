@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from hypenet.cache import CACHE, HypeNetCache
+from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.mixers import MIXERS
+from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel
 from tests.hypenet.sizes import SIZES
 
 OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}}
@@ -98,7 +101,9 @@ import sys, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, sys.argv[1])
 from hypenet.configuration_hypenet import HypeNetConfig
+from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.mixers import MIXERS
+from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel
 from hypenet.modeling_hypenet import HypeNetForCausalLM
 from tests.hypenet.sizes import SIZES
 
@@ -210,3 +215,48 @@ def test_compiled_as_one_graph_it_takes_a_mask_a_cache_and_labels(model, ids, ma
     loss = compiled(ids, attention_mask=mask, labels=ids).loss
     grads = torch.autograd.grad(loss, list(model.parameters()))
     exact(grads, torch.autograd.grad(model(ids, attention_mask=mask, labels=ids).loss, list(model.parameters())))
+
+
+def test_no_generic_backend_takes_it():
+    """vLLM and SGLang ask the class; they would run RNN layers without states between steps."""
+    for cls in (HypeNetForCausalLM, HypeNetModel):
+        assert not cls.is_backend_compatible()
+
+
+@torch.no_grad()
+def test_an_argument_is_understood_or_refused(hybrid, tokens):
+    bounds = torch.tensor([0, 20, 50, 100], dtype=torch.int32)
+    exact(hybrid(tokens, cu_seqlens=bounds).logits, hybrid(tokens, cu_seq_lens_q=bounds).logits)
+    labelled = hybrid.train()(tokens, cu_seqlens=bounds, labels=tokens).loss
+    exact(labelled, hybrid(tokens, cu_seq_lens_q=bounds, labels=tokens).loss)
+    for model in (hybrid, hybrid.model):
+        with pytest.raises(TypeError, match="no argument attention_msk"):
+            model(tokens, attention_msk=torch.ones_like(tokens))
+        with pytest.raises(TypeError, match="not both"):
+            model(tokens, cu_seqlens=bounds, cu_seq_lens_q=bounds)
+        model(tokens, token_type_ids=torch.zeros_like(tokens), output_attentions=False, return_dict=True)
+
+
+def test_heads_alone_make_a_configuration():
+    for heads, kv_heads in ((16, 16), (12, 12), (32, 32), (64, 32)):
+        assert HypeNetConfig(num_attention_heads=heads).num_key_value_heads == kv_heads
+    with pytest.raises(ValueError, match="no multiple of num_key_value_heads"):
+        HypeNetConfig(num_attention_heads=16, num_key_value_heads=32)
+
+
+@pytest.mark.parametrize("head", ["tied", "tied and stored", "its own"])
+def test_sizes_that_differ_are_made_anew_where_that_is_asked_for(make_hybrid, tmp_path, head):
+    make_hybrid(tie_word_embeddings=head != "its own").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if head == "tied and stored":
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for words in (10, 70):
+        with pytest.raises(ValueError, match=r"of another shape: .*embed_tokens\.weight"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=words)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=words, ignore_mismatched_sizes=True)
+        assert model.lm_head.weight.shape == (words, 32) and model.lm_head.weight.isfinite().all()
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (head != "its own")
+        assert torch.equal(model.model.norm.weight, weights["model.norm.weight"])
+        decoder = AutoModel.from_pretrained(tmp_path, vocab_size=words, ignore_mismatched_sizes=True)
+        assert decoder.embed_tokens.weight.shape == (words, 32)
