@@ -325,8 +325,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         Raises:
             ValueError: `cache_implementation` asks for another one.
         """
-        if generation_config.cache_implementation is not None:
-            raise ValueError("HypeNet has one cache, HypeNetCache: leave cache_implementation unset.")
+        if generation_config.cache_implementation not in (None, "dynamic"):  # it grows, as the dynamic one does
+            raise ValueError("HypeNet has one cache, HypeNetCache: leave cache_implementation unset, or 'dynamic'.")
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = HypeNetCache(self.config)
 
