@@ -3,10 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.fx._pytree import register_pytree_flatten_spec
+from torch.utils._pytree import Context, SequenceKey, register_pytree_node
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_hypenet import ATTENTION, SLIDING_WINDOW, HypeNetConfig
+from .kernels import unvalued
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in arguments and outputs: "cache" since 5.24. A forward takes both names."""
 
 State = Tensor | tuple[Tensor, ...]
 """The state of an RNN layer between calls: one tensor or several, [B, ...] each."""
@@ -118,6 +126,59 @@ class HypeNetCache(Cache):
         return layer
 
 
+def _flat(cache: HypeNetCache) -> tuple[list[Any], Context]:
+    """The tensors of a cache for torch.export, layer by layer. A length is the length of an empty tensor: so it can be
+    left open."""
+    layers: list[Any] = []
+    for layer in cache.layers:
+        if isinstance(layer, StateLayer):
+            layers.append((layer.state, torch.empty(layer.length, 0)))
+        elif layer.is_initialized:
+            layers.append((layer.keys, layer.values, torch.empty(getattr(layer, "cumulative_length", 0), 0)))
+        else:
+            layers.append(None)
+    return layers, cache.config
+
+
+def _unflat(layers: Any, config: Context) -> HypeNetCache:
+    cache = HypeNetCache(config)
+    for layer, held in zip(cache.layers, layers, strict=True):
+        if held is None:
+            continue
+        if isinstance(layer, StateLayer):
+            (layer.state, counted), layer.is_initialized = held, held[0] is not None
+            layer.length = counted.shape[0]
+            continue
+        keys, values, counted = held
+        layer.update(keys, values)
+        layer.keys, layer.values = keys, values
+        if isinstance(layer, WindowLayer):
+            layer.cumulative_length = counted.shape[0]
+    return cache
+
+
+def _named(cache: HypeNetCache) -> tuple[list[tuple[Any, Any]], Context]:
+    layers, config = _flat(cache)
+    return [(SequenceKey(i), layer) for i, layer in enumerate(layers)], config
+
+
+register_pytree_node(HypeNetCache, _flat, _unflat, flatten_with_keys_fn=_named)
+register_pytree_flatten_spec(HypeNetCache, lambda cache, spec: _flat(cache)[0])
+
+
+def the_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache, by whichever of its names it was given, or None.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give the cache as past_key_values or as cache, not both.")
+    return cache if past_key_values is None else past_key_values
+
+
 def _own(x: Tensor) -> Tensor:
     """x with its own memory: a view would keep the whole tensor alive."""
+    if unvalued(x):  # what memory it will have is not known
+        return x.clone()
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -13,6 +13,9 @@ LIGHTNING = "lightning-attn"
 WINDOW = 512
 """The window of sliding-window attention, unless `mixer_options` sets another (Table 13)."""
 
+QWEN3_KV_HEADS = 32
+"""What Qwen3 has by default; of no use to heads that it does not divide."""
+
 Options = TypeVar("Options")
 
 
@@ -98,6 +101,9 @@ class HypeNetConfig(Qwen3Config):
         **kwargs: Any,
     ) -> None:
         kwargs.pop("layer_types", None)  # a view of mixer_types, below
+        heads = kwargs.get("num_attention_heads", QWEN3_KV_HEADS)
+        if heads % QWEN3_KV_HEADS:
+            kwargs.setdefault("num_key_value_heads", heads)
         super().__init__(**_rope_of_this_version(kwargs))
         self.mixer_types = list(mixer_types) if mixer_types is not None else [ATTENTION] * self.num_hidden_layers
         # transformers' masks and caches read these.

@@ -22,7 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import check_gated_backward, kernel, serves
-from .linear_attention import beside, by_token, each_document, join_chunks, split_into_chunks, start, widen
+from .linear_attention import (
+    beside,
+    by_channel_scores,
+    by_token,
+    chunk_size,
+    each_document,
+    join_chunks,
+    over_chunks,
+    split_into_chunks,
+    start,
+    widen,
+)
 
 RWKV7_STRONGEST_DECAY = -math.exp(-0.5)
 """No log-decay of RWKV-7 is below it."""
@@ -85,7 +96,7 @@ def delta_rule_chunked(
         The output in q's dtype, and the state after the last token.
     """
     length = q.shape[1]
-    size = min(16 if log_decay is not None and log_decay.ndim == 4 else 64, length)
+    size = chunk_size(16 if log_decay is not None and log_decay.ndim == 4 else 64, length)
     state = start(q, v, state)
     inputs = (q, k, v, a, b, by_token(log_decay, q))
     q_, k_, v_, a_, b_, g = (split_into_chunks(widen(x), size) for x in inputs)  # [B, H, N, C, ...]
@@ -105,13 +116,14 @@ def delta_rule_chunked(
     written = (k_ * until_end).mT @ v_  # [B, H, N, K, V]
     returned = (b_ * until_end).mT  # [B, H, N, K, C]
 
-    states, held = [], []
-    for n in range(written.shape[2]):
-        states.append(state)
-        held.append(held_of_chunk[:, :, n] + reads[:, :, n] @ state)
-        state = across[:, :, n] * state + returned[:, :, n] @ held[n] + written[:, :, n]
-    output = (q_ * total.exp()) @ torch.stack(states, dim=2)
-    output = output + _scores(q_, k_, within) @ v_ + _scores(q_, b_, within) @ torch.stack(held, dim=2)
+    def step(state: Tensor, *chunk: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        held_of_chunk, reads, across, returned, written = chunk
+        held = held_of_chunk + reads @ state
+        return across * state + returned @ held + written, (state, held)
+
+    state, (states, held) = over_chunks(step, state, held_of_chunk, reads, across, returned, written)
+    output = (q_ * total.exp()) @ states
+    output = output + _scores(q_, k_, within) @ v_ + _scores(q_, b_, within) @ held
     return join_chunks(scale * output, length).to(q.dtype), state
 
 
@@ -199,7 +211,7 @@ def _scores(rows: Tensor, columns: Tensor, decay: Tensor) -> Tensor:
     """sum_k rows_ik decay_ijk columns_jk: [.., C, K], [.., C, K] and [.., C, C, K or 1] -> [B, H, N, C, C]."""
     if decay.shape[-1] == 1:
         return rows @ columns.mT * decay[..., 0]
-    return torch.einsum("bhnik,bhnjk,bhnijk->bhnij", rows, columns, decay)
+    return by_channel_scores(rows, columns, decay)
 
 
 def _kernel_serves(q: Tensor, cu_seqlens: Tensor | None) -> bool:

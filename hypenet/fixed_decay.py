@@ -45,6 +45,9 @@ def fixed_decay_serves(q: Tensor, v: Tensor, log_decay: Tensor | None) -> bool:
 
 def _in_range(log_decay: Tensor) -> bool:
     """Whether no decay is stronger than LEAST_LOG_DECAY. Found out once for a tensor: the host waits for it."""
+    if torch.compiler.is_compiling():
+        torch._assert_async((log_decay >= LEAST_LOG_DECAY).all(), f"A log-decay is below {LEAST_LOG_DECAY}.")
+        return True
     if log_decay not in _IN_RANGE:
         _IN_RANGE[log_decay] = float(log_decay.min()) >= LEAST_LOG_DECAY
     return _IN_RANGE[log_decay]

@@ -9,12 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils import TransformersKwargs
 
-from .cache import HypeNetCache
+from .cache import CACHE, HypeNetCache
 from .configuration_hypenet import HypeNetConfig
 from .implementations import like_sdpa
+from .kernels import unvalued
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+
+
+_KNOWN = {
+    *TransformersKwargs.__annotations__,
+    *("return_dict", "cache_position", "ignore_index", "shift_labels", "is_causal", "seq_idx"),
+    "token_type_ids",  # some tokenizers give them; no causal model reads them
+}
+
+
+def known_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward that have no place in its signature, with fla's `cu_seqlens` by transformers' name.
+
+    Raises:
+        TypeError: one is unknown, or the bounds are there by both names.
+    """
+    kwargs = dict(kwargs)
+    if (bounds := kwargs.pop("cu_seqlens", None)) is not None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise TypeError("Give the bounds of documents as cu_seq_lens_q or as cu_seqlens, not both.")
+        kwargs["cu_seq_lens_q"] = bounds
+    if unknown := kwargs.keys() - _KNOWN:
+        raise TypeError(f"HypeNet's forward has no argument {', '.join(sorted(unknown))}.")
+    return kwargs
 
 
 def layer_masks(
@@ -22,7 +47,7 @@ def layer_masks(
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
     cache: HypeNetCache | None,
-    position_ids: Tensor | None,
+    apart: Tensor | None,
 ) -> dict[str, Any]:
     """A mask for each kind of layer; for attention in the form of `config._attn_implementation`.
 
@@ -30,7 +55,7 @@ def layer_masks(
 
     Args:
         attention_mask: [B, S], 1 at tokens and 0 at padding; or None: no padding.
-        position_ids: [B, T], where documents are packed: a token sees no other document. Else None.
+        apart: [B, T], positions where documents are packed: a token sees no other document. Else None.
     """
     seen = 0 if cache is None else cache.get_seq_length()
     tokens = inputs_embeds.shape[1]
@@ -40,8 +65,8 @@ def layer_masks(
         "input_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         "cache_position": torch.arange(seen, seen + tokens, device=inputs_embeds.device),
-        "past_key_values": cache,
-        "position_ids": position_ids,
+        CACHE: cache,
+        "position_ids": apart,
     }
     arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
     masks: dict[str, Any] = {
@@ -51,17 +76,22 @@ def layer_masks(
         masks["full_attention"] = create_causal_mask(**arguments)
     if "sliding_attention" in config.layer_types:
         # The layers apply the window themselves: without a mask, no [T, S] is made.
-        without = like_sdpa(config._attn_implementation) and attention_mask is None and position_ids is None
+        without = like_sdpa(config._attn_implementation) and attention_mask is None and apart is None
         masks["sliding_attention"] = None if without else create_sliding_window_causal_mask(**arguments)
     return masks
 
 
-def documents(position_ids: Tensor | None, bounds: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+def documents(
+    position_ids: Tensor | None, bounds: Tensor | None, mask: Tensor | None, batch: int, tokens: int
+) -> Tensor | None:
     """The bounds of documents packed into B x T tokens, [documents + 1] in int32, or None: each row is one document.
+
+    A recorded graph has no documents but by `bounds`; it raises where its positions have them.
 
     Args:
         position_ids: [B or 1, T], counting from 0 anew in each document; where `bounds` is not known.
         bounds: the caller's `cu_seq_lens_q`.
+        mask: [B, T], or None. With padding there are no packed documents.
 
     Raises:
         ValueError: `bounds` do not divide the tokens, or a document crosses from one row to the next.
@@ -77,6 +107,15 @@ def documents(position_ids: Tensor | None, bounds: Tensor | None, batch: int, to
         return bounds
     if position_ids is None:
         return None
+    if unvalued(position_ids):
+        one = (position_ids.diff() == 1).all()
+        torch._assert_async(
+            one if mask is None else one | ~mask.bool().all(),
+            "Positions that begin anew in a row mark packed documents: a recorded graph takes cu_seq_lens_q.",
+        )
+        return None
+    if mask is not None and not mask.all():
+        return None
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff() != 1
     if not begins[:, 1:].any():
@@ -86,19 +125,21 @@ def documents(position_ids: Tensor | None, bounds: Tensor | None, batch: int, to
 
 
 def packed_arguments(
-    bounds: Tensor, position_ids: Tensor | None, batch: int, device: torch.device, *, sdpa: bool
+    config: HypeNetConfig, bounds: Tensor, position_ids: Tensor | None, inputs_embeds: Tensor
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """What a forward of packed documents needs.
 
     Args:
         bounds: [documents + 1].
         position_ids: [B or 1, T], or None: each document counts from 0.
-        sdpa: whether attention is sdpa or like it, and computes each document in its own call.
+        inputs_embeds: [B, T, hidden].
 
     Returns:
         The positions; those from which a mask is made, or None: no mask; and the layers' arguments, by transformers'
         names.
     """
+    batch, device = len(inputs_embeds), inputs_embeds.device
+    sdpa = like_sdpa(config._attn_implementation)  # it computes each document in its own call
     bounds = bounds.cpu() if sdpa else bounds
     if position_ids is None:
         position_ids = positions_in_documents(bounds, batch).to(device)
@@ -121,34 +162,46 @@ def cached_tokens(cache: Any) -> int:
     return cache.get_seq_length()
 
 
-def checked_mask(mask: Tensor | None, seen: int, tokens: int, *, recurrent: bool) -> Tensor | None:
+def checked_mask(mask: Tensor | None, seen: int, tokens: int) -> Tensor | None:
     """`mask`, [B, S], or None if it marks no padding: as in most calls, and cheaper for every layer.
 
     Args:
         seen: the tokens in the cache.
-        recurrent: whether the model has RNN layers.
 
     Raises:
-        ValueError: the mask has another length than S, or padding after tokens that RNN layers have seen.
+        ValueError: the mask has another length than S.
     """
-    if mask is None:
-        return None
-    if mask.shape[1:] != (seen + tokens,):
+    if mask is not None and mask.shape[1:] != (seen + tokens,):
         raise ValueError(
             f"attention_mask must be [batch, {seen + tokens}], one entry for every token seen so far, "
             f"not {list(mask.shape)}."
         )
-    mask = _unless_full(mask)
-    if mask is not None and seen and recurrent and (mask.diff() < 0).any():
-        raise ValueError(
-            "attention_mask has padding after tokens that RNN layers have seen, and their states are no longer those "
-            "of before: pad on the left of everything, or continue each row alone."
-        )
-    return mask
+    return None if mask is None else _unless_full(mask)
+
+
+def padding_to_pass(mask: Tensor | None, tokens: int, cache: HypeNetCache | None, *, training: bool) -> bool:
+    """Whether the states of RNN layers must pass over padding: in this call it follows a token of its row.
+
+    At the end of a row it matters to a cache alone. But evaluation gives the same with and without one. A recorded
+    graph cannot pass padding, and raises when it must.
+
+    Args:
+        mask: [B, S].
+        tokens: the length of this call, of which the mask has the last entries.
+    """
+    if mask is None:
+        return False
+    found = (mask.long().cumsum(-1) > 0) & (mask == 0)
+    if cache is None and (training or unvalued(mask)):
+        found &= mask.long().flip(-1).cumsum(-1).flip(-1) > 0
+    if unvalued(mask):
+        torch._assert_async(~found[:, -tokens:].any(), "Padding follows tokens: a recorded graph takes it on the left.")
+        return False
+    return bool(found[:, -tokens:].any())
 
 
 def _unless_full(mask: Tensor) -> Tensor | None:
-    return None if mask.all() else mask
+    return mask if unvalued(mask) or not mask.all() else None
 
 
 def positions(attention_mask: Tensor | None, seen: int, tokens: int, device: torch.device) -> Tensor:

@@ -9,11 +9,12 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
-from typing import Any
+from functools import cache, partial, wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -40,14 +41,38 @@ def serves(x: Tensor) -> bool:
     """Whether fla's kernels compute `x` and its like: half precision on a GPU, fla-core installed."""
     if _stand_in is not None:
         return x.is_meta
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _installed()
+    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return half and not torch.compiler.is_exporting() and _installed()
 
 
-@torch.compiler.assume_constant_result
-@cache
 def has_triton() -> bool:
-    """Whether this project's own kernels can be compiled (hypenet/fused.py)."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether this project's own kernels can be run (hypenet/fused.py). An exported graph holds operators of torch."""
+    return not torch.compiler.is_exporting() and _triton_is_there()
+
+
+def unvalued(x: Tensor) -> bool:
+    """Whether nothing may depend on the values of x: a graph is recorded, which serves all values, or it has none."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
+P = ParamSpec("P")
+
+
+def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """A function whose results are kept for later calls with the same arguments.
+
+    But not those made while a graph is recorded or tensors are without values: they mean nothing outside of that call.
+    """
+
+    # What is kept must also serve where gradients are wanted.
+    keep: Callable[..., Tensor] = cache(torch.inference_mode(False)(make))
+
+    @wraps(make)
+    def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        plain = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+        return keep(*args, **kwargs) if plain else make(*args, **kwargs)
+
+    return get
 
 
 def kernel(operation: str, *, state: int) -> Callable[..., Any]:
@@ -68,6 +93,12 @@ def _run_kernel(operation: str, state: int, *args: Any, **kwargs: Any) -> Any:
     module, _, name = operation.partition(".")
     # Imported by name: transformers treats every import statement in exported model code as a hard requirement.
     return getattr(importlib.import_module(f"fla.ops.{module}"), name)(*args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def check_gated_backward(gate: Tensor) -> None:

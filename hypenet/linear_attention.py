@@ -14,6 +14,7 @@ q, k are [B, T, H, K], v and the output [B, T, H, V], states [B, H, K, V]. `log_
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -61,7 +63,7 @@ def linear_attention_chunked(
     """
     length, dim = q.shape[1], q.shape[-1]
     by_channel = log_decay is not None and log_decay.ndim == 4
-    size = min(16 if by_channel else max(32, min(dim, 128)), length)  # C near K balances [C, C] and [K, V]
+    size = chunk_size(16 if by_channel else max(32, min(dim, 128)), length)  # C near K balances [C, C] and [K, V]
     dtype = torch.promote_types(q.dtype, torch.float32)
     state = start(q, v, state)
     decay = by_token(log_decay, q).to(dtype)
@@ -71,15 +73,12 @@ def linear_attention_chunked(
     steps = total[..., :, None, :] - total[..., None, :, :]
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     within = steps.masked_fill(future[..., None], -torch.inf).exp()
-    scores = torch.einsum("bhnik,bhnjk,bhnijk->bhnij", q_, k_, within) if by_channel else q_ @ k_.mT * within[..., 0]
+    scores = by_channel_scores(q_, k_, within) if by_channel else q_ @ k_.mT * within[..., 0]
     across = total[:, :, :, -1, :, None].exp()
     updates = (k_ * (total[:, :, :, -1:] - total).exp()).mT @ v_  # [B, H, N, K, V]
 
-    states = []
-    for n in range(updates.shape[2]):
-        states.append(state)
-        state = across[:, :, n] * state + updates[:, :, n]
-    output = scale * (scores @ v_ + (q_ * total.exp()) @ torch.stack(states, dim=2))
+    state, (states,) = over_chunks(lambda s, decay, new: (decay * s + new, (s,)), state, across, updates)
+    output = scale * (scores @ v_ + (q_ * total.exp()) @ states)
     return join_chunks(output, length).to(q.dtype), state
 
 
@@ -211,16 +210,71 @@ def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     return torch.zeros(batch, heads, dim, v.shape[-1], device=q.device, dtype=dtype)
 
 
+def chunk_size(size: int, length: int) -> int:
+    """`size`, but no more than there are tokens, if a recorded graph does not leave their number open."""
+    return size if is_open(length) else min(size, length)
+
+
+def is_open(length: Any) -> bool:
+    """Whether a length is left open, in a graph that is recorded for any."""
+    return not isinstance(length, int)
+
+
+def over_chunks(
+    step: Callable[..., tuple[Any, tuple[Tensor, ...]]], state: Any, *inputs: Tensor
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """The recurrence between chunks: step(state, *inputs of a chunk) -> (the next state, outputs of the chunk).
+
+    Args:
+        state: one tensor or several, before the first chunk.
+        inputs: [B, H, N, ...].
+
+    Returns:
+        The state after the last chunk, and the outputs, [B, H, N, ...].
+    """
+    chunks = inputs[0].shape[2]
+    if is_open(chunks):  # a recorded graph for any number of chunks
+        own = partial(torch.clone, memory_format=torch.contiguous_format)
+
+        def recorded(state: Any, parts: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+            return tree_map(own, step(state, *parts))  # what it returns may not be what it was given
+
+        state, stacked = scan(recorded, tree_map(own, state), tuple(x.movedim(2, 0) for x in inputs))
+        return state, tuple(x.movedim(0, 2) for x in stacked)
+    outputs = []
+    for n in range(chunks):
+        state, output = step(state, *(x[:, :, n] for x in inputs))
+        outputs.append(output)
+    return state, tuple(torch.stack(x, dim=2) for x in zip(*outputs, strict=True))
+
+
 def split_into_chunks(x: Tensor, size: int) -> Tensor:
     """[B, T, H, ...] -> [B, H, N, C, ...], the last chunk filled up with zeros: no key, no value, no decay."""
-    chunks = -(-x.shape[1] // size)
+    chunks = (x.shape[1] + size - 1) // size + is_open(x.shape[1])  # one more: a graph for one would be for one alone
     x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, chunks * size - x.shape[1]))
-    return x.unflatten(1, (chunks, size)).movedim(3, 1).contiguous()
+    return in_chunks(x, size).movedim(3, 1).contiguous()
+
+
+def by_channel_scores(rows: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """sum_k rows_ik weights_ijk columns_jk: [B, H, N, C, K] twice and [B or 1, H, N, C, C, K] -> [B, H, N, C, C]."""
+    if is_open(rows.shape[2]):
+        return (rows[..., :, None, :] * columns[..., None, :, :] * weights).sum(-1)
+    return torch.einsum("bhnik,bhnjk,bhnijk->bhnij", rows, columns, weights)
+
+
+def in_chunks(x: Tensor, size: int) -> Tensor:
+    """[B, N * C, ...] -> [B, N, C, ...]."""
+    if is_open(x.shape[1]):  # torch does not see that C divides N * C
+        return x.unfold(1, size, size).movedim(-1, 2)
+    return x.unflatten(1, (-1, size))
 
 
 def join_chunks(x: Tensor, length: int) -> Tensor:
     """[B, H, N, C, ...] -> [B, T, H, ...] with T = `length`."""
-    return x.movedim(1, 3).flatten(1, 2)[:, :length]
+    joined = x.movedim(1, 3).flatten(1, 2)
+    if is_open(length):  # torch does not see that it is the shorter one
+        return joined.index_select(1, torch.arange(length, device=x.device))
+    return joined[:, :length]
 
 
 def by_token(log_decay: Tensor | None, q: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
+from .cache import the_cache
 from .configuration_hypenet import ATTENTION, HypeNetConfig, read_scaling
 from .fused import gated, projections, turn
 from .implementations import like_sdpa
@@ -83,6 +84,8 @@ class HypeNetAttention(Mixer, Qwen3Attention):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        rows_apart: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Qwen3Attention's convention.
@@ -90,7 +93,9 @@ class HypeNetAttention(Mixer, Qwen3Attention):
         Args:
             hidden_states: [B, T, hidden].
             attention_mask: in the form of `config._attn_implementation`, e.g. [B, 1, T, S].
+            past_key_values, cache: two names of one argument, the cache to continue from and to update.
             position_ids: [B, T] or [1, T], needed for the scaling of logits.
+            rows_apart: what RNN layers are told beside their mask; the mask of attention has it.
 
         Returns:
             The output, [B, T, hidden], and the attention weights if the implementation returns them.
@@ -109,8 +114,9 @@ class HypeNetAttention(Mixer, Qwen3Attention):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
 
         q = self.scale_logits(q, position_ids)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        cache = the_cache(past_key_values, cache)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         output, weights = self.attend(q, k, v, attention_mask, **kwargs)
 
         output = output.flatten(2)

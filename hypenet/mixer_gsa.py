@@ -25,9 +25,12 @@ from .configuration_hypenet import HypeNetConfig
 from .kernels import kernel, serves
 from .linear_attention import (
     beside,
+    chunk_size,
     each_document,
+    is_open,
     join_chunks,
     linear_attention_chunked,
+    over_chunks,
     split_into_chunks,
     start,
     widen,
@@ -138,7 +141,7 @@ def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, key
     Only differences of cumulated log-decays that are never positive are exponentiated, [C, C, M] a chunk.
     """
     length = q.shape[1]
-    size = min(16, length)
+    size = chunk_size(16, length)
     q_, k_, s_, g = (split_into_chunks(widen(x), size) for x in (q, k, s, log_decay))  # [B, H, N, C, ...]
 
     total = g.cumsum(3)
@@ -148,12 +151,12 @@ def _slot_logits_chunked(q: Tensor, k: Tensor, s: Tensor, log_decay: Tensor, key
     across = total[:, :, :, -1, None, :].exp()
     updates = k_.mT @ (s_ * (total[:, :, :, -1:] - total).exp())  # [B, H, N, K, M]
 
-    states = []
-    for n in range(updates.shape[2]):
-        states.append(keys)
-        keys = keys * across[:, :, n] + updates[:, :, n]
-    logits = torch.einsum("bhnij,bhnijm,bhnjm->bhnim", q_ @ k_.mT, within, s_)
-    return join_chunks(logits + (q_ @ torch.stack(states, dim=2)) * total.exp(), length), keys
+    keys, (states,) = over_chunks(lambda s, decay, new: (s * decay + new, (s,)), keys, across, updates)
+    if is_open(length):
+        logits = ((q_ @ k_.mT)[..., None] * within * s_[..., None, :, :]).sum(-2)
+    else:
+        logits = torch.einsum("bhnij,bhnijm,bhnjm->bhnim", q_ @ k_.mT, within, s_)
+    return join_chunks(logits + (q_ @ states) * total.exp(), length), keys
 
 
 def _start(q: Tensor, s: Tensor, v: Tensor, state: Slots | None) -> Slots:

@@ -3,13 +3,13 @@
 S_t = gamma_h S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import State
+from .kernels import kept
 from .mixers import mixer
 from .rnn_mixer import OuterProductMixer
 
@@ -26,8 +26,7 @@ def alibi_slopes(heads: int, device: torch.device | None = None, dtype: torch.dt
     return torch.exp2(-torch.cat([exponents, between]))
 
 
-@cache
-@torch.inference_mode(False)  # what is kept must also serve where gradients are wanted
+@kept
 def lightning_log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """log(gamma_h) of Eq. 19, as [H]: the negated slopes."""
     return -alibi_slopes(heads, device, dtype)

@@ -3,19 +3,18 @@
 S_t = gamma_h S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(D)        gamma_h = 1 - 2^(-5-h), h = 0..H-1
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import State
+from .kernels import kept
 from .mixers import mixer
 from .rnn_mixer import OuterProductMixer
 
 
-@cache
-@torch.inference_mode(False)  # what is kept must also serve where gradients are wanted
+@kept
 def retnet_log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """log(gamma_h), as [H]. With many heads gamma rounds to one, its logarithm does not."""
     return torch.log1p(-torch.exp2(-5 - torch.arange(heads, device=device, dtype=dtype)))

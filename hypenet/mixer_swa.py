@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .configuration_hypenet import SLIDING_WINDOW, WINDOW, HypeNetConfig
 from .implementations import like_flash, like_sdpa
+from .linear_attention import is_open
 from .mixer_attention import HypeNetAttention
 from .mixers import mixer
 
@@ -84,11 +85,14 @@ class SlidingWindowAttention(HypeNetAttention):
                 )
             return super().attend_rows(q, k, v, attention_mask, sliding_window=window, **kwargs)
 
-        queries = q.shape[2]
-        keys = min(k.shape[2], queries + window - 1)  # the first query sees no further
-        k, v, mask = k[:, :, -keys:], v[:, :, -keys:], attention_mask
-        if mask is not None:
-            mask = mask[..., -keys:] if mask.ndim == 4 else mask[:, None, None, -keys:].bool()
+        (queries, keys), mask = (q.shape[2], k.shape[2]), attention_mask
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, None, None].bool()
+        if is_open(queries) or is_open(keys):  # a recorded graph for any length: nothing is cut
+            mask = _within(mask, self._band(queries, keys, q.device))
+            return super().attend_rows(q, k, v, mask, **kwargs)
+        keys = min(keys, queries + window - 1)  # the first query sees no further
+        k, v, mask = k[:, :, -keys:], v[:, :, -keys:], None if mask is None else mask[..., -keys:]
         if like_sdpa(implementation) and queries > 2 * window:
             return self._attend_in_blocks(q, k, v, mask, **kwargs), None
         if implementation == "eager" and mask is None:

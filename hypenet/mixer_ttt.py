@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from .cache import State
 from .configuration_hypenet import HypeNetConfig
-from .linear_attention import each_document, widen
+from .kernels import unvalued
+from .linear_attention import each_document, in_chunks, is_open, over_chunks, widen
 from .mixers import mixer
 from .rnn_mixer import RNNMixer, RNNOptions
 
@@ -81,7 +82,7 @@ class InnerNorm:
 def ttt_recurrence(
     q: Tensor, k: Tensor, v: Tensor, eta: Tensor, tokens: Tensor | None, ln: InnerNorm, mini_batch: int, state: Learned
 ) -> tuple[Tensor, Learned]:
-    """Token by token: the reference, for one token, and for rows whose mini-batches begin at different tokens.
+    """Token by token: the reference, and the form that decodes one token.
 
     Args:
         tokens: [B, T], false at padding, from which nothing is learnt, or None: no padding.
@@ -125,22 +126,81 @@ def ttt_chunked(
     for begin, end in pairwise([0, *range(first, length, mini_batch), length]):
         q_i, k_i, v_i = (widen(x[:, begin:end]) for x in (q, k, v))
         step = eta[:, begin:end, :, None] * ln.gradient(torch.einsum("bihd,bhde->bihe", k_i, w) + b[:, None], v_i - k_i)
-        seen = (torch.einsum("bihd,bjhd->bhij", q_i, k_i) + 1).tril()
-        z = torch.einsum("bihd,bhde->bihe", q_i, w - sum_w) + (b - sum_b)[:, None]
-        outputs.append(q_i + ln(z - torch.einsum("bhij,bjhd->bihd", seen, step)))
-
-        sum_w = sum_w + torch.einsum("bjhd,bjhe->bhde", k_i, step)
-        sum_b = sum_b + step.sum(1)
+        output, new_w, new_b = _mini_batch(q_i, k_i, step, ln, w - sum_w, b - sum_b)
+        outputs.append(output)
+        sum_w, sum_b = sum_w + new_w, sum_b + new_b
         if (end - first) % mini_batch == 0:
             w, b = w - sum_w, b - sum_b
             sum_w, sum_b = torch.zeros_like(w), torch.zeros_like(b)
     return torch.cat(outputs, dim=1).to(q.dtype), (w, b, sum_w, sum_b, (filled + length) % mini_batch)
 
 
+def ttt_in_slots(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, tokens: Tensor | None, ln: InnerNorm, mini_batch: int, state: Learned
+) -> tuple[Tensor, Learned]:
+    """As `ttt_chunked`, wherever a row's mini-batches begin and whatever is padding: no value decides what runs.
+
+    The tokens of a row are put into the slots of N mini-batches, behind as many empty ones as the first mini-batch had
+    tokens before. Nothing is learnt from an empty slot.
+
+    Args:
+        tokens: [B, T], false at padding, or None: no padding.
+
+    Returns:
+        The output in q's dtype, of no meaning at padding, and the state after the last token.
+    """
+    w, b, sum_w, sum_b, filled = state
+    batch, length = q.shape[:2]
+    chunks = (length + 2 * mini_batch - 2) // mini_batch + is_open(length)
+    if tokens is None:
+        tokens = torch.ones(batch, length, dtype=torch.bool, device=q.device)
+    filled = filled.to(q.device)
+    slot = filled[:, None] + tokens.long().cumsum(1) - 1  # [B, T]
+    beyond = torch.where(tokens, slot, chunks * mini_batch)
+
+    def by_slot(x: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [B, N, mini_batch, H, ...], seen as [B, 1, N, ...] where chunks are taken."""
+        slots = x.new_zeros(batch, chunks * mini_batch + 1, *x.shape[2:])
+        slots = slots.index_put((torch.arange(batch, device=x.device)[:, None], beyond), x)
+        return in_chunks(slots[:, :-1], mini_batch)[:, None]
+
+    total = filled + tokens.sum(1)
+    ends = mini_batch * torch.arange(1, chunks + 1, device=q.device)
+    full = (ends <= total[:, None])[:, None]  # [B, 1, N]
+
+    def step(state: tuple[Tensor, ...], *chunk: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor]]:
+        w, b, sum_w, sum_b = state
+        q_i, k_i, v_i, eta_i, full = (x[:, 0] for x in chunk)
+        gradient = ln.gradient(torch.einsum("bihd,bhde->bihe", k_i, w) + b[:, None], v_i - k_i)
+        output, new_w, new_b = _mini_batch(q_i, k_i, eta_i[..., None] * gradient, ln, w - sum_w, b - sum_b)
+        sum_w, sum_b, end = sum_w + new_w, sum_b + new_b, full[:, None, None]
+        w, b = torch.where(end[..., None], w - sum_w, w), torch.where(end, b - sum_b, b)
+        return (w, b, sum_w.masked_fill(end[..., None], 0), sum_b.masked_fill(end, 0)), (output[:, None],)
+
+    inputs = (*(by_slot(widen(x)) for x in (q, k, v)), by_slot(eta), full)
+    learned, (outputs,) = over_chunks(step, (w, b, sum_w, sum_b), *inputs)
+    index = slot.clamp(min=0)[..., None, None].expand_as(q)
+    return outputs[:, 0].flatten(1, 2).gather(1, index).to(q.dtype), (*learned, total % mini_batch)
+
+
+def _mini_batch(
+    q: Tensor, k: Tensor, step: Tensor, ln: InnerNorm, w: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of one mini-batch, [B, C, H, D], and what its `step`s, eta_s grad_s, add to the sums.
+
+    Args:
+        w, b: what the first of its tokens reads, [B, H, D, D] and [B, H, D].
+    """
+    seen = (torch.einsum("bihd,bjhd->bhij", q, k) + 1).tril()
+    z = torch.einsum("bihd,bhde->bihe", q, w) + b[:, None]
+    output = q + ln(z - torch.einsum("bhij,bjhd->bihd", seen, step))
+    return output, torch.einsum("bjhd,bjhe->bhde", k, step), step.sum(1)
+
+
 def _aligned(tokens: Tensor | None, state: Learned) -> bool:
-    """Whether the mini-batches of all rows begin at the same tokens, and there is no padding."""
+    """Whether the mini-batches of all rows are known to begin at the same tokens, and there is no padding."""
     filled = state[-1]
-    return (tokens is None or bool(tokens.all())) and bool((filled == filled[0]).all())
+    return not unvalued(filled) and (tokens is None or bool(tokens.all())) and bool((filled == filled[0]).all())
 
 
 def ttt(
@@ -158,7 +218,7 @@ def ttt(
     tokens: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Learned | None]:
-    """By the fastest form: token by token for one token or uneven rows, else by mini-batch.
+    """By the fastest form: one step for one token, else by mini-batch.
 
     Args:
         weight, bias: [H, D], LN's.
@@ -175,10 +235,12 @@ def ttt(
         inputs, options = (q, k, v, eta, weight, bias), {"eps": eps, "mini_batch": mini_batch}
         return each_document(ttt, inputs, cu_seqlens, state=state, keep_state=keep_state, **options)
     ln = InnerNorm(weight, bias, eps)
-    if q.shape[1] > 1 and _aligned(tokens, state):
+    if q.shape[1] == 1:
+        output, final = ttt_recurrence(q, k, v, eta, tokens, ln, mini_batch, state)
+    elif _aligned(tokens, state):
         output, final = ttt_chunked(q, k, v, eta, ln, mini_batch, state)
     else:
-        output, final = ttt_recurrence(q, k, v, eta, tokens, ln, mini_batch, state)
+        output, final = ttt_in_slots(q, k, v, eta, tokens, ln, mini_batch, state)
     return output, final if keep_state else None
 
 

@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 # Every file of the model is imported here, also those that only others use: an import registers a mixer, and
 # transformers 4 loads exported code with these files only.
 # ruff: noqa: F401
-from .cache import HypeNetCache
+from .cache import CACHE, HypeNetCache, the_cache
 from .configuration_hypenet import HypeNetConfig
 from .delta_rule import delta_rule
 from .fixed_decay import fixed_decay_attention
@@ -32,7 +32,16 @@ from .fixed_decay_kernels import segment_outputs
 from .fused import projections, swiglu
 from .fused_kernels import triton
 from .implementations import like_sdpa
-from .inputs import cached_tokens, checked_mask, documents, layer_masks, packed_arguments, positions
+from .inputs import (
+    cached_tokens,
+    checked_mask,
+    documents,
+    known_arguments,
+    layer_masks,
+    packed_arguments,
+    padding_to_pass,
+    positions,
+)
 from .kernels import serves
 from .linear_attention import linear_attention
 from .loss_kernels import cross_entropy_rows
@@ -109,6 +118,7 @@ class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
     config: HypeNetConfig
     _no_split_modules = ["HypeNetDecoderLayer"]  # noqa: RUF012
     _can_compile_fullgraph = False
+    _supports_attention_backend = False  # the generic backends of vLLM and SGLang keep no states between steps
     _is_stateful = True  # a state cannot be rolled back, as assisted generation would
 
     @classmethod
@@ -175,6 +185,7 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         past_key_values: HypeNetCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Qwen3Model's, with a mask for each kind of mixer.
@@ -182,49 +193,48 @@ class HypeNetModel(HypeNetPreTrainedModel, Qwen3Model):
         Args:
             input_ids: [B, T]; or `inputs_embeds`, [B, T, hidden].
             attention_mask: [B, S], 1 at tokens and 0 at padding, over all S tokens seen with these T.
-            position_ids: [B, T] or [1, T], 0-based. By default counted from the mask, so padding has no position.
-                Without a mask and a cache, positions that restart at 0 mark packed documents: neither attention nor
-                state crosses from one to the next.
-            past_key_values: the cache to continue.
+            position_ids: [B, T] or [1, T], 0-based. By default counted from the mask. Without a mask and a cache,
+                positions that restart at 0 mark packed documents: neither attention nor state crosses between them.
+            past_key_values, cache: two names of one argument, the cache to continue.
             use_cache: whether to return a cache. By default `config.use_cache`, but never in training or for packed
                 documents.
-            kwargs: among them `cu_seq_lens_q`, [documents + 1] in int32, the bounds of packed documents in the
-                B x T tokens, and the other outputs of transformers' `DataCollatorWithFlattening`.
+            kwargs: among them `cu_seq_lens_q`, in fla `cu_seqlens`, [documents + 1] in int32, the bounds of packed
+                documents in the B x T tokens; and the other outputs of transformers' `DataCollatorWithFlattening`.
 
         Raises:
+            TypeError: an argument that neither this model nor transformers has.
             ValueError: an argument does not fit the others.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        seen = cached_tokens(past_key_values)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        kwargs, seen = known_arguments(kwargs), cached_tokens(cache := the_cache(past_key_values, cache))
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens = inputs_embeds.shape[:2]
-        recurrent = "linear_attention" in self.config.layer_types
-        attention_mask = checked_mask(attention_mask, seen, tokens, recurrent=recurrent)
+        attention_mask = checked_mask(attention_mask, seen, tokens)
         bounds, apart = kwargs.pop("cu_seq_lens_q", None), None
-        if attention_mask is None and past_key_values is None:
-            bounds = documents(position_ids, bounds, batch, tokens)
+        if cache is None:
+            bounds = documents(position_ids, bounds, attention_mask, batch, tokens)
         if bounds is not None:
-            if attention_mask is not None or past_key_values is not None or use_cache:
+            if attention_mask is not None or cache is not None or use_cache:
                 raise ValueError("Packed documents take neither attention_mask nor a cache: each is a sequence alone.")
-            sdpa, device = like_sdpa(self.config._attn_implementation), inputs_embeds.device
-            position_ids, apart, packed = packed_arguments(bounds, position_ids, batch, device, sdpa=sdpa)
+            position_ids, apart, packed = packed_arguments(self.config, bounds, position_ids, inputs_embeds)
             kwargs, use_cache = kwargs | packed, False
-        masks = layer_masks(self.config, inputs_embeds, attention_mask, past_key_values, apart)
-        if position_ids is None:
-            position_ids = positions(attention_mask, seen, tokens, inputs_embeds.device)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = HypeNetCache(self.config)
+        if use_cache and cache is None:
+            cache = HypeNetCache(self.config)
+        if "linear_attention" in self.config.layer_types:
+            kwargs["rows_apart"] = padding_to_pass(attention_mask, tokens, cache, training=self.training)
+        masks = layer_masks(self.config, inputs_embeds, attention_mask, cache, apart)
+        if position_ids is None:
+            position_ids = positions(attention_mask, seen, tokens, inputs_embeds.device)
         # Qwen3's own forward picks a layer's mask by `config.layer_types`.
         return super().forward(
             inputs_embeds=inputs_embeds,
             attention_mask=masks,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -248,12 +258,22 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         """
         loaded = super()._load_pretrained_model(model, *args, **kwargs)
         head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-        there = not (head.is_meta or embedding.is_meta)
-        if model.config.tie_word_embeddings and there and not torch.equal(head, embedding):
+        if not model.config.tie_word_embeddings:
+            return loaded
+        # transformers 4 returns its lists, 5 a record of them.
+        record = loaded[0] if isinstance(loaded, tuple) else loaded
+        mismatched = loaded[3] if record is model else record.mismatched_keys
+        if any("lm_head.weight" in key for key in mismatched):  # of another shape: the embedding is made anew
+            if record is not model:
+                record.missing_keys.add("lm_head.weight")
+        elif head.is_meta or embedding.is_meta:
+            return loaded
+        elif not torch.equal(head, embedding):
             raise ValueError(
                 "The checkpoint's lm_head.weight is not its embedding, but its configuration ties the two: "
                 "set tie_word_embeddings to false."
             )
+        model.lm_head.weight = embedding  # transformers 5.0 to 5.2 leave two that the checkpoint has both
         return loaded
 
     @can_return_tuple
@@ -267,22 +287,25 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: HypeNetCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Qwen3ForCausalLM's, but in training labels give a loss without logits.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as `HypeNetModel` has
-                them.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: as `HypeNetModel`
+                has them.
             labels: [B, T]: the input tokens, -100 where one is no target. The first token of a packed document is
                 none. In training, `logits` is None then. It is returned too, as in evaluation, if `logits_to_keep` is
                 set, or the loss or the head is not the model's own (`loss_function`, an adapter).
             logits_to_keep: the number of last tokens, or their indices, to compute logits of. 0: all.
             kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
         """
+        cache = the_cache(past_key_values, cache)
+        kwargs = known_arguments(kwargs)
         every_logit = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and past_key_values is None and (attention_mask is None or attention_mask.all()):
-            bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), *labels.shape)
+        if labels is not None and cache is None:
+            bounds = documents(position_ids, kwargs.get("cu_seq_lens_q"), attention_mask, *labels.shape)
             if bounds is not None:
                 kwargs["cu_seq_lens_q"] = bounds
                 first = bounds[:-1].to(labels.device, torch.long)
@@ -291,7 +314,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
             **kwargs,
@@ -302,7 +325,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         outputs = self.model(**inputs)
         return CausalLMOutputWithPast(
             loss=next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -315,10 +338,10 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
         Raises:
             ValueError: `cache_implementation` asks for another one.
         """
-        if generation_config.cache_implementation is not None:
-            raise ValueError("HypeNet has one cache, HypeNetCache: leave cache_implementation unset.")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HypeNetCache(self.config)
+        if generation_config.cache_implementation not in (None, "dynamic"):  # it grows, as the dynamic one does
+            raise ValueError("HypeNet has one cache, HypeNetCache: leave cache_implementation unset, or 'dynamic'.")
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = HypeNetCache(self.config)
 
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
-from .cache import HypeNetCache, State
+from .cache import HypeNetCache, State, the_cache
 from .configuration_hypenet import HypeNetConfig
 from .fused import Rope, gated, projections, turn
 from .linear_attention import linear_attention, widen
@@ -167,6 +168,8 @@ class RNNMixer(Mixer):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Cache | None = None,
+        rows_apart: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Qwen3Attention's convention, save for the mask.
@@ -175,9 +178,10 @@ class RNNMixer(Mixer):
             hidden_states: [B, T, hidden].
             position_embeddings: RoPE's cos and sin, [B, T, D] each.
             attention_mask: [B, T], 1 at tokens and 0 at padding, or None. In place of a teacher's attention also
-                that attention's [B, 1, T, T]. With a cache, padding must be on the left.
-            past_key_values: a `HypeNetCache` to continue from and to update.
+                that attention's [B, 1, T, T].
+            past_key_values, cache: two names of one argument, a `HypeNetCache` to continue from and to update.
             cu_seq_lens_q: [documents + 1] in int32, the bounds of documents packed into the B x T tokens.
+            rows_apart: the mask has padding after tokens, and the state must pass over it.
 
         Returns:
             The output, [B, T, hidden], and None in place of attention weights.
@@ -185,7 +189,8 @@ class RNNMixer(Mixer):
         Raises:
             ValueError: the cache is not a `HypeNetCache`.
         """
-        if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
+        cache = the_cache(past_key_values, cache)
+        if cache is not None and not isinstance(cache, HypeNetCache):
             raise ValueError(f"RNN layer {self.layer_idx} needs a HypeNetCache: give one, or pass use_cache=False.")
 
         rope = position_embeddings if self.options.use_rope else None
@@ -206,9 +211,10 @@ class RNNMixer(Mixer):
             inputs = inputs.to(self.q_proj.weight.dtype)
             without_autocast = torch.autocast(device, enabled=False)
         with without_autocast:
-            output, state = self._recur(q, k, v, inputs, tokens, gates, past_key_values, cu_seq_lens_q)
-        if past_key_values is not None and state is not None:
-            past_key_values.update_state(state, self.layer_idx, hidden_states.shape[1])
+            apart = tokens if rows_apart else None
+            output, state = self._recur(q, k, v, inputs, tokens, gates, cache, cu_seq_lens_q, apart)
+        if cache is not None and state is not None:
+            cache.update_state(state, self.layer_idx, hidden_states.shape[1])
 
         return self.o_proj(self.norm_and_gate(output.flatten(2), z)), None
 
@@ -220,8 +226,9 @@ class RNNMixer(Mixer):
         hidden_states: Tensor,
         tokens: Tensor | None,
         gates: Tensor | None,
-        past_key_values: HypeNetCache | None,
+        cache: HypeNetCache | None,
         cu_seqlens: Tensor | None,
+        apart: Tensor | None,
     ) -> tuple[Tensor, State | None]:
         """`recur` of rows, from the cache's state if there is one, or of packed documents as one row."""
         of_keys: dict[str, Any] = {} if gates is None else {"gates": gates}
@@ -233,11 +240,45 @@ class RNNMixer(Mixer):
                 q_, k_, v_, hidden_states, None, **of_keys, state=first, keep_state=False, cu_seqlens=cu_seqlens
             )
             return output.view_as(q), None
-        keep = past_key_values is not None
-        state = None if past_key_values is None else past_key_values.state(self.layer_idx)
+        keep = cache is not None
+        state = None if cache is None else cache.state(self.layer_idx)
         if state is None:
             state = self.first_state(q, q.shape[0])
+        if apart is not None:
+            return self._recur_at(apart, q, k, v, hidden_states, of_keys, state)
         return self.recur(q, k, v, hidden_states, tokens, **of_keys, state=state, keep_state=keep, cu_seqlens=None)
+
+    def _recur_at(
+        self,
+        tokens: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden_states: Tensor,
+        of_keys: dict[str, Tensor],
+        state: State | None,
+    ) -> tuple[Tensor, State | None]:
+        """`recur` of the tokens alone, each row's packed as a document: padding among them leaves the state as it is.
+
+        Args:
+            tokens: [B, T], true at tokens.
+
+        Returns:
+            The output, [B, T, H, D], zero at padding, and the state after each row's last token.
+        """
+        at, lengths = tokens.flatten().nonzero().flatten(), tokens.sum(1)
+        rows = lengths.nonzero().flatten()  # a row may have no token
+        cu_seqlens = F.pad(lengths[rows].cumsum(0), (1, 0)).int()
+        q_, k_, v_, hidden_states = (x.flatten(0, 1)[at][None] for x in (q, k, v, hidden_states))
+        of_keys = {name: x.flatten(0, 1)[at][None] for name, x in of_keys.items()}
+        begun = tree_map_only(Tensor, lambda x: x[rows.to(x.device)], state)
+        output, ended = self.recur(
+            q_, k_, v_, hidden_states, None, **of_keys, state=begun, keep_state=True, cu_seqlens=cu_seqlens
+        )
+        if state is None:
+            state = tree_map_only(Tensor, lambda x: x.new_zeros(len(tokens), *x.shape[1:]), ended)
+        state = tree_map(lambda x, new: x.index_copy(0, rows.to(x.device), new.to(x.dtype)), state, ended)
+        return torch.zeros_like(q).flatten(0, 1).index_copy(0, at, output[0]).view_as(q), state
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values, [B, T, heads, D] each, and z = x W_z, [B, T, H * D], if there is an output gate."""

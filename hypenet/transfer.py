@@ -213,7 +213,8 @@ def empty_hybrid(config: HypeNetConfig, *, dtype: torch.dtype, device: torch.dev
     """A hybrid without weights: its parameters, of `dtype`, are on the meta device. RoPE's frequencies have values."""
     with torch.device("meta"):
         hybrid = HypeNetForCausalLM(config).to(dtype)
-    hybrid.model.rotary_emb = HypeNetRotaryEmbedding(config, device=device)
+    with device:
+        hybrid.model.rotary_emb = HypeNetRotaryEmbedding(config)
     return hybrid
 
 

@@ -201,7 +201,8 @@ def empty_teacher(teacher: Path) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=training_dtype()).requires_grad_(False)
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config, device=device())
+    with device():
+        model.model.rotary_emb = type(rotary)(config=config)
     return model
 
 

@@ -194,4 +194,5 @@ def apply_yarn(teacher: PreTrainedModel, length: int, original: int) -> None:
             config.rope_scaling = yarn
     config.max_position_embeddings = max(length, original)
     rotary = teacher.model.rotary_emb
-    teacher.model.rotary_emb = type(rotary)(config=config, device=rotary.inv_freq.device)
+    with rotary.inv_freq.device:
+        teacher.model.rotary_emb = type(rotary)(config=config)

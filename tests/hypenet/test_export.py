@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hypenet.configuration_hypenet import hype_scaling
@@ -82,6 +82,40 @@ def test_export_loads_where_the_package_is_not(make_every_mixer, tokenizer, toke
     assert loaded["vocabulary"] == tokenizer.get_vocab()
 
 
+USE = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, result = sys.argv[1:]
+text = ["w1 w2 w3 w4", "w5 w6"]
+trusted = {"trust_remote_code": True}
+decoder = AutoModel.from_pretrained(folder, **trusted)
+assert len(AutoTokenizer.from_pretrained(folder)(text[0]).input_ids) == 4
+(features,) = torch.tensor(pipeline("feature-extraction", model=folder, **trusted)(text[0]))
+ids = AutoTokenizer.from_pretrained(folder)(text[0], return_tensors="pt").input_ids
+torch.testing.assert_close(features, decoder(ids).last_hidden_state[0])
+written = pipeline("text-generation", model=folder, **trusted)(text, batch_size=2, max_new_tokens=3, do_sample=False)
+assert len(written) == 2 and "hypenet" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(folder, **trusted)
+options = {"max_new_tokens": 6, "do_sample": False}
+expected = model.generate(ids, **options)
+assert torch.equal(model.generate(ids, cache_implementation="dynamic", **options), expected)
+model.forward = torch.compile(model.forward, dynamic=True, backend="eager")
+assert torch.equal(model.generate(ids, **options), expected)
+"""
+
+
+def test_an_export_is_used_as_any_model_is(make_hybrid, tokenizer, tmp_path):
+    """The decoder alone, pipelines of a tokenizer that pads on the right, a compiled forward under generate."""
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    export_pretrained(make_hybrid(), tokenizer, tmp_path / "model", logits_scaling=None)
+    subprocess.run(
+        [sys.executable, "-c", USE, tmp_path / "model", tmp_path],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
 def test_exported_folder_is_of_the_published_form(make_hybrid, tokenizer, tmp_path):
     export_pretrained(make_hybrid(attn_logits_scaling="hype 7"), tokenizer, tmp_path, logits_scaling=None)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -89,6 +123,7 @@ def test_exported_folder_is_of_the_published_form(make_hybrid, tokenizer, tmp_pa
     assert config["attn_logits_scaling"] is None
     assert config["auto_map"] == {
         "AutoConfig": "configuration_hypenet.HypeNetConfig",
+        "AutoModel": "modeling_hypenet.HypeNetModel",
         "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM",
     }
     assert (tmp_path / "model.safetensors").exists()

@@ -124,7 +124,7 @@ def test_flex_attention_agrees(make_hybrid, tokens, use_cache):
 def test_flash_attention_is_not_refused(make_hybrid, tokens, monkeypatch):
     """transformers asks the class. What runs is its sdpa here, since the kernels need a GPU."""
     assert HypeNetForCausalLM._supports_flash_attn and HypeNetForCausalLM._supports_sdpa
-    assert HypeNetForCausalLM._supports_attention_backend and HypeNetForCausalLM._supports_flex_attn
+    assert HypeNetForCausalLM._supports_flex_attn
     model = make_hybrid(mixer_types=["swa", "attn"] * 2, mixer_options={"swa": {"window": 60}})
     seen = []
 
@@ -271,17 +271,6 @@ def test_documents_are_seen_behind_a_mask_of_ones(hybrid, tokens):
     packed = hybrid(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
     close(packed, hybrid(tokens, position_ids=positions).logits)
     close(packed[:, 20:], hybrid(tokens[:, 20:]).logits)
-
-
-def test_padding_after_tokens_that_a_state_has_seen_is_refused(make_hybrid, hybrid, tokens):
-    cache = hybrid(tokens[:, :20], use_cache=True).past_key_values
-    mask = torch.ones_like(tokens[:, :30])
-    mask[0, 20:25] = 0
-    with pytest.raises(ValueError, match="padding after tokens that RNN layers have seen"):
-        hybrid(tokens[:, 20:30], attention_mask=mask, past_key_values=cache)
-    attention_alone = make_hybrid(mixer_types=["attn"] * 4)
-    cache = attention_alone(tokens[:, :20], use_cache=True).past_key_values
-    attention_alone(tokens[:, 20:30], attention_mask=mask, past_key_values=cache)
 
 
 def test_the_model_without_its_head_loads_from_the_same_folder(hybrid, tokens, tmp_path):
