@@ -88,15 +88,20 @@ class RankLayout:
         dist.barrier()  # NCCL connects at the first collective, and has a limit for that: not while rank 0 works alone
 
     def dismiss(self, status: int) -> None:
-        """Called by a student: asks the teacher ranks to end with `status`, and waits until they have read it."""
-        if self.teachers and self.rank == 0:
-            self.store.set(LEAVE, str(status))
-            teachers = [r for r in range(self.size) if r % self.per_node >= self.students]
+        """Called by a student that ends. The first asks teacher ranks to end with `status`, and waits for all others.
+
+        Its process may hold the store: a rank that still leaves its group when the store goes is aborted.
+        """
+        if self.rank != 0:
+            self.leave()
+        elif self.size > 1:
+            if self.teachers:
+                self.store.set(LEAVE, str(status))
             with contextlib.suppress(dist.DistError):  # a rank that died must not hold this one
-                self.store.wait([f"{LEFT}/{r}" for r in teachers], timedelta(seconds=30))
+                self.store.wait([f"{LEFT}/{r}" for r in range(1, self.size)], timedelta(seconds=30))
 
     def leave(self) -> None:
-        """Called by a teacher rank: reports that it ends."""
+        """Reports that this rank ends."""
         self.store.set(f"{LEFT}/{self.rank}", "")
 
     def met_error(self) -> bool:
