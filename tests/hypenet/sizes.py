@@ -1,5 +1,7 @@
 """The keys of the small models that these tests run."""
 
+import torch
+
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -14,3 +16,15 @@ SIZES = {
     "eos_token_id": None,
 }
 MIXERS = ["lightning-attn", "attn", "lightning-attn", "attn"]
+
+
+def two_rows(length: int) -> torch.Tensor:
+    """Ids of tokens, [2, length]."""
+    return torch.randint(1, SIZES["vocab_size"], (2, length), generator=torch.Generator().manual_seed(6))
+
+
+def left_padded(length: int, padding: int) -> torch.Tensor:
+    """The mask of `two_rows`, with padding on the left of the second row."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, :padding] = 0
+    return mask

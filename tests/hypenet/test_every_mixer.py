@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hypenet.cache import StateLayer, WindowLayer
 from hypenet.mixers import MIXERS
-from tests.hypenet.sizes import SIZES
+from tests.hypenet.sizes import left_padded, two_rows
 
 OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}}
 """Small, so that a few tokens are many."""
@@ -43,15 +43,13 @@ def model(make_model):
 
 @pytest.fixture
 def ids():
-    return torch.randint(1, SIZES["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(6))
+    return two_rows(LENGTH)
 
 
 @pytest.fixture
 def mask():
     """13 tokens of padding on the left of the second row."""
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
-    mask[1, :13] = 0
-    return mask
+    return left_padded(LENGTH, 13)
 
 
 def close(actual, expected):

@@ -19,7 +19,7 @@ from hypenet.cache import CACHE, HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel
-from tests.hypenet.sizes import SIZES
+from tests.hypenet.sizes import SIZES, left_padded, two_rows
 
 OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}}
 ROOT = Path(__file__).parents[2]
@@ -28,15 +28,13 @@ LENGTH = 21
 
 @pytest.fixture
 def ids():
-    return torch.randint(1, SIZES["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(6))
+    return two_rows(LENGTH)
 
 
 @pytest.fixture
 def mask():
     """8 tokens of padding on the left of the second row."""
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
-    mask[1, :8] = 0
-    return mask
+    return left_padded(LENGTH, 8)
 
 
 @pytest.fixture(params=sorted(MIXERS))
