@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from halo import __version__
 from halo.config import Config
 from halo.errors import EXIT_USER_ERROR, UserError
 from halo.graph import STAGES, conversion, stages_to
@@ -117,7 +118,7 @@ def read(parser: OneLineParser, *, shown: Sequence[str]) -> tuple[argparse.Names
 def version_line() -> str:
     """This package's version, and those that a bug report needs."""
     others = ", ".join(f"{package} {version(package)}" for package in VERSIONS)
-    return f"hypenet-halo {version('hypenet-halo')} ({others})\n"
+    return f"hypenet-halo {__version__} ({others})\n"
 
 
 def _stage_parser(description: str, may_take: bool) -> OneLineParser:

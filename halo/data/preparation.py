@@ -22,7 +22,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from hashlib import sha256 as new_sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from halo import __version__
 from halo.data.corpus import HELD_OUT_MARK, Piece, cut, text_files
 from halo.data.locks import TaskLock, exclusive, try_lock
 from halo.data.packing import HELD_OUT, Packing, Part, cut_samples, token_dtype
@@ -99,7 +99,7 @@ def prepare(
         "tokenizer": tokenizer_hash(tokenizer),
         "whole": whole,
         "piece_bytes": piece_bytes,
-        "version": version("hypenet-halo"),
+        "version": __version__,
         **asdict(packing),
     }
     try:

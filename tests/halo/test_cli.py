@@ -1,5 +1,6 @@
 """The launchers' command line: what it becomes, and what `--help` and `--version` say."""
 
+import os
 import subprocess
 import sys
 from dataclasses import MISSING
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from halo import cli
+from halo import __version__, cli
 from halo.errors import UserError
 from halo.graph import conversion
 from halo.job import Job
@@ -90,7 +91,35 @@ def test_a_misspelt_key_is_told_before_anything_heavy_is_imported(script):
 @pytest.mark.parametrize("script", ["launcher/kd.py", "launcher/status.py", "data/prepare_fineweb_edu.py"])
 def test_the_version(script):
     done = light(script, "--version")
-    assert done.stdout.startswith(f"hypenet-halo {version('hypenet-halo')} (torch {version('torch')}, ")
+    assert done.stdout.startswith(f"hypenet-halo {__version__} (torch {version('torch')}, ")
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path):
+    """Its packages alone, on PYTHONPATH: preparing shards asks for the version, too."""
+    code = (
+        "import importlib.metadata as metadata\n"
+        "real = metadata.distribution\n"
+        "def distribution(name):\n"
+        "    if name == 'hypenet-halo':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "metadata.distribution = distribution\n"
+        "from pathlib import Path\n"
+        "from halo.cli import version_line\n"
+        "from halo.data.packing import Part\n"
+        "from halo.data.preparation import prepare\n"
+        "from halo.models.tokenizer import load_tokenizer, train_tokenizer\n"
+        "text = 'one two three four five six ' * 50\n"
+        "Path('text.txt').write_text(text)\n"
+        "tokenizer = train_tokenizer([text], 260)\n"
+        "done = prepare(Path('text.txt'), tokenizer, Path('out'), {'a': Part(seq_len=8, tokens=8)}, workers=1)\n"
+        "print(done['a']['version'], version_line())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.split()[:3]) == (0, [__version__, "hypenet-halo", __version__]), done.stderr
 
 
 def test_a_command_line_becomes_a_job(typed):
