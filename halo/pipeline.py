@@ -16,6 +16,7 @@ from halo.job import Job
 from halo.models.attention import attention_of_stage, check_attention, said_of
 from halo.models.build import check_teacher
 from halo.models.loading import check_architecture, find_teacher, load_model_config
+from halo.models.rehearsal import rehearse
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
 from halo.parallel.checks import check_sequence_parallel
 from halo.run import claim, recorded_config, teacher_fingerprint
@@ -104,9 +105,11 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
         context = with_taken(context, job.taken_from, job.taken_stages)
     if not job.prepare:
         context.require_inputs(stage)
-    for name in names:
-        if not context.is_complete(name):  # refuses what was made from something else
-            getattr(stage_module(name), "check", _nothing)(context)
+    unfinished = [name for name in names if not context.is_complete(name)]  # refuses what was made from something else
+    for name in unfinished:
+        getattr(stage_module(name), "check", _nothing)(context)
+    if converts and unfinished and (unset := rehearse(teacher, job.config)):
+        say(f"the teacher's generation settings {', '.join(unset)} have no effect, and its hybrid will not have them")
     return context
 
 

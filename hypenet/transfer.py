@@ -7,17 +7,20 @@ sets it.
 
 import copy
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from .configuration_hypenet import ATTENTION, LIGHTNING, HypeNetConfig
 from .mixers import Mixer, build_mixer
 from .modeling_hypenet import HypeNetDecoderLayer, HypeNetForCausalLM, HypeNetRotaryEmbedding
+
+logger = logging.getLogger(__name__)
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """RoPE's variants, which HypeNet computes as transformers does."""
@@ -79,6 +82,9 @@ _SAME_KEYS = (
     "original_max_position_embeddings",
 )
 """The keys of a teacher's configuration that HypeNet takes over, in either version of transformers."""
+
+_SWITCHES = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False, "use_cache": True}
+"""The generation settings that give others their effect, and what they are where they are not set."""
 
 _QK_NORMS = ("q_norm.weight", "k_norm.weight")
 
@@ -280,5 +286,38 @@ def hybrid_from_teacher(
         hybrid.get_submodule(name).load_state_dict(weights, assign=True)
     if config.tie_word_embeddings:
         hybrid.lm_head.weight = hybrid.model.embed_tokens.weight
-    hybrid.generation_config = copy.deepcopy(teacher.generation_config)
+    hybrid.generation_config, unset = savable_generation(teacher.generation_config)
+    if unset:
+        logger.warning("The teacher's generation settings %s have no effect, and are left out.", ", ".join(unset))
     return hybrid.train(teacher.training)
+
+
+def savable_generation(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+    """A copy of a generation configuration that transformers saves, and the names of the settings that it lost.
+
+    transformers reads settings that another one switches off, such as a temperature without `do_sample`, and refuses
+    to save them. They have no effect, and are set to their defaults. `do_sample` and `num_beams` count as False and 1
+    where they are None, as transformers 5 reads them and 4 does not: a later version can save the copy, too.
+
+    Raises:
+        ValueError: a value is not valid.
+    """
+    config.validate()
+    default, alone, unset = GenerationConfig(), GenerationConfig(), list[str]()
+    for name, otherwise in _SWITCHES.items():
+        value = getattr(config, name)
+        setattr(alone, name, otherwise if value is None else value)
+    for name, value in config.__dict__.items():
+        if name in _SWITCHES or name.startswith("_"):
+            continue
+        setattr(alone, name, value)
+        try:
+            alone.validate(strict=True)
+        except ValueError:
+            setattr(alone, name, getattr(default, name, None))
+            unset.append(name)
+    savable = copy.deepcopy(config)
+    for name in unset:
+        setattr(savable, name, getattr(default, name, None))
+    savable.validate(strict=True)
+    return savable, unset

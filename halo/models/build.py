@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halo.distributed import broadcast, device
-from halo.models.gguf import is_gguf, where
+from halo.models.generation import read_generation
+from halo.models.gguf import is_gguf
 from halo.models.loading import layer_by_layer, load_model_config, load_teacher, training_dtype
 from halo.models.weights import EMBEDDING, HEAD, SafeTensors, Weights, check_shapes, files_of
 from halo.progress import progress_bar
@@ -229,7 +230,7 @@ def _finished(model: PreTrainedModel, source: Path) -> Any:
         model.lm_head.weight = model.model.embed_tokens.weight
     if without := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         raise RuntimeError(f"no piece of the model has {', '.join(without)}")
-    folder = Path(where(source)["pretrained_model_name_or_path"])
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    generation, _ = read_generation(source)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()

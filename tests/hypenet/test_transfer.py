@@ -364,6 +364,19 @@ def test_hybrid_generates_as_the_teacher_says(teacher):
     assert teacher.generation_config.temperature == 0.3 and teacher.generation_config.eos_token_id == [5, 9]
 
 
+def test_generation_settings_without_effect_are_left_out(teacher, tmp_path, caplog):
+    """transformers reads them, and does not save them."""
+    teacher.generation_config.temperature = 0.3
+    with pytest.raises(ValueError, match="temperature"):
+        teacher.save_pretrained(tmp_path / "teacher")
+    hybrid = hybrid_from_teacher(teacher, hybrid_config(teacher.config, [1]))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    assert "generation settings temperature have no effect" in caplog.text
+    teacher.generation_config.max_new_tokens = 0
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        hybrid_from_teacher(teacher, hybrid_config(teacher.config, [1]))
+
+
 def test_trained_mixers_take_their_layers(teacher):
     config = hybrid_config(teacher.config, [])
     mixers = {i: mixer_from_attention(teacher.model.layers[i].self_attn, config, i) for i in range(4)}

@@ -114,6 +114,14 @@ def test_a_teacher_with_weights_of_another_kind(tmp_path, teacher):
     assert "has no .safetensors weights" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
 
 
+def test_a_teacher_whose_generation_configuration_is_not_valid(tmp_path, teacher):
+    """Before the first stage, not after the last step."""
+    edit(teacher / "generation_config.json", max_new_tokens=0)
+    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert message.startswith(f"{teacher / 'generation_config.json'}: `max_new_tokens` must be greater than 0")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_gguf_file_that_is_not_there(tmp_path):
     message = refusal("align", tmp_path / "run", "--teacher", "/no/such/model.gguf")
     assert message == "no teacher at '/no/such/model.gguf': there is no such file"

@@ -1,0 +1,33 @@
+"""The generation configuration of a model's folder, as it can be written again."""
+
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from halo.errors import UserError
+from halo.models.gguf import where
+from hypenet.transfer import savable_generation
+
+
+def read_generation(source: Path) -> tuple[GenerationConfig | None, list[str]]:
+    """What `generation_config.json` beside a model says, and the settings in it that have no effect and are left out.
+
+    transformers would read those, and refuse to write them when the model is saved.
+
+    Args:
+        source: a model's folder or GGUF file.
+
+    Returns:
+        None in place of the configuration if there is no such file.
+
+    Raises:
+        UserError: it cannot be read, or a value is not valid.
+    """
+    path = Path(where(source)["pretrained_model_name_or_path"], "generation_config.json")
+    if not path.is_file():
+        return None, []
+    try:
+        return savable_generation(GenerationConfig.from_pretrained(path.parent))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: {reason}: correct this file, or remove it to generate by the defaults") from error
