@@ -20,8 +20,6 @@ from .configuration_hypenet import ATTENTION, LIGHTNING, HypeNetConfig
 from .mixers import Mixer, build_mixer
 from .modeling_hypenet import HypeNetDecoderLayer, HypeNetForCausalLM, HypeNetRotaryEmbedding
 
-logger = logging.getLogger(__name__)
-
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """RoPE's variants, which HypeNet computes as transformers does."""
 ROPE_BY_LENGTH = ("dynamic", "longrope")
@@ -288,7 +286,8 @@ def hybrid_from_teacher(
         hybrid.lm_head.weight = hybrid.model.embed_tokens.weight
     hybrid.generation_config, unset = savable_generation(teacher.generation_config)
     if unset:
-        logger.warning("The teacher's generation settings %s have no effect, and are left out.", ", ".join(unset))
+        left_out = "The teacher's generation settings %s have no effect, and are left out."
+        logging.getLogger(__name__).warning(left_out, ", ".join(unset))
     return hybrid.train(teacher.training)
 
 

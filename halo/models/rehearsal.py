@@ -15,8 +15,7 @@ from hypenet.transfer import empty_hybrid, hybrid_config
 
 
 def rehearse(teacher: Path, config: Config) -> list[str]:
-    """Write a hybrid's configurations and the tokenizer, with next to no weights, to a folder that is removed again, and
-    read them.
+    """Write a hybrid's configurations and the tokenizer to a folder that is removed again, and read them.
 
     Args:
         teacher: its folder or GGUF file.
