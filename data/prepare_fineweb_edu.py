@@ -52,6 +52,8 @@ def prepare_stages(arguments: Namespace, overrides: Sequence[str]) -> None:
     for stage, manifest in manifests.items():
         tokens = manifest["samples"] * manifest["seq_len"]
         print(f"--{stage}.shards {arguments.out / stage}: {manifest['samples']:,} samples, {tokens:,} tokens")
+    if skipped := max(manifest.get("skipped", 0) for manifest in manifests.values()):
+        print(f"{skipped:,} documents of the source have no text, and were skipped")
     print(f"--heldout {arguments.out / 'held_out'}: text that no stage trains on")
 
 

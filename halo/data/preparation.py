@@ -200,19 +200,24 @@ class _Pieces:
         if not (enough or self._whole):
             raise self._too_small(sum(self._tokens.values()))
         records = [self._record(number) for number in range(self._counted)]
+        # A piece that an older version wrote did not count them.
+        source = {**self._settings, "skipped": sum(record.get("skipped", 0) for record in records)}
         for name, part in self._packing.parts.items():
-            self._finish_part(name, part, [record[name] for record in records])
+            self._finish_part(name, part, [record[name] for record in records], source)
         held_out = [record[HELD_OUT] for record in records]
         manifest = {
-            **_provenance(self._settings, HELD_OUT),
+            **_provenance(source, HELD_OUT),
             "documents": sum(one["documents"] for one in held_out),
             "sha256": {name: digest for one in held_out for name, digest in one["sha256"].items()},
         }
         _write_manifest(self._folder / HELD_OUT, HELD_OUT_MARK, manifest)
 
-    def _finish_part(self, name: str, part: Part, records: Sequence[Mapping[str, Any]]) -> None:
+    def _finish_part(
+        self, name: str, part: Part, records: Sequence[Mapping[str, Any]], source: Mapping[str, Any]
+    ) -> None:
         folder = self._folder / name
-        joined, rest = cut_samples(np.concatenate([record["rest"] for record in records]), part.seq_len)
+        rests = [np.empty(0, self._packing.dtype), *(record["rest"] for record in records)]
+        joined, rest = cut_samples(np.concatenate(rests), part.seq_len)
         shards = [shard for record in records for shard in record["shards"]]
         shards += write_samples(folder, "joined", joined, self._packing.compression)
         if not shards:
@@ -221,7 +226,7 @@ class _Pieces:
             partial.write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
         files = [shard["zip_data"] or shard["raw_data"] for shard in shards]
         manifest = {
-            **_provenance(self._settings, name),
+            **_provenance(source, name),
             "separator": self._packing.separator,
             "documents": sum(record["documents"] for record in records),
             "samples": sum(record["samples"] for record in records) + len(joined),
@@ -266,7 +271,9 @@ class _Pieces:
 
     def _in_source(self) -> int | None:
         """An estimate of the source's tokens; None before the first piece is counted."""
-        return round(sum(self._tokens.values()) / self._counted_bytes * self._bytes) if self._counted else None
+        if not self._counted:
+            return None
+        return round(sum(self._tokens.values()) / max(self._counted_bytes, 1) * self._bytes)
 
     def _expected(self) -> int | None:
         return self._in_source() if self._whole else self._wanted()
@@ -329,7 +336,8 @@ def _all_finished(folder: Path, task: int, tasks: int) -> bool:
 
 
 def _provenance(settings: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return {name: settings[name] for name in ("source", "tokenizer", "seed", "version")} | {"part": part}
+    names = ("source", "tokenizer", "seed", "version", "skipped")
+    return {name: settings[name] for name in names} | {"part": part}
 
 
 def _write_manifest(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:

@@ -69,13 +69,18 @@ def record_path(folder: Path, number: int) -> Path:
 def write_piece(folder: Path, number: int, piece: Piece, tokenizer: Tokenizer, packing: Packing) -> None:
     """Write a piece's samples for each part, and last its record. Each file is complete when it appears.
 
-    The record has for each stage's part: `documents`, `tokens`, `samples`, `shards` (entries of an MDS index), and
-    `rest` (the tokens left over, fewer than a sample); for held-out text: `documents`, and `sha256` (name -> digest).
+    The record has `skipped` (how many documents have no text); for each stage's part: `documents`, `tokens`, `samples`,
+    `shards` (entries of an MDS index), and `rest` (the tokens left over, fewer than a sample); for held-out text:
+    `documents`, and `sha256` (name -> digest).
     """
     texts: dict[str, list[str]] = {name: [] for name in (HELD_OUT, *packing.parts)}
+    skipped = 0
     for text in read_piece(piece):
-        texts[packing.part_of(text)].append(text)
-    record: dict[str, Any] = {HELD_OUT: _write_text(folder, number, texts.pop(HELD_OUT))}
+        if text:
+            texts[packing.part_of(text)].append(text)
+        else:
+            skipped += 1
+    record: dict[str, Any] = {"skipped": skipped, HELD_OUT: _write_text(folder, number, texts.pop(HELD_OUT))}
     for name, documents in texts.items():
         random.Random(f"{packing.seed} {number}").shuffle(documents)
         tokens = join_documents(_encode(documents, tokenizer), packing.separator, np.dtype(packing.dtype))

@@ -65,7 +65,7 @@ def test_the_embedded_corpus_is_the_novels_alone(corpus: Path) -> None:
         ("a.jsonl", b'{"text": "fine"}\n{"text": ', "line 2"),
         ("a.jsonl", b'{"body": "x"}\n', 'key "text"'),
         ("a.jsonl", b'["text"]\n', 'key "text"'),
-        ("a.jsonl", b'{"text": 3}\n', "not a string"),
+        ("a.jsonl", b'{"text": 3}\n', "holds a int, not a string"),
         ("a.jsonl", b'{"text": "half a \\ud83d"}\n', "not Unicode: surrogates"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
         ("a.parquet", b"PAR1 and no more", "cannot be read as Parquet"),

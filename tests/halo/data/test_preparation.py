@@ -98,6 +98,46 @@ def test_no_token_is_lost(whole: Path, source: Path, tokenizer: PreTrainedTokeni
     assert (expected - written).total() == left_over
 
 
+def test_what_has_no_text_is_skipped_and_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A piece that was written before they were counted counts none."""
+    (tmp_path / "source").mkdir()
+    texts = [f"{i} one two three four five six" for i in range(60)]
+    lines = [json.dumps({"text": text}) for text in [*texts[:30], None, "", " "]]
+    (tmp_path / "source" / "a.jsonl").write_text("\n".join([*lines, ""]) + "\n")
+    (tmp_path / "source" / "b.txt").write_text(" \n")
+    pq.write_table(pa.table({"text": [*texts[30:], None]}), tmp_path / "source" / "c.parquet")
+    done = _prepare(tmp_path / "source", tokenizer, tmp_path / "shards", piece_bytes=200)
+    assert done is not None
+    assert [done[name]["skipped"] for name in PARTS] == [6, 6]
+    held_out = json.loads((tmp_path / "shards" / "held_out" / "held_out.json").read_text())
+    assert held_out["skipped"] == 6
+    assert held_out["documents"] + sum(done[name]["documents"] for name in PARTS) == 60
+
+
+def test_a_preparation_that_an_older_version_began(
+    source: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records do not say what was skipped."""
+    monkeypatch.setattr("halo.data.preparation._Pieces.finish", lambda pieces: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _prepare(source, tokenizer, tmp_path / "shards")
+    monkeypatch.undo()
+    for path in (tmp_path / "shards" / "preparation").glob("0*.json"):
+        record = json.loads(path.read_text())
+        record.pop("skipped")
+        path.write_text(json.dumps(record))
+    done = _prepare(source, tokenizer, tmp_path / "shards")
+    assert done is not None and done["align"]["skipped"] == 0
+
+
+@pytest.mark.parametrize("settings", [{"whole": True}, {"whole": False}])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_an_empty_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"source is too small|holds about 0 tokens"):
+        _prepare(tmp_path / name, tokenizer, tmp_path / "shards", **settings)
+
+
 def test_no_document_is_in_two_parts(whole: Path, source: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Each begins with its number, if no sample was cut there; the source has the first one twice."""
     held_out = list(read_documents(whole / "held_out", "held_out"))
