@@ -175,7 +175,7 @@ def _read_parquet(span: Span) -> Iterator[str | None]:
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{span.path}, row {row} or later: {_short(error)}") from error
+                raise UserError(f"{span.path}, row {row} or later: {_brief(error)}") from error
             if batch is None:
                 return
             yield from _texts_of(batch.column(0), span.path, row)
@@ -201,7 +201,7 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {_short(error)}") from error
+        raise UserError(f"{path} cannot be read as Parquet: {_brief(error)}") from error
     with file:
         columns = file.schema_arrow
         if (count := columns.names.count("text")) != 1:
@@ -211,11 +211,11 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         words = kind.value_type if pa.types.is_dictionary(kind) else kind
         checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
         if not any(check(words) for check in checks):
-            raise UserError(f'{path}: its column "text" holds {_short(kind)}, not strings')
+            raise UserError(f'{path}: its column "text" holds {_brief(kind)}, not strings')
         yield file
 
 
-def _short(said: object) -> str:
+def _brief(said: object) -> str:
     """The first line of what Arrow says, which may be long."""
     return str(said).strip().partition("\n")[0][:300]
 
