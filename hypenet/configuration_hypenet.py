@@ -72,6 +72,8 @@ class HypeNetConfig(Qwen3Config):
             layers. None: as in the attention layers, after `expand_kv_proj`.
         lightning_scale: only "1/sqrt(d)".
         lightning_use_short_conv: only False; published configurations have the key.
+        logits_in_training: labels give the logits in training too, for a trainer that reads them, such as TRL's. They
+            take [tokens, vocabulary] in memory, which the loss alone does not.
     """
 
     model_type = "hypenet"
@@ -98,6 +100,7 @@ class HypeNetConfig(Qwen3Config):
         lightning_head_dim: int | None = None,
         lightning_scale: str = "1/sqrt(d)",
         lightning_use_short_conv: bool = False,
+        logits_in_training: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("layer_types", None)  # a view of mixer_types, below
@@ -128,6 +131,7 @@ class HypeNetConfig(Qwen3Config):
         self.lightning_head_dim = lightning_head_dim or self.head_dim
         self.lightning_scale = lightning_scale
         self.lightning_use_short_conv = lightning_use_short_conv
+        self.logits_in_training = logits_in_training
         self._check()
 
     def options_of(self, mixer: str, options: type[Options]) -> Options:

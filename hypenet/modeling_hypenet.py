@@ -296,8 +296,9 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: as `HypeNetModel`
                 has them.
             labels: [B, T]: the input tokens, -100 where one is no target. The first token of a packed document is
-                none. In training, `logits` is None then. It is returned too, as in evaluation, if `logits_to_keep` is
-                set, or the loss or the head is not the model's own (`loss_function`, an adapter).
+                none. In training, `logits` is None then. It is returned too, as in evaluation, if the configuration's
+                `logits_in_training` or `logits_to_keep` is set, or the loss or the head is not the model's own
+                (`loss_function`, an adapter).
             logits_to_keep: the number of last tokens, or their indices, to compute logits of. 0: all.
             kwargs: those of `HypeNetModel` and of transformers' loss, e.g. `num_items_in_batch`.
         """
@@ -320,7 +321,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, Qwen3ForCausalLM):
             **kwargs,
         }
         own = type(self.lm_head) is nn.Linear and self.loss_function is ForCausalLMLoss
-        if labels is None or not (self.training and every_logit and own):
+        wanted = not self.training or self.config.logits_in_training or not every_logit
+        if labels is None or wanted or not own:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
         outputs = self.model(**inputs)
         return CausalLMOutputWithPast(
