@@ -10,6 +10,7 @@ files. No checkpoint is written. It prints the medians of metrics.jsonl, over th
 
 import argparse
 import copy
+import gzip
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from benchmarks.measure import header
+from benchmarks.measure import header, table
 from halo.config import Distill
 from halo.data.shards import write_shards
 from halo.distributed import device, on_rank0, rank, world_size
@@ -245,7 +246,22 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: R
         counted = lines[args.warm_up : -2 if args.profile else -1] or lines[-1:]
         report(args, training, counted, trained, frozen, ds_config, first=lines[0]["step_s"])
         if args.profile:
-            print(f"trace in {stage.path / 'tensorboard'}")
+            (trace,) = (stage.path / "tensorboard").glob("*.trace.json.gz")
+            print(f"\n{kernels_of(trace)}\ntrace: {trace}", flush=True)
+
+
+def kernels_of(trace: Path) -> str:
+    """A table of the kernels of a profiler's trace: those that took the most time, and how long the GPU was busy."""
+    with gzip.open(trace, "rt") as lines:
+        kernels = [event for event in json.load(lines)["traceEvents"] if event.get("cat") == "kernel"]
+    of: dict[str, list[float]] = {}
+    for kernel in kernels:
+        of.setdefault(kernel["name"][:90], []).append(kernel["dur"] / 1000)
+    busy, until = 0.0, 0.0
+    for begin, end in sorted((kernel["ts"], kernel["ts"] + kernel["dur"]) for kernel in kernels):
+        busy, until = busy + max(0.0, end - max(begin, until)), max(until, end)
+    rows = [[name, len(times), sum(times)] for name, times in sorted(of.items(), key=lambda item: -sum(item[1]))]
+    return f"{table(['kernel', 'launches', 'ms'], rows[:40])}\nof {len(kernels)} launches; busy {busy / 1000:.1f} ms"
 
 
 def objective_of(

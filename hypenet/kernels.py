@@ -6,6 +6,7 @@ A mixer calls kernels through `kernel` alone: so a plan can measure it without a
 
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,13 @@ logger = logging.get_logger(__name__)
 
 FLA = "0.6.0"
 """The first fla-core whose operations are called as here."""
+
+
+@torch.compiler.assume_constant_result
+def plain_only() -> bool:
+    """Whether HYPENET_PLAIN=1 asks for the plain form of everything that has a fast one: to look for a fault, and to
+    compare (docs/performance.md). The environment is read at each call, and must be the same in all processes."""
+    return os.environ.get("HYPENET_PLAIN", "0") not in ("", "0")
 
 
 _stand_in: Callable[..., Any] | None = None
@@ -42,12 +50,12 @@ def serves(x: Tensor) -> bool:
     if _stand_in is not None:
         return x.is_meta
     half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-    return half and not torch.compiler.is_exporting() and _installed()
+    return half and not torch.compiler.is_exporting() and not plain_only() and _installed()
 
 
 def has_triton() -> bool:
     """Whether this project's own kernels can be run (hypenet/fused.py). An exported graph holds operators of torch."""
-    return not torch.compiler.is_exporting() and _triton_is_there()
+    return not torch.compiler.is_exporting() and not plain_only() and _triton_is_there()
 
 
 def unvalued(x: Tensor) -> bool:

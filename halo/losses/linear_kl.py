@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halo.teacher.logits import TeacherLogits, TopKLogits
+from hypenet.kernels import has_triton
 from hypenet.losses import LinearGradients, chunk_sizes, exact_logits, handed_out
 
 LIVE_NUMBERS, LIVE_TOP_K = 2, 5
@@ -260,7 +261,7 @@ def _rows_of(teacher: TeacherLogits, student: Tensor) -> Callable[..., RowTerms]
     if isinstance(teacher, TopKLogits):
         return lambda a, b, s, *rest: kl_rows_top_k(s, teacher.part(a, b), *rest)
     kernel: Callable[..., RowTerms] = kl_rows
-    if student.is_cuda:
+    if student.is_cuda and has_triton():
         from halo.losses.linear_kl_kernel import kl_rows_triton  # Triton does not exist on every machine
 
         kernel = kl_rows_triton

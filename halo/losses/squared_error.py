@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypenet.kernels import has_triton
 from hypenet.losses import handed_out
 
 
@@ -25,7 +26,9 @@ class _SquaredError(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(output, memory_format=torch.contiguous_format)
         error, square = (
-            _kernel(output, target, gradient) if output.is_cuda else _squared_error_plain(output, target, gradient)
+            _kernel(output, target, gradient)
+            if output.is_cuda and has_triton()
+            else _squared_error_plain(output, target, gradient)
         )
         ctx.gradients = (gradient,)
         ctx.mark_non_differentiable(square)

@@ -93,11 +93,16 @@ class Preference:
 
 
 FASTEST: Mapping[tuple[int, bool], Sequence[Preference]] = {
-    # Not measured yet, any of them. On Hopper and Blackwell (9.0 and 10.0) torch's sdpa takes cuDNN's kernel by itself.
+    # On Hopper, sdpa and flash_attention_4 are measured (docs/benchmarks.md): at 512 tokens sdpa is faster, which takes
+    # cuDNN's kernel by itself; at 16,384 and 131,072 flash_attention_4 is, and most of all for packed documents. The
+    # others are not measured yet.
     (8, False): [Preference(order=("flash_attention_2", PLAIN))],
     (8, True): [Preference(order=("flash_attention_2", PLAIN))],
-    (9, False): [Preference(order=("flash_attention_3", "flash_attention_4", PLAIN))],
-    (9, True): [Preference(order=("flash_attention_3", "flash_attention_4", "flash_attention_2", PLAIN))],
+    (9, False): [
+        Preference(order=("flash_attention_4", "flash_attention_3", PLAIN), tokens=16_384),
+        Preference(order=(PLAIN,)),
+    ],
+    (9, True): [Preference(order=("flash_attention_4", "flash_attention_3", "flash_attention_2", PLAIN))],
     (10, False): [Preference(order=("flash_attention_4", PLAIN))],
     (10, True): [Preference(order=("flash_attention_4", "flash_attention_2", PLAIN))],
 }

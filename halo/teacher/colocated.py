@@ -24,6 +24,7 @@ from halo.parallel.prepare import prepare_model
 from halo.parallel.sequence import SequenceGroup
 from halo.teacher.batch import Batch, keep_for_current_stream
 from halo.teacher.logits import LogitsForm, TeacherLogits
+from hypenet.kernels import plain_only
 
 
 class TeacherSource(Protocol):
@@ -91,8 +92,12 @@ class Teacher:
 
     def _can_be_recorded(self, input_ids: Tensor) -> bool:
         """Not if the forward waits for the host, nor if it communicates with other ranks."""
-        communicates = isinstance(self.layers[0], FSDPModule) or self.sequence.degree > 1
-        return input_ids.is_cuda and not communicates and never_looks(self.model, input_ids.shape[1])
+        asked = input_ids.is_cuda and not plain_only()
+        return asked and not self.communicates() and never_looks(self.model, input_ids.shape[1])
+
+    def communicates(self) -> bool:
+        """Whether a forward exchanges something with other ranks."""
+        return isinstance(self.layers[0], FSDPModule) or self.sequence.degree > 1
 
     def prefetch(self, batch: Batch) -> None:
         """As `TeacherSource` has it."""

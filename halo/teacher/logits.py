@@ -38,6 +38,11 @@ class FactoredLogits:
         """The tensors that differ from token to token, [N, ...] each."""
         return (self.hidden,)
 
+    def with_parts(self, parts: Sequence[Tensor]) -> "FactoredLogits":
+        """The same with other `parts`."""
+        (hidden,) = parts
+        return FactoredLogits(hidden, self.head)
+
     def rows(self, begin: int, end: int, out: Tensor) -> Tensor:
         """Write the logits of tokens `begin` to `end` into `out`, [end - begin, W]: those of the first W words."""
         return exact_logits(self.hidden[begin:end], self.head[: out.shape[1]], out)
@@ -56,6 +61,11 @@ class FullLogits:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         return (self.values,)
+
+    def with_parts(self, parts: Sequence[Tensor]) -> "FullLogits":
+        """As `FactoredLogits.with_parts`."""
+        (values,) = parts
+        return FullLogits(values)
 
     def rows(self, begin: int, end: int, out: Tensor) -> Tensor:
         """As `FactoredLogits.rows`."""
@@ -86,10 +96,14 @@ class TopKLogits:
     def parts(self) -> tuple[Tensor, ...]:
         return self.values, self.indices, self.log_rest, self.entropy
 
+    def with_parts(self, parts: Sequence[Tensor]) -> "TopKLogits":
+        """As `FactoredLogits.with_parts`."""
+        values, indices, log_rest, entropy = parts
+        return TopKLogits(values, indices, log_rest, entropy, self.temperature, self.words)
+
     def part(self, begin: int, end: int) -> "TopKLogits":
         """The same of tokens `begin` to `end`."""
-        values, indices, log_rest, entropy = (x[begin:end] for x in self.parts)
-        return TopKLogits(values, indices, log_rest, entropy, self.temperature, self.words)
+        return self.with_parts([x[begin:end] for x in self.parts])
 
 
 TeacherLogits = FactoredLogits | FullLogits | TopKLogits

@@ -31,6 +31,7 @@ from halo.teacher.batch import Batch
 from halo.training.fused_step import FusedStep, fused_step_serves
 from halo.training.gathering import fill_gathering
 from halo.training.gradients import Gradients, by_layer
+from halo.training.recording import Minimised, worth_recording
 
 deepspeed_logger.setLevel(logging.WARNING)
 # On a CPU, DeepSpeed would compile a collective of its own at the first start. Gloo has it, and needs no compiler.
@@ -166,6 +167,8 @@ class Engine:
         external: (module, parameter) pairs where a module's forward reads a parameter that a child owns (a fused loss
             and its head).
         clip_apart: whether each layer's gradient is clipped by its own norm, not by the norm of all.
+        runs_alike: whether the module runs the same kernels for every batch of a shape, and exchanges nothing.
+        late_gradients: whether its backward gives away all gradients at its end.
     """
 
     def __init__(
@@ -176,9 +179,15 @@ class Engine:
         external: Iterable[tuple[nn.Module, nn.Parameter]] = (),
         *,
         clip_apart: bool = False,
+        runs_alike: bool = False,
+        late_gradients: bool = False,
     ):
         self.module = module.to(device())
         layers = by_layer(module)
+        trained = [parameter for layer in layers.values() for parameter in layer]
+        _, accumulation = split_batch(training)
+        may = runs_alike and _stays(ds_config) and worth_recording(trained, accumulation, late=late_gradients)
+        module.forward = Minimised(module, accumulation, recordable=may)
         optimizer = torch.optim.AdamW(
             # One group for each layer: ZeRO makes float32 gradients of one group at a time.
             [{"params": layer} for layer in layers.values()],
@@ -220,10 +229,9 @@ class Engine:
 
     def accumulate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward and backward of one micro-batch. Returns its loss and metrics, scalars without gradient."""
-        loss, metrics = self._engine(batch)
-        # If the loss is not finite, no gradient is: every rank then sees it in the gradient norm (`step`).
-        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
-        return loss.detach(), metrics
+        minimised, loss, metrics = self._engine(batch)
+        self._engine.backward(minimised, scale_wrt_gas=False)
+        return loss, metrics
 
     def step(self, lr: float) -> None:
         """Make the optimizer's step if this micro-batch completes the batch.
@@ -294,6 +302,12 @@ class Engine:
     def close(self) -> None:
         """Free ZeRO's hooks and buffers, so that another engine can follow in this process."""
         self._engine.destroy()
+
+
+def _stays(ds_config: dict[str, Any]) -> bool:
+    """Whether weights and gradients stay on the GPU and whole, from step to step."""
+    zero = ds_config["zero_optimization"]
+    return zero["stage"] < 3 and "offload_optimizer" not in zero
 
 
 def _reduce_nothing(zero: Any) -> None:

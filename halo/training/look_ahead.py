@@ -3,8 +3,10 @@
     prefetch    begins all that for the next micro-batch, while the GPU still works on the student's last one
     next        gives that micro-batch, with the teacher's logits, to the student
 
-On a GPU this runs in a stream of its own, which never waits for the student: the teacher's forward and the student's
-work share the GPU. Only `next` makes the student's stream wait, for what is not ready yet.
+On a GPU this runs in a stream of its own. `next` makes the student's stream wait for what is not ready yet. Where the
+teacher is on the same GPU, its forward begins when the student's backward is done: its matrix products run beside the
+optimizer's step, which waits for memory, and not beside other products, which would only become slower
+(docs/performance.md). A teacher on other ranks is asked at once.
 
 A checkpoint holds the stream's position before the micro-batch that was prefetched: a run that resumes draws it again.
 """
@@ -51,8 +53,6 @@ class LookAhead(Iterator[Batch]):
         self._teacher, self._separator = teacher, separator
         self._prefetched: _Prefetched | None = None
         self._side_stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-        if self._side_stream is not None:
-            self._side_stream.wait_stream(torch.cuda.current_stream())  # the teacher's weights are still being copied
 
     def position(self) -> dict[str, Any]:
         """The stream's position for a run that resumes from here."""
@@ -63,6 +63,8 @@ class LookAhead(Iterator[Batch]):
         position = self._stream.state_dict()
         with self._metrics.waiting("data"):
             batch = Batch.on_host(next(self._stream), self._separator)
+        if self._side_stream is not None and self._teacher is not None and not self._teacher.ranks:
+            self._side_stream.wait_stream(torch.cuda.current_stream())
         with self._metrics.waiting("teacher"), self._in_side_stream():
             batch = batch.to(device())
             if self._teacher is not None:

@@ -31,6 +31,7 @@ class Alignment(Objective):
     """
 
     clip_apart = True  # the layers are regressions of their own
+    late_gradients = True
 
     def __init__(self, mixers: Mapping[int, nn.Module], teacher: Teacher):
         super().__init__()
@@ -41,6 +42,9 @@ class Alignment(Objective):
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self.regressions[name], p) for name, mixer in self.mixers.items() for p in mixer.parameters()]
+
+    def runs_alike(self) -> bool:
+        return not self._teacher.communicates()
 
     def flops_per_token(self, seq_len: int) -> float:
         return align_flops(self.mixers.values(), self._teacher.model.model, seq_len)
@@ -141,6 +145,9 @@ class _Headed(Objective):
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self, self.student.lm_head.weight)]
+
+    def runs_alike(self) -> bool:
+        return self.sequence.degree == 1 and self.kept_layers is None and self.separator is None
 
     def flops_per_token(self, seq_len: int) -> float:
         return next_token_flops(self.student, seq_len)

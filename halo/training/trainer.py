@@ -41,6 +41,9 @@ class Objective(nn.Module):
     clip_apart: ClassVar[bool] = False
     """Whether each layer's gradient is clipped by its own norm, not by the norm of all."""
 
+    late_gradients: ClassVar[bool] = False
+    """Whether backward gives away all gradients at its end."""
+
     teacher: TeacherSource | None = None
     """Supplies the `teacher_logits` of each batch. None: the loss needs none."""
 
@@ -53,6 +56,10 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a micro-batch, and values to log; scalars."""
         raise NotImplementedError
+
+    def runs_alike(self) -> bool:
+        """Whether every micro-batch of a shape runs the same kernels, and exchanges nothing with other ranks."""
+        return False
 
     def flops_per_token(self, seq_len: int) -> float:
         """Useful FLOPs for one token of a sequence (halo/training/flops.py); 0: not known."""
@@ -185,7 +192,15 @@ class _Loop:
         self._parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
         with waits_of_at_most(SLOW_LIMIT):
             external, self._kept_layers = objective.external_parameters(), objective.kept_layers
-            self._engine = Engine(objective.train(), training, ds_config, external, clip_apart=objective.clip_apart)
+            self._engine = Engine(
+                objective.train(),
+                training,
+                ds_config,
+                external,
+                clip_apart=objective.clip_apart,
+                runs_alike=objective.runs_alike(),
+                late_gradients=objective.late_gradients,
+            )
             self._checkpoints = Checkpoints(folder.path / "checkpoints", folder.made_from, training)
             self.state = self._checkpoints.resume(self._engine) or TrainingState(stream=stream.state_dict())
         stream.load_state_dict(self.state.stream)
