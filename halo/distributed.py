@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
+from halo.accelerator import on_gpu
 from halo.errors import UserError
 
 P = ParamSpec("P")
@@ -35,7 +36,7 @@ def world_size() -> int:
 
 def device() -> torch.device:
     """This rank's own GPU, or the CPU where there is no GPU."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
@@ -81,7 +82,7 @@ def on_rank0(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
             # As text: not every exception survives pickling.
             outcome = [(None, RuntimeError("".join(traceback.format_exception(error))))]
     if world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0, device=device() if torch.cuda.is_available() else None)
+        dist.broadcast_object_list(outcome, src=0, device=device() if on_gpu() else None)
     result, failure = outcome[0]
     if failure is not None:
         raise failure

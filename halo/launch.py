@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from halo.accelerator import check_gpu
 from halo.errors import EXIT_USER_ERROR, Stopped, UserError
 from halo.graph import stages_to
 from halo.job import Job
@@ -32,12 +33,17 @@ def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str |
     """Join the ranks, call `work(job)`, leave. Ranks of a dedicated teacher serve it instead.
 
     A UserError ends every rank: the first rank to meet it prints one line, and each exits with status 2. Stopped ends
-    every rank too, with status 75: all raise it, at one step.
+    every rank too, with status 75: all raise it, at one step. GPUs that torch cannot use are a user's mistake
+    (`check_gpu`).
 
     Args:
         job: the command line; or what was wrong with it, for all ranks to end together.
         stage: the stage of a conversion that `work` runs, or the last one. None: it runs none.
     """
+    try:
+        check_gpu()
+    except UserError as error:
+        job = job if isinstance(job, UserError) else error
     _fill_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))

@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from halo.accelerator import on_gpu
 from halo.config import Distill
 from halo.distributed import PATIENCE
 from halo.errors import UserError
@@ -80,7 +81,7 @@ class RankLayout:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}  # LOCAL_RANK stays: it names the GPU
             os.environ |= {"LOCAL_WORLD_SIZE": str(count), "LOCAL_SIZE": str(count)}
         backend = "gloo"
-        if torch.cuda.is_available():
+        if on_gpu():
             backend = "nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = dist.PrefixStore(kind, self.store)

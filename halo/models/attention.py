@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
 from halo.graph import STAGES, Model
@@ -150,7 +151,7 @@ class Machine:
 
 @cache
 def this_machine() -> Machine:
-    if not torch.cuda.is_available():
+    if not on_gpu():
         return Machine(capability=None, packages={})
     modules = {name: known.module for name, known in IMPLEMENTATIONS.items() if known.module}
     found = {name: _fault(module) for name, module in modules.items() if _is_installed(module)}

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
 from halo.models.families import check_family, window_of
@@ -28,7 +29,7 @@ TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 def training_dtype() -> torch.dtype:
     """bfloat16 on a GPU (Appendix B), float32 on the CPU."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if on_gpu() else torch.float32
 
 
 def find_teacher(name: str) -> Path:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from halo.accelerator import on_gpu
 from halo.distributed import device, rank, world_size
 
 MARGIN = 0.06
@@ -72,7 +73,7 @@ class KeptLayers:
         self._layers = list(layers)
         self._steps = 0
         self.meter = SavedBytes()
-        self._choosing = self.meter.active = count == -1 and torch.cuda.is_available()
+        self._choosing = self.meter.active = count == -1 and on_gpu()
         self._keep(max(count, 0))
 
     def _keep(self, count: int) -> None:
@@ -207,7 +208,7 @@ def _is_attention(operation: Any) -> bool:
 
 def _offloaded(function: Callable[..., Any], *args: Any) -> Any:
     """`checkpoint`, whose saved arguments go to host memory; within its forward nothing else is saved."""
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+    with save_on_cpu(pin_memory=on_gpu()):
         return checkpoint(function, *args, use_reentrant=True)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halo.accelerator import on_gpu
 from halo.teacher.logits import TeacherLogits
 from hypenet.losses import IGNORE
 
@@ -86,4 +87,4 @@ def document_bounds(input_ids: Tensor, separator: int) -> Tensor:
 
 def _pinned(tensor: Tensor) -> Tensor:
     """Pinned memory: a copy from it to the GPU does not hold the host."""
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    return tensor.pin_memory() if on_gpu() else tensor

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from halo.accelerator import on_gpu
 from halo.distributed import PATIENCE, SLOW_LIMIT, STEP_LIMIT, device, rank
 from halo.errors import Stopped, UserError
 from halo.models.attention_functions import use_attention
@@ -106,7 +107,7 @@ class Link:
         with self._noticing_a_lost_peer():
             self._questions = dist.ProcessGroupGloo(dist.PrefixStore("questions", store), end, 2, CONNECT_LIMIT)
         self._answers = self._questions
-        if torch.cuda.is_available():
+        if on_gpu():
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = SLOW_LIMIT
             self._answers = dist.ProcessGroupNCCL(dist.PrefixStore("answers", store), end, 2, options)
@@ -229,7 +230,7 @@ class DedicatedTeacher:
             return
         if self._prefetched is not None:
             self.next()
-            if torch.cuda.is_available():
+            if on_gpu():
                 torch.cuda.synchronize()
         message = [Message.NO_MORE_QUESTIONS] * (1 + self._order.batch * self._order.seq_len)
         self._link.send_message(torch.tensor(message))()
@@ -266,9 +267,7 @@ def _answer(layout: RankLayout, order: Order) -> None:
         link.send_parts([torch.ones(1, device=device())])
     while links:
         for link in list(links):
-            message = torch.empty(
-                1 + order.batch * order.seq_len, dtype=torch.int64, pin_memory=torch.cuda.is_available()
-            )
+            message = torch.empty(1 + order.batch * order.seq_len, dtype=torch.int64, pin_memory=on_gpu())
             link.receive_message(message)
             if message[0] == Message.NO_MORE_QUESTIONS:
                 links.remove(link)

@@ -24,6 +24,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
+from halo.accelerator import on_gpu
 from halo.config import Training
 from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
@@ -108,7 +109,7 @@ def complete_ds_config(config: dict[str, Any], training: Training) -> dict[str, 
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.clip,
-        "bf16": {"enabled": torch.cuda.is_available()},
+        "bf16": {"enabled": on_gpu()},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from halo.accelerator import on_gpu
 from halo.data.stream import TokenStream
 from halo.distributed import device
 from halo.teacher.batch import Batch
@@ -52,7 +53,7 @@ class LookAhead(Iterator[Batch]):
         self._stream, self._metrics = stream, metrics
         self._teacher, self._separator = teacher, separator
         self._prefetched: _Prefetched | None = None
-        self._side_stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._side_stream = torch.cuda.Stream() if on_gpu() else None
 
     def position(self) -> dict[str, Any]:
         """The stream's position for a run that resumes from here."""

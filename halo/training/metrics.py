@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.tensorboard import SummaryWriter
 
+from halo.accelerator import on_gpu
 from halo.distributed import all_sum, device, on_rank0, rank, world_size
 from halo.errors import UserError
 from halo.progress import progress_bar
@@ -44,12 +45,12 @@ def mean_over_ranks(values: dict[str, torch.Tensor], flags: dict[str, bool]) -> 
     Returns:
         A function that waits for it, and not for what the GPU is given later, and returns the means.
     """
-    on_gpu = torch.cuda.is_available()
-    numbers = torch.tensor([float(flag) for flag in flags.values()], dtype=torch.float64, pin_memory=on_gpu)
+    pinned = on_gpu()
+    numbers = torch.tensor([float(flag) for flag in flags.values()], dtype=torch.float64, pin_memory=pinned)
     scalars = torch.stack([value.detach().double().mean() for value in values.values()])
     total = all_sum(torch.cat([scalars, numbers.to(device(), non_blocking=True)])) / world_size()
-    host = torch.empty(total.shape, dtype=total.dtype, pin_memory=on_gpu).copy_(total, non_blocking=True)
-    copied = torch.cuda.Event() if on_gpu else None
+    host = torch.empty(total.shape, dtype=total.dtype, pin_memory=pinned).copy_(total, non_blocking=True)
+    copied = torch.cuda.Event() if pinned else None
     if copied is not None:
         copied.record()
 
@@ -73,7 +74,7 @@ def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 def memory() -> dict[str, float]:
     """The most memory that this process has used so far, in GiB: the GPU's if there is one, else the host's."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return {
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
             "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
@@ -83,7 +84,7 @@ def memory() -> dict[str, float]:
 
 def peak_flops() -> float | None:
     """The bf16 peak of this rank's GPU, in FLOP/s; None on a CPU and on GPUs that are not known."""
-    gpu = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    gpu = gpu_of_device(torch.cuda.get_device_name()) if on_gpu() else None
     return None if gpu is None else gpu.peak
 
 
@@ -195,7 +196,7 @@ class Metrics:
         waits while the GPU still has work costs nothing. Two events measure it, and nothing waits for them. On a CPU it
         is the wall-clock time.
         """
-        stop = _device_timer() if torch.cuda.is_available() else _host_timer()
+        stop = _device_timer() if on_gpu() else _host_timer()
         yield
         self._waits[f"{what}_wait_s"].append(stop())
 
@@ -280,7 +281,7 @@ class _Trace:
 
     def before(self, step: int) -> None:
         if step == self._steps[0]:
-            activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]
+            activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu()]
             self._profiler = profile(activities=activities)
             self._profiler.start()
         if step == self._steps.stop:
@@ -325,7 +326,7 @@ def _device_timer() -> Callable[[], Callable[[], float]]:
 def _in_short(values: dict[str, float]) -> str:
     """The text beside the bar."""
     parts = [f"loss={values['loss']:.4f}", f"tokens/s/GPU={values['tokens_per_s_gpu']:,.0f}"]
-    if not torch.cuda.is_available():
+    if not on_gpu():
         parts[1] = f"tokens/s={values['tokens_per_s']:,.0f}"
     if "mfu" in values:
         parts.append(f"MFU={values['mfu']:.1%}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from halo.accelerator import on_gpu
 from halo.distributed import world_size
 from halo.teacher.batch import Batch
 from hypenet.kernels import plain_only
@@ -43,7 +44,7 @@ class Minimised:
         self._forward, self._accumulation = objective.forward, accumulation
         self._named = dict(objective.named_parameters())
         self._aliased = _Aliased(objective, self._forward)
-        self._recordable = recordable and torch.cuda.is_available() and not plain_only()
+        self._recordable = recordable and on_gpu() and not plain_only()
         self._calls = 0
         self._recorded: _StepGraph | None = None
 

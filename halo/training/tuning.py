@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from halo.accelerator import on_gpu
 from halo.data.locks import exclusive
 from halo.distributed import all_sum, rank
 from halo.errors import UserError
@@ -40,7 +41,7 @@ def tune_once() -> None:
     Raises:
         UserError: the folder cannot be made, or is another user's.
     """
-    if torch.cuda.is_available() and has_triton():
+    if on_gpu() and has_triton():
         folder = own_folder()
         os.environ |= cache_variables(folder, torch.cuda.get_device_name())
         take_turns(folder)

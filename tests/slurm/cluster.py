@@ -61,7 +61,8 @@ class Cluster:
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        self.environment |= ENVIRONMENT | {"SLURM_CONF": str(folder / "slurm.conf")}
+        # Its GPUs are files: the jobs ask for CPUs.
+        self.environment |= ENVIRONMENT | {"SLURM_CONF": str(folder / "slurm.conf"), "DS_ACCELERATOR": "cpu"}
 
     def start(self) -> None:
         host = os.uname().nodename.split(".")[0]
