@@ -85,7 +85,7 @@ def test_a_folder_that_says_nothing(tmp_path):
         (b"", "is not a valid JSON file"),
         (b"{", "is not a valid JSON file"),
         ("{}".encode("utf-16"), "is not a valid JSON file"),
-        ([1], "list indices must be integers"),
+        ([1], "list"),
         ({"early_stopping": "maybe"}, "`early_stopping` must be a boolean"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
         ({"max_new_tokens": "5"}, "not supported between instances of 'str' and 'int'"),
