@@ -85,7 +85,7 @@ def main() -> None:
     if args.steps <= args.warm_up:
         sys.exit(f"--steps must be more than the {args.warm_up} that warm up, not {args.steps}")
     if "RANK" not in os.environ:
-        os.environ |= ALONE
+        os.environ.update(ALONE | {"MASTER_PORT": os.environ.get("MASTER_PORT", ALONE["MASTER_PORT"])})
     store, number, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(size))
     preset = load_config(PRESETS[args.teacher])

@@ -3,10 +3,11 @@
     prefetch    begins all that for the next micro-batch, while the GPU still works on the student's last one
     next        gives that micro-batch, with the teacher's logits, to the student
 
-On a GPU this runs in a stream of its own. `next` makes the student's stream wait for what is not ready yet. Where the
-teacher is on the same GPU, its forward begins when the student's backward is done: its matrix products run beside the
-optimizer's step, which waits for memory, and not beside other products, which would only become slower
-(docs/performance.md). A teacher on other ranks is asked at once.
+On a GPU this runs in a stream of its own. `next` makes the student's stream wait for what is not ready yet. A teacher
+on the same GPU may begin when the student's backward is done (`after_backward`): its matrix products then run beside
+the optimizer's step, which waits for memory, and not beside other products, which would only become slower. Under
+ZeRO-3 it begins at once, and fills the time in which the student waits for its weights (docs/performance.md). A teacher
+on other ranks is asked at once too.
 
 A checkpoint holds the stream's position before the micro-batch that was prefetched: a run that resumes draws it again.
 """
@@ -41,6 +42,7 @@ class LookAhead(Iterator[Batch]):
         metrics: where the seconds of waiting go: `data_wait_s` and `teacher_wait_s`.
         teacher: supplies each batch's `teacher_logits`. None: they stay None.
         separator: the token that ends a document, where documents are isolated. None: they are not.
+        after_backward: whether a teacher on this GPU waits for what the student's stream has at `prefetch`.
     """
 
     def __init__(
@@ -49,9 +51,12 @@ class LookAhead(Iterator[Batch]):
         metrics: Metrics,
         teacher: TeacherSource | None = None,
         separator: int | None = None,
+        *,
+        after_backward: bool = False,
     ):
         self._stream, self._metrics = stream, metrics
         self._teacher, self._separator = teacher, separator
+        self._after_backward = after_backward and teacher is not None and not teacher.ranks
         self._prefetched: _Prefetched | None = None
         self._side_stream = torch.cuda.Stream() if on_gpu() else None
 
@@ -64,7 +69,7 @@ class LookAhead(Iterator[Batch]):
         position = self._stream.state_dict()
         with self._metrics.waiting("data"):
             batch = Batch.on_host(next(self._stream), self._separator)
-        if self._side_stream is not None and self._teacher is not None and not self._teacher.ranks:
+        if self._after_backward and self._side_stream is not None:
             self._side_stream.wait_stream(torch.cuda.current_stream())
         with self._metrics.waiting("teacher"), self._in_side_stream():
             batch = batch.to(device())

@@ -215,7 +215,9 @@ class _Loop:
             profile_from=training.profile_from,
             profile_steps=training.profile_steps,
         )
-        self._batches = LookAhead(stream, self._metrics, teacher, objective.separator)
+        self._batches = LookAhead(
+            stream, self._metrics, teacher, objective.separator, after_backward=self._engine.zero_stage < 3
+        )
         self._began = time.perf_counter() - self.state.seconds
         self._returns: Counter[int] = Counter()
         """How often this process returned to a checkpoint, by its step."""
