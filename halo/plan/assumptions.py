@@ -21,11 +21,18 @@ NETWORK = 0.8
 HIDDEN = 0.7
 """The share of the exchange within a step that computation can hide (assumed)."""
 DISPATCH = 12e-6
-"""Seconds that the host needs to launch an operation: a small model waits for these, not for the GPU. With STEP, nearly
-the 85 ms a step of the embedded teacher's pretraining on an H200 (measured)."""
-STEP = 0.025
+"""Seconds that the host needs to launch an operation that is not recorded: a small model waits for these, not for the
+GPU (measured in the pretraining of the embedded teacher on an H200)."""
+STEP = 0.010
 """Seconds of a step in which the GPU waits for the host, in small pieces between kernels: in stage 2 of 1.7B on an H100
-it worked 212 of 250 ms (measured)."""
+it worked 177 of 190 ms (measured)."""
+RECORDED_STEP = 0.003
+"""The same where forward and backward are a CUDA graph: 191 of 194 ms in stage 2 of 135M (measured)."""
+ZERO3_LAYER = 0.005
+"""The same of each layer under ZeRO-3, whose hooks run on the host: 90 ms of 18 layers of the 9B, 180 of 36 of the 4B
+on two GPUs, on H200s (measured, within a tenth of a step)."""
+CUT_LAYER = 0.003
+"""The same of each layer of a teacher that is cut over ranks: 1.6 ms on two H100s, 4.3 on two H200s (measured)."""
 HOST_BANDWIDTH = 20e9
 """Bytes/s that a rank moves if its optimizer is on the host (assumed)."""
 
@@ -43,8 +50,11 @@ OPTIMIZER_STATE = 12
 """fp32 weight and two fp32 moments."""
 STEP_BUFFERS = 6
 """While the optimizer steps: the gradient flattened, and in fp32."""
-STEP_MOVED = 56
-"""Bytes moved around the optimizer's step, at the rate of kernels: gradients into buckets and out, their norm,
-flattening, conversion to fp32, AdamW, bf16 copies. 40 ms for 1.93B parameters on an H100 (measured)."""
+STEP_MOVED = 30
+"""Bytes moved around the step in one kernel, at the rate of kernels: the gradients' norm, and AdamW. 19 and 1.3 ms for
+1.93B parameters on an H100 (measured)."""
+PLAIN_STEP_MOVED = 56
+"""The same of DeepSpeed's step, under ZeRO-3: gradients into buckets and out, their norm, flattening, conversion to
+fp32, AdamW, bf16 copies. 40 ms for 1.93B parameters on an H100 (measured)."""
 HOST_STEP_MOVED = 34
 """The same on the host: AdamW, and gradient and weight across the bus."""

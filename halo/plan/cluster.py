@@ -53,8 +53,12 @@ class Cluster:
         """Seconds of an all-gather of `size` bytes over the ranks of a node."""
         return size * (self.gpus_per_node - 1) / self.gpus_per_node / (self.gpu.link * LINK)
 
-    def seconds(self, work: Work) -> float:
-        """Seconds of work on a GPU: for each operation the longer of computing and moving; at least the host's time."""
+    def seconds(self, work: Work, *, recorded: bool = False) -> float:
+        """Seconds of work on a GPU: for each operation the longer of computing and moving; at least the host's time.
+
+        Args:
+            recorded: whether the host launches it as one CUDA graph.
+        """
         products = (self.gpu.reached or self.gpu.peak * REACHED) * PRODUCTS
         rates = {"product": products, "attention": self.gpu.peak * FLASH_ATTENTION}
         shares = {"other": BANDWIDTH}
@@ -62,7 +66,7 @@ class Cluster:
             max(op.flops / rates.get(op.kind, products), op.moved / (self.gpu.bandwidth * shares.get(op.kind, KERNELS)))
             for op in work.operations
         )
-        return max(device, work.dispatched * DISPATCH)
+        return device if recorded else max(device, work.dispatched * DISPATCH)
 
 
 @dataclass(frozen=True, kw_only=True)

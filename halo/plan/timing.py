@@ -6,21 +6,36 @@ computation does not hide it.
 
 import math
 
-from halo.plan.assumptions import BF16, HIDDEN, HOST_BANDWIDTH, HOST_STEP_MOVED, KERNELS, STEP, STEP_MOVED
+from halo.plan.assumptions import (
+    BF16,
+    CUT_LAYER,
+    HIDDEN,
+    HOST_BANDWIDTH,
+    HOST_STEP_MOVED,
+    KERNELS,
+    PLAIN_STEP_MOVED,
+    RECORDED_STEP,
+    STEP,
+    STEP_MOVED,
+    ZERO3_LAYER,
+)
 from halo.plan.cluster import Setup
 from halo.plan.load import Load
+from halo.training.recording import SMALL
 
 
 def step_time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
     """Seconds of a step, by part."""
     cluster, zero = setup.cluster, setup.zero
     weights = BF16 * load.parameters
-    teacher = cluster.seconds(load.teacher.work) if load.teacher else 0.0
+    recorded = _is_recorded(load, setup, accumulation)
+    teacher = cluster.seconds(load.teacher.work, recorded=recorded) if load.teacher else 0.0
     beside = load.teacher is not None and load.teacher.ranks > 0
     student = 0.0
     for layer in load.layers:
         for share, cost in load.costs(layer):
-            student += layer.count * share * (cluster.seconds(cost.forward) + cluster.seconds(cost.backward))
+            seconds = [cluster.seconds(work, recorded=recorded) for work in (cost.forward, cost.backward)]
+            student += layer.count * share * sum(seconds)
     loss = cluster.seconds(load.loss)
 
     # ZeRO-3 gathers for forward and for backward; ZeRO-1 and 2 reduce with an all-reduce, which is twice the bytes.
@@ -36,7 +51,8 @@ def step_time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
     if zero.offload_optimizer:
         optimizer = partition * HOST_STEP_MOVED / HOST_BANDWIDTH
     else:
-        optimizer = partition * STEP_MOVED / (cluster.gpu.bandwidth * KERNELS)
+        moved = STEP_MOVED if zero.stage < 3 else PLAIN_STEP_MOVED
+        optimizer = partition * moved / (cluster.gpu.bandwidth * KERNELS)
     if zero.stage < 3:
         optimizer += cluster.exchange(weights)
     time = {
@@ -45,10 +61,28 @@ def step_time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
         "loss": accumulation * loss,
         "exchange not hidden": max(exchange - compute, (1 - HIDDEN) * exchange),
         "optimizer": optimizer,
-        "host": STEP,
+        "host": _host_time(load, setup, accumulation, recorded=recorded),
     }
     if load.teacher and beside:  # students wait only if the teacher needs longer for all of them than they do
         asked = math.ceil(cluster.gpus_per_node / load.teacher.ranks)
         own = sum(time.values()) - time["teacher"]
         time["teacher"] = max(0.0, asked * time["teacher"] - own)
+    return time
+
+
+def _is_recorded(load: Load, setup: Setup, accumulation: int) -> bool:
+    """Whether forward and backward are a CUDA graph (halo/training/recording.py)."""
+    alike = not load.checkpoints and setup.training.sequence_parallel == 1
+    whole = setup.zero.stage < 3 and not setup.zero.offload_optimizer
+    alone = setup.cluster.ranks == 1 and accumulation == 1
+    return alike and whole and (load.one_at_a_time or alone or BF16 * load.parameters <= SMALL)
+
+
+def _host_time(load: Load, setup: Setup, accumulation: int, *, recorded: bool) -> float:
+    """Seconds of a step in which the GPU waits for the host."""
+    time = RECORDED_STEP if recorded else STEP
+    if setup.zero.stage == 3:
+        time += accumulation * load.depth * ZERO3_LAYER
+    if load.teacher and load.teacher.sharded and not load.teacher.ranks:
+        time += accumulation * load.depth * CUT_LAYER
     return time

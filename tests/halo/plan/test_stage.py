@@ -201,12 +201,13 @@ NONE_KEPT = WITH | {"kept_layers": 0}
 @pytest.mark.parametrize(
     ("preset", "layers", "gpu", "ds_config", "stage", "settings", "seconds", "gib"),
     [
-        ("hypenet-2b", 28, "h100", "zero1", "align", THIRTY_TWO, 0.220, 13.4),
-        ("hypenet-2b", 28, "h100", "zero1", "distill", TWELVE | WITHOUT, 0.250, None),
+        ("hypenet-2b", 28, "h100", "zero1", "align", THIRTY_TWO, 0.185, 13.0),
+        ("hypenet-2b", 28, "h100", "zero1", "distill", TWELVE | WITHOUT, 0.192, 44.2),
         ("hypenet-2b", 28, "h100", "zero1", "distill", TWELVE | NONE_KEPT, 0.288, None),
         ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1} | NONE_KEPT, 0.598, 30.5),
-        ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1}, 0.488, 64.7),
+        ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1}, 0.418, 63.7),
         ("hypenet-2b", 28, "h100", "zero1", "finetune", {"batch": 1, "seq_len": 131_072} | NONE_KEPT, 7.4, None),
+        ("hypenet-5b", 36, "h200", "zero3", "distill", {"batch": 24, "gpus_per_node": 2}, 0.642, 76.2),
         ("hypenet-9b", 36, "h200", "zero3", "finetune", NONE_KEPT | {"batch": 2, "gpus_per_node": 2}, 2.282, 84.7),
         ("hypenet-9b", 18, "h200", "zero3", "distill", TWELVE | NONE_KEPT, 0.589, 95.6),
         ("hypenet-9b", 18, "h200", "zero3", "distill", TWELVE | WITHOUT, 0.496, 107.9),
@@ -216,8 +217,8 @@ NONE_KEPT = WITH | {"kept_layers": 0}
 def test_a_plan_is_what_was_measured(tmp_path, preset, layers, gpu, ds_config, stage, settings, seconds, gib):
     """By `benchmarks.stages` (docs/benchmarks.md): memory within a tenth, time within a fifth.
 
-    All on one GPU: where there are to be two, the other was not there, and time lacks the exchange. Memory is left out
-    where it was measured when an optimizer's step took all gradients at once.
+    All on one GPU but the 5B: where there are to be two, the other was not there, and time lacks the exchange. Memory
+    is left out where it was measured when an optimizer's step took all gradients at once.
     """
     config = load_config(preset)
     shapes = teacher_config(config.teacher)
