@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-import transformers
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from .rope import LISTS, installed_rope, read_rope
 
 ATTENTION = "attn"
 SLIDING_WINDOW = "swa"
@@ -40,16 +41,6 @@ def read_scaling(spec: str | float) -> tuple[str, float]:
     if name != "hype" or not a > 1:
         raise ValueError(f"attn_logits_scaling must be None, a positive number, or 'hype a' with a > 1, not {spec!r}.")
     return name, a
-
-
-def _rope_of_this_version(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 reads the keys of 4, but 4 would ignore the `rope_parameters` that 5 writes: translate them."""
-    rope = kwargs.get("rope_parameters")
-    if rope is None or not transformers.__version__.startswith("4."):
-        return kwargs
-    kwargs = {name: value for name, value in kwargs.items() if name != "rope_parameters"}
-    scaling = None if rope["rope_type"] == "default" else {n: v for n, v in rope.items() if n != "rope_theta"}
-    return {**kwargs, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 class HypeNetConfig(Qwen3Config):
@@ -107,7 +98,7 @@ class HypeNetConfig(Qwen3Config):
         heads = kwargs.get("num_attention_heads", QWEN3_KV_HEADS)
         if heads % QWEN3_KV_HEADS:
             kwargs.setdefault("num_key_value_heads", heads)
-        super().__init__(**_rope_of_this_version(kwargs))
+        super().__init__(**installed_rope(kwargs))
         self.mixer_types = list(mixer_types) if mixer_types is not None else [ATTENTION] * self.num_hidden_layers
         # transformers' masks and caches read these.
         kinds = {ATTENTION: "full_attention", SLIDING_WINDOW: "sliding_attention"}
@@ -190,6 +181,9 @@ class HypeNetConfig(Qwen3Config):
                 f"expand_kv_proj is False, but lightning_nkv is {self.lightning_nkv} and not num_key_value_heads, "
                 f"{self.num_key_value_heads}: leave lightning_nkv out."
             )
+        rope = read_rope(vars(self))
+        if any(len(rope[name]) != self.head_dim // 2 for name in LISTS if name in rope):
+            raise ValueError(f"RoPE's {' and '.join(LISTS)} must have head_dim / 2 = {self.head_dim // 2} values each.")
         if getattr(self, "lightning_rope_scaling", None):
             raise ValueError("lightning_rope_scaling must be null: RNN layers have the RoPE that the model has.")
         if self.lightning_nh % self.lightning_nkv:

@@ -63,6 +63,7 @@ from .mixer_ttt import TTTLinear
 from .mixers import build_mixer
 from .norm import ResidualNorm, RMSNorm
 from .rnn_mixer import RNNMixer
+from .rope import read_rope
 
 
 class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):

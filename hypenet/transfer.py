@@ -19,11 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from .configuration_hypenet import ATTENTION, LIGHTNING, HypeNetConfig
 from .mixers import Mixer, build_mixer
 from .modeling_hypenet import HypeNetDecoderLayer, HypeNetForCausalLM, HypeNetRotaryEmbedding
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-"""RoPE's variants, which HypeNet computes as transformers does."""
-ROPE_BY_LENGTH = ("dynamic", "longrope")
-"""Those whose frequencies depend on the length of the sequence."""
+from .rope import ORIGINAL, ROPE_TYPES, is_misread, read_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +70,6 @@ _SAME_KEYS = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "original_max_position_embeddings",
 )
 """The keys of a teacher's configuration that HypeNet takes over, in either version of transformers."""
 
@@ -119,6 +111,9 @@ def hybrid_config(
 
     family, teacher = FAMILIES[teacher_config.model_type], teacher_config.to_dict()
     keys: dict[str, Any] = {name: teacher[name] for name in _SAME_KEYS if name in teacher}
+    rope = read_rope(teacher)
+    if rope["rope_type"] == "dynamic":
+        rope[ORIGINAL] = teacher_config.max_position_embeddings  # all that transformers looks at
     keys |= {
         "head_dim": _head_dim(teacher_config),
         "mixer_types": [ATTENTION if i in attention_layers else rnn_mixer for i in range(layers)],
@@ -126,6 +121,7 @@ def hybrid_config(
         "attn_qkv_bias": teacher_config.attention_bias if family.qkv_biases is None else family.qkv_biases,
         "attn_o_bias": teacher_config.attention_bias if family.o_biases is None else family.o_biases,
         "attn_logits_scaling": logits_scaling,
+        "rope_parameters": rope,
     }
     return HypeNetConfig(**(keys | switches))
 
@@ -135,6 +131,11 @@ def _check_teacher(config: PretrainedConfig) -> None:
         raise ValueError(f"The teacher is a {config.model_type!r}; supported: {', '.join(TEACHERS)}.")
     if rope_type(config) not in FAMILIES[config.model_type].rope_types:
         raise ValueError(f"The teacher's RoPE is of type {rope_type(config)!r}; supported: {', '.join(ROPE_TYPES)}.")
+    if is_misread(config):
+        raise ValueError(
+            "The installed transformers does not read all of the teacher's RoPE: make its configuration from "
+            "hypenet.rope.installed_rope of its keys."
+        )
     if getattr(config, "mlp_bias", False):
         raise ValueError("The teacher's MLPs have biases (mlp_bias), and HypeNet's have none.")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

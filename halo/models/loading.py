@@ -10,19 +10,20 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
-from halo.models.families import check_family, window_of
+from halo.models.families import check_family, family_keys, window_of
 from halo.models.gguf import check_gguf, is_gguf, where
 from halo.models.tokenizer import load_tokenizer
 from halo.tables import build
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
-from hypenet.transfer import ROPE_BY_LENGTH, hybrid_config, mixer_from_attention
+from hypenet.rope import ROPE_BY_LENGTH, installed_rope
+from hypenet.transfer import hybrid_config, mixer_from_attention
 
 TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -63,30 +64,57 @@ def find_teacher(name: str) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"the teacher's folder {folder} has no config.json: name a Hugging Face model folder")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    architectures = config.get("architectures") or ["none named"]
+    keys = _keys_of(folder)
+    architectures = keys.get("architectures") or ["none named"]
     if not architectures[0].endswith("ForCausalLM"):
         raise UserError(f"the teacher at {folder} is no causal language model (its architecture is {architectures[0]})")
-    check_family(config.get("model_type"), folder)
-    if config.get("quantization_config"):
+    check_family(keys.get("model_type"), folder)
+    if keys.get("quantization_config"):
         raise UserError(f"the teacher at {folder} is quantized: take the model that it was made from")
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"the teacher's folder {folder} has no .safetensors weights")
 
 
+def _keys_of(folder: Path) -> dict[str, Any]:
+    """The keys of a folder's config.json.
+
+    Raises:
+        UserError: there is none, or it is no table in JSON.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"the teacher's folder {folder} has no config.json: name a Hugging Face model folder")
+    try:
+        keys = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise UserError(f"{file} is no table of keys")
+    return keys
+
+
 def load_model_config(teacher: Path) -> PretrainedConfig:
     """The configuration of a teacher's folder or GGUF file.
 
+    One written by transformers 4 or 5 means the same in either: what the installed one would not read is put into its
+    terms, or refused.
+
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is not understood.
     """
     try:
-        return AutoConfig.from_pretrained(**where(teacher))
+        if is_gguf(teacher):
+            config = AutoConfig.from_pretrained(**where(teacher))
+            check_family(config.model_type, teacher)
+            return config
+        keys = _keys_of(teacher)
+        check_family(keys.get("model_type"), teacher)
+        keys = family_keys(installed_rope(keys))
+        config = CONFIG_MAPPING[keys["model_type"]].from_dict(keys)
+        config.name_or_path = str(teacher)
+        return config
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the configuration of the teacher at {teacher} cannot be read: {first_line(error)}") from error
 
@@ -169,9 +197,10 @@ def load_teacher(teacher: Path) -> PreTrainedModel:
     Raises:
         UserError: its weights are damaged or incomplete.
     """
+    config = load_model_config(teacher)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            **where(teacher), dtype=training_dtype(), output_loading_info=True
+            **where(teacher), config=config, dtype=training_dtype(), output_loading_info=True
         )
     except Exception as error:
         raise UserError(f"the teacher at {teacher} cannot be loaded: {first_line(error)}") from error

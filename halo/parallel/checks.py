@@ -15,7 +15,8 @@ from halo.models.families import window_of
 from halo.models.loading import load_model_config
 from halo.parallel.exchanges import can_be_split
 from hypenet.mixers import build_mixer
-from hypenet.transfer import ROPE_BY_LENGTH, hybrid_config, rope_type
+from hypenet.rope import ROPE_BY_LENGTH
+from hypenet.transfer import hybrid_config, rope_type
 
 
 def check_sequence_parallel(teacher: Path, config: Config, stage: str, ranks: int) -> None:

@@ -1,13 +1,12 @@
 """The shapes of a teacher: from its own configuration, or from what is published."""
 
-import json
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig, Qwen3Config
+from transformers import PretrainedConfig, Qwen3Config
 
-from halo.errors import UserError, first_line
-from halo.models.families import check_family
-from halo.models.gguf import is_gguf, where
+from halo.errors import UserError
+from halo.models.gguf import is_gguf
+from halo.models.loading import load_model_config
 
 _QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960}
 PUBLISHED = {
@@ -47,14 +46,7 @@ def teacher_shapes(name: str) -> tuple[PretrainedConfig, str]:
     """
     path = Path(name)
     if is_gguf(name) or (path / "config.json").is_file():
-        try:
-            shapes = AutoConfig.from_pretrained(**where(path))
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"the configuration of the teacher at {name} cannot be read: {first_line(error)}"
-            ) from error
-        check_family(shapes.model_type, name)
-        return shapes, f"the shapes of {path}"
+        return load_model_config(path), f"the shapes of {path}"
     if name not in PUBLISHED:
         raise UserError(
             f"the shapes of the teacher '{name}' are not known here, and nothing is downloaded: give a local folder "

@@ -7,9 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen3Conf
 from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetForCausalLM
+from hypenet.rope import ROPE_BY_LENGTH, ROPE_TYPES, installed_rope
 from hypenet.transfer import (
-    ROPE_BY_LENGTH,
-    ROPE_TYPES,
     TEACHERS,
     hybrid_config,
     hybrid_from_teacher,
@@ -164,9 +163,10 @@ def test_every_family_and_every_rope_is_tested():
 @pytest.mark.parametrize("model_type", TEACHERS)
 def test_rope_is_the_teachers(model_type, rope):
     """Cos and sin, exactly, within and beyond the length that scaling starts from; also after saving."""
-    scaling = None if rope == "default" else {"rope_type": rope, **ROPES[rope]}
+    keys = {"head_dim": 8, "max_position_embeddings": 64, "rope_theta": SIZES["rope_theta"]}
+    rope_keys = {"rope_type": rope, **ROPES[rope]}
     teacher = AutoModelForCausalLM.from_config(
-        family_config(model_type, head_dim=8, rope_scaling=scaling, max_position_embeddings=64)
+        family_config(model_type, **installed_rope({"rope_parameters": rope_keys, **keys}))
     )
     config = hybrid_config(teacher.config, [0])
     for length in (12, 90):

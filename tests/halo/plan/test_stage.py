@@ -392,7 +392,7 @@ def test_a_teacher_whose_shapes_are_not_known(tmp_path):
     with pytest.raises(UserError, match=r"the shapes of the teacher 'Qwen/Qwen3-0.6B' are not known here"):
         teacher_shapes("Qwen/Qwen3-0.6B")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         teacher_shapes(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
     with pytest.raises(UserError, match="is a 'gemma2'; supported: llama"):
