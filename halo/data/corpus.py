@@ -13,6 +13,7 @@ from typing import Literal
 
 from halo.data.formats import FORMATS, Span, format_of, read_span
 from halo.errors import UserError
+from halo.pointers import check_no_pointer
 
 TextSplit = Literal["train", "held_out"]
 
@@ -80,7 +81,7 @@ def text_files(source: Path) -> list[Path]:
     """The files of a text source that can be read, sorted by path.
 
     Raises:
-        UserError: there are none, or one of the files or folders there would be passed over.
+        UserError: there are none, or one of the files or folders there would be passed over, or is a Git-LFS pointer.
     """
     if not source.exists():
         raise UserError(f"text source {source} does not exist")
@@ -92,6 +93,7 @@ def text_files(source: Path) -> list[Path]:
         elif format_of(path) is not None:
             if not path.is_file():
                 raise UserError(f"{path} is a broken link, or no ordinary file")
+            check_no_pointer(path)
             readable.append(path)
     if not readable:
         raise UserError(f"text source {source} holds no file of type {', '.join(FORMATS)}")

@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from halo.errors import UserError, first_line
 from halo.models.families import check_family, family_keys, window_of
 from halo.models.gguf import check_gguf, is_gguf, where
 from halo.models.tokenizer import load_tokenizer
+from halo.pointers import check_no_pointer
 from halo.tables import build
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import MIXERS
@@ -38,7 +40,7 @@ def find_teacher(name: str) -> Path:
 
     Raises:
         UserError: no such model; no causal language model of a family that can be converted; a tokenizer larger than
-            the embedding.
+            the embedding; a Git-LFS pointer in place of a file.
     """
     teacher = Path(name)
     if is_gguf(name):
@@ -53,6 +55,8 @@ def find_teacher(name: str) -> Path:
                 raise UserError(
                     f"no teacher at '{name}': neither a folder nor a model on the hub that can be reached"
                 ) from error
+        for file in chain.from_iterable(map(teacher.glob, TEACHER_FILES)):
+            check_no_pointer(file)
         _check_folder(teacher)
     tokenizer, words = load_tokenizer(teacher), load_model_config(teacher).vocab_size
     if len(tokenizer) > words:
