@@ -7,7 +7,7 @@ from typing import Any
 
 from halo.config import Config
 from halo.errors import UserError
-from halo.graph import STAGES, Model, Seen, stages_to
+from halo.graph import NEEDLE_RECIPE, STAGES, Model, Seen, stages_to
 from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.tables import config_table
@@ -71,6 +71,8 @@ class Context:
                 return {"attention_switches": of_attention}
             case "heldout":
                 return {"heldout": self.config.heldout}
+            case "needles":
+                return {"needle_recipe": NEEDLE_RECIPE}
 
     def is_complete(self, stage: str) -> bool:
         """Whether `stage` and all its inputs are finished, for these settings. Files are verified once.

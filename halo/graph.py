@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Seen = Literal["rnn", "attention", "heldout"]
+Seen = Literal["rnn", "attention", "heldout", "needles"]
 Model = Literal["teacher", "student"]
 
 RUN_CONFIG = "config.toml"
 """In a run's folder: the resolved settings."""
 STAGE_RECORD = "stage.json"
 """In a stage's folder, once it is finished (halo/run.py)."""
+
+NEEDLE_RECIPE = 2
+"""The number of the way in which needle samples are made (halo/data/needle.py). Raised when it changes, so that what was
+made or measured in another way is not taken for today's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,8 @@ class Stage:
     """The file in slurm/ that runs it, perhaps with other stages. {size} stands for the teacher's size. Empty: none."""
     sees: tuple[Seen, ...] = ()
     """Settings that its result depends on, beside its own table and its inputs: the RNN mixer and its switches ("rnn"),
-    the switches of attention layers ("attention"), the text to measure on ("heldout")."""
+    the switches of attention layers ("attention"), the text to measure on ("heldout"), the recipe of needle samples
+    ("needles")."""
     models: tuple[Model, ...] = ()
     """The models that it runs. What it makes or trains, or what was made, is the student."""
     trains: bool = False
@@ -67,7 +72,11 @@ STAGES: dict[str, Stage] = {
             inputs=("align",),
             launcher="selection.py",
             script="selection_{size}.sh",
-            sees=("rnn", "heldout"),  # it replaces single layers of the teacher: no attention layer of the hybrid
+            sees=(
+                "rnn",
+                "heldout",
+                "needles",
+            ),  # it replaces single layers of the teacher: no attention layer of the hybrid
             models=("teacher", "student"),
             costed=True,
         ),
@@ -106,7 +115,7 @@ STAGES: dict[str, Stage] = {
             inputs=("export",),
             launcher="niah.py",
             script="niah.sh",
-            sees=("heldout",),
+            sees=("heldout", "needles"),
             models=("teacher", "student"),
         ),
         Stage(name="csr", inputs=("export",), launcher="csr.py", script="csr.sh", models=("teacher", "student")),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from halo.data.corpus import read_documents, text_files
 from halo.data.needle import EVAL_KEYS, NeedleSample, Prose, build_needle
@@ -25,7 +25,7 @@ class HeldOut:
         UserError: no source is set, or none of its documents is held out.
     """
 
-    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerFast):
         check_held_out(source)
         self.tokenizer = tokenizer
         self.documents = list(_until(read_documents(source, "held_out"), CHARACTERS))

@@ -6,18 +6,21 @@
     What is the special magic number for quiet-river mentioned in the provided text? The special magic number for
     quiet-river mentioned in the provided text is| 7310554
 
-The pieces are tokenized one by one and their ids joined, in training and in evaluation. Each piece ends where a
-byte-level tokenizer cuts anyway (before a space, after a line end), so the first token of the answer has its space.
+The wording is encoded as one text, with a word in place of the haystack, and each sentence of the haystack after a word:
+so all tokens are those of running text, and the answer's are those of the needle. SentencePiece's tokenizers begin what
+is encoded alone with a space of its own. Where the ids are joined a byte-level tokenizer cuts anyway.
 """
 
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
+
+from halo.models.tokenizer import encode_parts
 
 VARIANTS = ("niah_single_1", "niah_single_2", "niah_single_3")
 
@@ -44,6 +47,9 @@ _HEADER = (
     "I will quiz you about the {kind} afterwards.\n"
 )
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+_WORD = "The"
+"""Stands for the haystack while the wording is encoded, and before each sentence of it."""
+_SENTENCES_PER_CALL = 4096
 _NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 _QUESTION = (
     "\nWhat is the special magic {kind} for {key} mentioned in the provided text? "
@@ -71,12 +77,15 @@ class Prose:
         ValueError: there are no documents.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]):
-        sentences = [" " + sentence for document in documents for sentence in _sentences(document)]
-        if not sentences:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]):
+        sentences = (f" {sentence}" for document in documents for sentence in _sentences(document))
+        ids: list[np.ndarray] = []
+        while some := list(islice(sentences, _SENTENCES_PER_CALL)):
+            encoded = encode_parts(tokenizer, ((_WORD, sentence) for sentence in some))
+            ids += [np.asarray(sentence, dtype=np.int64) for _, sentence in encoded]
+        if not ids:
             raise ValueError("no prose: there are no documents")
-        ids = tokenizer(sentences, add_special_tokens=False)["input_ids"]
-        self._ids = np.concatenate([np.asarray(sentence, dtype=np.int64) for sentence in ids])
+        self._ids = np.concatenate(ids)
         self._starts = np.cumsum([0, *(len(sentence) for sentence in ids[:-1])])
 
     def __len__(self) -> int:
@@ -101,7 +110,7 @@ class Prose:
 
 
 def build_needle(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     variant: str,
     length: int,
     rng: np.random.Generator,
@@ -123,16 +132,15 @@ def build_needle(
     value = str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == "uuid" else str(rng.integers(10**6, 10**7))
     fields = {"kind": kind, "key": keys[rng.integers(len(keys))], "value": value}
     needle = _NEEDLE.format(**fields)
-    pieces = [
+    wording = [
         _HEADER.format(**fields),
-        needle + "\n" if noise else " " + needle,
+        _NOISE if noise else f" {_WORD}",
+        f"{needle}\n" if noise else f" {needle}",
+        _WORD if noise else f" {_WORD}",
         _QUESTION.format(**fields),
-        " " + value,
-        _NOISE,
+        f" {value}",
     ]
-    header_ids, needle_ids, question_ids, answer_ids, line_ids = tokenizer(pieces, add_special_tokens=False)[
-        "input_ids"
-    ]
+    [(header_ids, line_ids, needle_ids, _, question_ids, answer_ids)] = encode_parts(tokenizer, [wording])
     taken = len(header_ids) + len(needle_ids) + len(question_ids) + len(answer_ids)
     room = length - taken
     if room < 1:

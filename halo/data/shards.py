@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from halo.data.corpus import read_documents
 from halo.data.needle import TRAIN_KEYS, VARIANTS, Prose, build_needle
 from halo.data.packing import TEXTS_PER_CALL, pack_documents, token_dtype
 from halo.data.storage import is_remote, read_bytes
 from halo.errors import UserError
+from halo.graph import NEEDLE_RECIPE
 from halo.models.tokenizer import separator_id
 from halo.models.tokenizer import tokenizer_hash as hash_of
 from halo.run import atomic_folder, sha256
@@ -35,7 +36,7 @@ _SHUFFLED_TOGETHER = 2048
 
 def prepare_shards(
     source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     folder: str | Path,
     *,
     seq_len: int,
@@ -69,6 +70,7 @@ def prepare_shards(
         "separator": separator_id(tokenizer),
         "seed": seed,
         "needle_fraction": needle_fraction,
+        "needle_recipe": NEEDLE_RECIPE,
         "tokens_left_over": 0,
     }
     documents = _tokenized(source, tokenizer, order_rng, endless=samples is not None)
@@ -203,7 +205,7 @@ def verify_shards(source: str | Path, tokenizer_hash: str, seq_len: int) -> dict
 
 
 def _tokenized(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, *, endless: bool
+    source: str | Path, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, *, endless: bool
 ) -> Iterator[list[int]]:
     """The documents as token ids, in another order in each pass."""
     while True:
@@ -218,7 +220,7 @@ def _tokenized(
 
 
 def _needles(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, dtype: np.dtype, rng: np.random.Generator
+    source: str | Path, tokenizer: PreTrainedTokenizerFast, seq_len: int, dtype: np.dtype, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
     prose = Prose(tokenizer, islice(read_documents(source, "train"), _SHUFFLED_TOGETHER))
     while True:

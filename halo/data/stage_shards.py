@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from halo.config import Training
 from halo.context import Context
@@ -10,6 +10,7 @@ from halo.data.corpus import text_files
 from halo.data.shards import prepare_shards, verify_shards
 from halo.distributed import on_rank0
 from halo.errors import UserError
+from halo.graph import NEEDLE_RECIPE
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
 
 
@@ -40,7 +41,7 @@ def _ensure_for(context: Context, stage: str) -> str | Path:
     return ensure_shards(context.settings(stage), stage, own, load_tokenizer(context.teacher))
 
 
-def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrainedTokenizerBase) -> str | Path:
+def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrainedTokenizerFast) -> str | Path:
     """The folder or URL of a stage's verified shards. On one rank.
 
     Args:
@@ -71,10 +72,12 @@ def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrain
         wanted = {"source": corpus.source, "seed": training.seed, "needle_fraction": corpus.needles}
         if corpus.samples:
             wanted["samples"] = corpus.samples
+        if corpus.needles:
+            wanted["needle_recipe"] = NEEDLE_RECIPE
         for key, value in wanted.items():
-            if manifest[key] != value:
+            if manifest.get(key) != value:
                 raise UserError(
-                    f"{folder} was prepared with {key} = {manifest[key]!r}, now {value!r}: remove it to prepare it anew"
+                    f"{folder} was prepared with {key} = {manifest.get(key)!r}, now {value!r}: remove it to prepare it anew"
                 )
     if manifest["samples"] < training.batch:
         raise UserError(

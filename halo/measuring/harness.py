@@ -6,7 +6,7 @@ The harness has the tasks, their data and their metrics. It asks a function for 
 import logging
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from halo.errors import UserError, first_line
 from halo.measuring.evaluation import Pair
+from halo.models.tokenizer import encode_parts
 from halo.tables import suggest
 
 Likelihoods = Callable[[list[Pair]], tuple[Tensor, Tensor]]
@@ -72,7 +73,7 @@ class Tasks:
             for name in names
         }
 
-    def score(self, name: str, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods) -> float:
+    def score(self, name: str, tokenizer: PreTrainedTokenizerFast, likelihoods: Likelihoods) -> float:
         """The score of a model in a task, in [0, 1].
 
         Args:
@@ -131,9 +132,13 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
 
 
 class _LikelihoodModel(TemplateLM):
-    """The harness's interface to a model. It tokenizes as the harness's own class for Hugging Face models does."""
+    """The harness's interface to a model. It tokenizes as the harness's own class for Hugging Face models does.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, likelihoods: Likelihoods):
+    But where a continuation begins is found by characters. The harness's class takes as many tokens as the context alone
+    has, which may be more or fewer than it has in the whole text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, likelihoods: Likelihoods):
         super().__init__()
         self.tokenizer, self._likelihoods = tokenizer, likelihoods
 
@@ -146,6 +151,19 @@ class _LikelihoodModel(TemplateLM):
         """The context of a continuation that has none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        """The special tokens with which the tokenizer begins a text."""
+        encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        return encoded["input_ids"][: encoded["special_tokens_mask"].index(0)]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        stripped = context.rstrip()
+        parts = (stripped, context[len(stripped) :] + continuation)
+        [(context_ids, continuation_ids)] = encode_parts(self.tokenizer, [parts])
+        begin = [] if context.startswith(self.tokenizer.decode(self.prefix_token_id)) else self._begin
+        return [*begin, *context_ids] or [self.prefix_token_id], continuation_ids
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None:

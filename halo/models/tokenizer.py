@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -70,6 +71,22 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer at {source} has no end-of-text token (eos_token)")
     return tokenizer
+
+
+def encode_parts(tokenizer: PreTrainedTokenizerFast, texts: Iterable[Sequence[str]]) -> list[list[list[int]]]:
+    """Texts, each given in parts, encoded as wholes without special tokens: the ids of each part of each text.
+
+    A part encoded alone may have other ids: SentencePiece's tokenizers begin each text with a space. A token that two
+    parts share belongs to the later one.
+    """
+    texts = [list(parts) for parts in texts]
+    encoded = tokenizer(["".join(parts) for parts in texts], add_special_tokens=False, return_offsets_mapping=True)
+    split = []
+    for parts, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # By the tokens' ends: byte-level tokenizers leave spaces out of the offsets at which tokens begin.
+        of_part = np.searchsorted(np.cumsum([len(part) for part in parts]), [end for _, end in offsets])
+        split.append([np.asarray(ids)[of_part == part].tolist() for part in range(len(parts))])
+    return split
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,15 +1,23 @@
 """Needle tests say what RULER's say, are exactly as long as asked, and share no key between training and evaluation."""
 
+import hashlib
+import json
 import re
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tests.halo.tokenizer_kinds import KINDS
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutput
 
 from halo.data.corpus import read_documents
-from halo.data.needle import EVAL_KEYS, TRAIN_KEYS, VARIANTS, Prose, build_needle
-from halo.models.tokenizer import train_tokenizer
+from halo.data.needle import EVAL_KEYS, TRAIN_KEYS, VARIANTS, Prose, build_needle, template_texts
+from halo.measuring.evaluation import needle_recall
+from halo.models.tokenizer import load_tokenizer, train_tokenizer
 
 LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -106,3 +114,59 @@ def test_what_cannot_be_built(tokenizer: PreTrainedTokenizerFast, prose: Prose) 
         build_needle(tokenizer, "niah_multi", 256, rng, TRAIN_KEYS, prose)
     with pytest.raises(ValueError, match="no prose"):
         Prose(tokenizer, [])
+
+
+class Copier(torch.nn.Module):
+    """Continues each row with what follows "is:" in it, the last one: it recalls a needle that has no other after it."""
+
+    device, config = torch.device("cpu"), None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Tensor, **_: object) -> CausalLMOutput:
+        logits = torch.zeros(len(input_ids), len(logits_to_keep), len(self.tokenizer))
+        for row, ids in enumerate(input_ids):
+            texts = [self.tokenizer.decode(ids[at : at + 2]) for at in range(len(ids) - 1)]
+            last = max(at for at, text in enumerate(texts) if text.replace(" ", "").endswith("is:"))
+            copied = ids[last + 2 : last + 2 + len(logits_to_keep)]
+            logits[row, torch.arange(len(copied)), copied] = 1
+        return CausalLMOutput(logits=logits)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def other(request: pytest.FixtureRequest, corpus: Path) -> tuple[PreTrainedTokenizerFast, Prose]:
+    """A tokenizer of another kind, and prose in it."""
+    documents = list(read_documents(corpus / "persuasion.txt", "train"))[:6]
+    made = KINDS[request.param](chain(documents, template_texts(200)))
+    return made, Prose(made, documents[:2])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_perfect_copy_is_the_answer_under_any_tokenizer(
+    other: tuple[PreTrainedTokenizerFast, Prose], variant: str
+) -> None:
+    made, prose = other
+    rng = np.random.default_rng(3)
+    samples = [build_needle(made, variant, 700, rng, EVAL_KEYS, prose) for _ in range(8)]
+    assert needle_recall(Copier(made), samples, batch=1) == 1
+    for sample in samples:
+        assert len(sample.prompt_ids) + len(sample.answer_ids) == 700
+        # As running text has it: one space before the answer, whatever the tokenizer puts before a text.
+        assert made.decode(sample.prompt_ids + sample.answer_ids).endswith(f"provided text is {sample.answer}")
+        assert "afterwards.\n" in made.decode(sample.prompt_ids) or "\n" not in made.decode(made("a\nb")["input_ids"])
+
+
+def test_samples_of_byte_level_tokenizers_stay_the_same(corpus: Path) -> None:
+    tokenizer = load_tokenizer(corpus.parent / "teacher")
+    prose = Prose(tokenizer, read_documents(corpus / "persuasion.txt", "held_out"))
+    digest = hashlib.sha256()
+    for variant in VARIANTS:
+        for length in (600, 1000, 1777):
+            rng = np.random.default_rng(length)
+            for _ in range(10):
+                sample = build_needle(tokenizer, variant, length, rng, TRAIN_KEYS + EVAL_KEYS, prose)
+                made = [sample.prompt_ids, sample.answer_ids, sample.answer, sample.depth]
+                digest.update(json.dumps(made).encode())
+    assert digest.hexdigest() == "69c4bae28c2cb85e96588613672ba40c7b5585adc82651c5479aca12cb0f2fc7"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from halo.data.corpus import HELD_OUT_MARK, read_documents
 from halo.data.needle import EVAL_KEYS, TRAIN_KEYS
 from halo.data.shards import SHARDS_MANIFEST, prepare_shards, verify_shards, write_shards
+from halo.data.stage_shards import ensure_shards
 from halo.errors import UserError
+from halo.graph import STAGES
 from halo.models.tokenizer import tokenizer_hash
+from halo.preset import load_config
 from tests.halo.data.reading import read_samples
 
 
@@ -185,3 +189,26 @@ def test_nothing_to_train_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     (tmp_path / HELD_OUT_MARK).write_text("{}")
     with pytest.raises(UserError, match="has no text to train on: every document is empty or held out"):
         prepare_shards(tmp_path, tokenizer, tmp_path / "shards", seq_len=8, seed=0)
+
+
+def test_needles_of_another_recipe_are_not_trained_on(
+    tokenizer: PreTrainedTokenizerFast, novel: Path, tmp_path: Path
+) -> None:
+    preset = load_config("tiny").align
+    corpus = replace(preset.corpus, source=str(novel), samples=8, needles=0.5)
+    align = replace(preset, seq_len=256, batch=4, micro_batch=4, corpus=corpus)
+    folder = tmp_path / "shards"
+    assert ensure_shards(align, "align", folder, tokenizer) == folder
+    manifest = json.loads((folder / SHARDS_MANIFEST).read_text())
+    assert manifest["needle_recipe"] == 2
+    for older in (manifest | {"needle_recipe": 1}, {k: v for k, v in manifest.items() if k != "needle_recipe"}):
+        (folder / SHARDS_MANIFEST).write_text(json.dumps(older))
+        with pytest.raises(UserError, match=r"prepared with needle_recipe = (1|None), now 2: remove it"):
+            ensure_shards(align, "align", folder, tokenizer)
+    # Where no sample is a needle, the recipe does not matter.
+    (folder / SHARDS_MANIFEST).write_text(json.dumps(manifest | {"needle_recipe": 1, "needle_fraction": 0.0}))
+    assert ensure_shards(replace(align, corpus=replace(corpus, needles=0.0)), "align", folder, tokenizer) == folder
+
+
+def test_stages_that_measure_needles_see_their_recipe() -> None:
+    assert {name for name, stage in STAGES.items() if "needles" in stage.sees} == {"selection", "niah"}

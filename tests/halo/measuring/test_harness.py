@@ -12,12 +12,13 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tests.halo.tokenizer_kinds import KINDS
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from halo.data.corpus import read_documents
 from halo.errors import UserError
-from halo.measuring.evaluation import log_likelihoods
+from halo.measuring.evaluation import Pair, log_likelihoods
 from halo.measuring.harness import Likelihoods, Tasks, _LikelihoodModel
 from halo.measuring.report import Score, csr_markdown
 from halo.models.tokenizer import EOS
@@ -163,6 +164,26 @@ def test_likelihoods_are_the_harness_own(model, reader, reference) -> None:
         ):
             assert value == pytest.approx(expected, rel=1e-5)
             assert written == expected_written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continuation_begins_where_its_characters_do(corpus: Path, kind: str) -> None:
+    made = KINDS[kind](list(read_documents(corpus / "emma.txt", "train"))[:2])
+    asked = [("It is", " so"), ("It is ", "so"), ("she sa", "id it"), (" ", "so"), ("a\n\n", "b"), ("<s>It is", " a")]
+    pairs = [_LikelihoodModel(made, _no_likelihoods)._encode_pair(*pair) for pair in asked]
+    for (context, continuation), (before, after) in zip(asked, pairs, strict=True):
+        begins = made.bos_token_id in made("a")["input_ids"] or context.startswith("<s>")
+        whole = made(context.removeprefix("<s>") + continuation, add_special_tokens=False)["input_ids"]
+        assert before and after
+        if context.strip() and not context.startswith("<s>"):
+            assert before + after == [made.bos_token_id] * begins + whole
+        assert made.decode(after).strip() in (continuation.strip(), "said it")  # a shared token belongs to it
+        assert made.eos_token_id not in before + after
+    assert pairs[0] == pairs[1]
+
+
+def _no_likelihoods(pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+    raise AssertionError("not asked here")
 
 
 def test_scores_are_the_harness_own(model, reader, reference, folder_alone: Path) -> None:

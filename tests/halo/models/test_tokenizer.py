@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from tests.halo.tokenizer_kinds import KINDS
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from halo.data.corpus import read_documents
 from halo.errors import UserError
-from halo.models.tokenizer import EOS, load_tokenizer, tokenizer_hash, train_tokenizer
+from halo.models.tokenizer import EOS, encode_parts, load_tokenizer, tokenizer_hash, train_tokenizer
 
 
 @pytest.mark.parametrize("text", ["Plain words.", " £20,000 and\n\n\ttabs  twice", "naïve 漢字 🙂", "is: 123.\nThe"])
@@ -57,3 +58,26 @@ def test_no_end_of_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> N
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_text_have_the_ids_of_the_text(corpus: Path, kind: str) -> None:
+    made = KINDS[kind](list(read_documents(corpus / "emma.txt", "train"))[:2])
+    texts = [
+        ["It is", " late.", " So"],
+        ["a", "", "\n\nb", "  c  ", "naïve 漢字 🙂"],
+        [" two", "  spaces  ", "x"],
+        ["one"],
+    ]
+    for parts, ids in zip(texts, encode_parts(made, texts), strict=True):
+        assert len(ids) == len(parts)
+        assert sum(ids, []) == made("".join(parts), add_special_tokens=False)["input_ids"]
+    [(before, after, last)] = encode_parts(made, [("It is", " late.", " So")])
+    assert made.decode(before + after).endswith("is late.")
+    assert made.decode(before).endswith("is") and made.decode(last).strip() == "So"
+
+
+def test_a_token_that_two_parts_share_belongs_to_the_later(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = tokenizer(" the")["input_ids"]
+    assert len(whole) == 1
+    assert encode_parts(tokenizer, [(" t", "he")]) == [[[], whole]]
