@@ -22,8 +22,8 @@ STAGE_RECORD = "stage.json"
 """In a stage's folder, once it is finished (halo/run.py)."""
 
 NEEDLE_RECIPE = 2
-"""The number of the way in which needle samples are made (halo/data/needle.py). Raised when it changes, so that what was
-made or measured in another way is not taken for today's."""
+"""The number of the way in which needle samples are made (halo/data/needle.py). Raised when it changes, so that what
+was made or measured in another way is not taken for today's."""
 
 
 @dataclass(frozen=True, kw_only=True)

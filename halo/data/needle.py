@@ -6,9 +6,9 @@
     What is the special magic number for quiet-river mentioned in the provided text? The special magic number for
     quiet-river mentioned in the provided text is| 7310554
 
-The wording is encoded as one text, with a word in place of the haystack, and each sentence of the haystack after a word:
-so all tokens are those of running text, and the answer's are those of the needle. SentencePiece's tokenizers begin what
-is encoded alone with a space of its own. Where the ids are joined a byte-level tokenizer cuts anyway.
+The wording is encoded as one text, with a word in place of the haystack, and each sentence of the haystack after a
+word: so all tokens are those of running text, and the answer's are those of the needle. SentencePiece's tokenizers
+begin what is encoded alone with a space of its own. Where the ids are joined a byte-level tokenizer cuts anyway.
 """
 
 import re

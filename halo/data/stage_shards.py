@@ -75,9 +75,9 @@ def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrain
         if corpus.needles:
             wanted["needle_recipe"] = NEEDLE_RECIPE
         for key, value in wanted.items():
-            if manifest.get(key) != value:
+            if (found := manifest.get(key)) != value:
                 raise UserError(
-                    f"{folder} was prepared with {key} = {manifest.get(key)!r}, now {value!r}: remove it to prepare it anew"
+                    f"{folder} was prepared with {key} = {found!r}, now {value!r}: remove it to prepare it anew"
                 )
     if manifest["samples"] < training.batch:
         raise UserError(

@@ -134,8 +134,8 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
 class _LikelihoodModel(TemplateLM):
     """The harness's interface to a model. It tokenizes as the harness's own class for Hugging Face models does.
 
-    But where a continuation begins is found by characters. The harness's class takes as many tokens as the context alone
-    has, which may be more or fewer than it has in the whole text.
+    But where a continuation begins is found by characters. The harness's class takes as many tokens as the context
+    alone has, which may be more or fewer than it has in the whole text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, likelihoods: Likelihoods):

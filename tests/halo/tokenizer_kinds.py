@@ -9,7 +9,10 @@ from transformers import PreTrainedTokenizerFast
 SPACE = "\u2581"
 """What SentencePiece writes for a space."""
 _BYTES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -52,7 +55,7 @@ def llama3(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def _sentencepiece_bpe(texts: Iterable[str]) -> Tokenizer:
-    """SentencePiece's BPE with bytes for unknown characters. It is trained word by word, and has tokens of two spaces."""
+    """SentencePiece's BPE with bytes for unknown characters, trained word by word, and with a token of two spaces."""
     made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(True)]

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.halo.tokenizer_kinds import KINDS
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
@@ -18,6 +17,7 @@ from halo.data.corpus import read_documents
 from halo.data.needle import EVAL_KEYS, TRAIN_KEYS, VARIANTS, Prose, build_needle, template_texts
 from halo.measuring.evaluation import needle_recall
 from halo.models.tokenizer import load_tokenizer, train_tokenizer
+from tests.halo.tokenizer_kinds import KINDS
 
 LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_built(tokenizer: PreTrainedTokenizerFast, prose: Prose) 
 
 
 class Copier(torch.nn.Module):
-    """Continues each row with what follows "is:" in it, the last one: it recalls a needle that has no other after it."""
+    """Continues each row with what follows the last "is:" in it: it recalls a needle that has no other after it."""
 
     device, config = torch.device("cpu"), None
 

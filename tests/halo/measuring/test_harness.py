@@ -12,7 +12,6 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tests.halo.tokenizer_kinds import KINDS
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -22,6 +21,7 @@ from halo.measuring.evaluation import Pair, log_likelihoods
 from halo.measuring.harness import Likelihoods, Tasks, _LikelihoodModel
 from halo.measuring.report import Score, csr_markdown
 from halo.models.tokenizer import EOS
+from tests.halo.tokenizer_kinds import KINDS
 
 CHOICES = """
 output_type: multiple_choice
