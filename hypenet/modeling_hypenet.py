@@ -1,5 +1,6 @@
 """HypeNet: Qwen3 with its own mixer in every layer (paper Appendix A). Only what differs from Qwen3 is here."""
 
+import copy
 import os
 from collections.abc import Callable, Collection
 from typing import Any
@@ -63,7 +64,7 @@ from .mixer_ttt import TTTLinear
 from .mixers import build_mixer
 from .norm import ResidualNorm, RMSNorm
 from .rnn_mixer import RNNMixer
-from .rope import read_rope
+from .rope import ORIGINAL, read_rope
 
 
 class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -71,7 +72,16 @@ class HypeNetRotaryEmbedding(Qwen3RotaryEmbedding):
 
     `model.bfloat16()`, which DeepSpeed calls too, casts buffers as well; a frequency in bfloat16 is off by a
     radian after a few hundred tokens.
+
+    Dynamic RoPE grows from the teacher's length: transformers would take the length that the hybrid supports.
     """
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        rope = read_rope(vars(config))
+        if rope["rope_type"] == "dynamic" and rope[ORIGINAL] != config.max_position_embeddings:
+            config = copy.copy(config)
+            config.max_position_embeddings = rope[ORIGINAL]
+        super().__init__(config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def move(tensor: Tensor) -> Tensor:

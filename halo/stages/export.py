@@ -28,6 +28,7 @@ def _export(context: Context) -> None:
             load_tokenizer(context.teacher),
             partial,
             logits_scaling=scaling,
+            trained_length=max(context.config.distill.seq_len, context.config.finetune.seq_len),
         )
     seconds = round(time.perf_counter() - began, 1)
     folder.complete(folder.files_in(MODEL), {"attn_logits_scaling": scaling, "seconds": seconds})

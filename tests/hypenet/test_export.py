@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hypenet.configuration_hypenet import hype_scaling
-from hypenet.export import export_pretrained
+from hypenet.export import LENGTH, export_pretrained
 from hypenet.mixers import MIXERS
+from hypenet.rope import ORIGINAL
+from tests.hypenet.test_transfer import ROPES
 
 # A process in which the package cannot be imported, although it is installed here.
 LOAD = """
@@ -128,6 +130,45 @@ def test_exported_folder_is_of_the_published_form(make_hybrid, tokenizer, tmp_pa
     }
     assert (tmp_path / "model.safetensors").exists()
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("keys", "trained", "length"),
+    [
+        ({}, 512, LENGTH),
+        ({}, 2 * LENGTH, 2 * LENGTH),
+        ({"attn_use_rope": True}, 512, 512),
+        ({"attn_use_rope": True}, 16, 64),
+        ({"attn_use_rope": True, "mixer_types": ["gla"] * 4}, 512, LENGTH),
+    ],
+)
+def test_an_export_states_the_length_that_it_supports(make_hybrid, tokenizer, tmp_path, keys, trained, length):
+    model = make_hybrid(max_position_embeddings=64, **keys)
+    model.generation_config.max_length, tokenizer.model_max_length = 48, 32
+    export_pretrained(model, tokenizer, tmp_path, logits_scaling=None, trained_length=trained)
+    assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings == length
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == length
+    assert GenerationConfig.from_pretrained(tmp_path).max_length == length
+    own = (model.config.max_position_embeddings, tokenizer.model_max_length, model.generation_config.max_length)
+    assert own == (64, 32, 48)
+
+
+def test_an_export_states_no_length_of_generation_of_its_own(make_hybrid, tokenizer, tmp_path):
+    export_pretrained(make_hybrid(), tokenizer, tmp_path, logits_scaling=None)
+    assert "max_length" not in json.loads((tmp_path / "generation_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_is_not_moved_by_the_length_that_an_export_states(make_hybrid, tokenizer, tmp_path, kind):
+    """Also where the length is where scaling begins, and the configuration does not repeat it."""
+    values = {name: value for name, value in ROPES[kind].items() if name != ORIGINAL}
+    model = make_hybrid(max_position_embeddings=64, rope_parameters={"rope_type": kind, **values}).eval()
+    export_pretrained(model, tokenizer, tmp_path, logits_scaling=None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.max_position_embeddings == LENGTH
+    tokens = torch.arange(90)[None] % 60
+    for length in (12, 90):
+        assert torch.equal(loaded(tokens[:, :length]).logits, model(tokens[:, :length]).logits)
 
 
 def test_every_file_that_is_exported_is_named_where_transformers_4_looks(make_every_mixer, tokenizer, tmp_path):

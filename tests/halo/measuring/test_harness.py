@@ -21,6 +21,7 @@ from halo.measuring.evaluation import Pair, log_likelihoods
 from halo.measuring.harness import Likelihoods, Tasks, _LikelihoodModel
 from halo.measuring.report import Score, csr_markdown
 from halo.models.tokenizer import EOS
+from hypenet import HypeNetConfig, HypeNetForCausalLM, export_pretrained
 from tests.halo.tokenizer_kinds import KINDS
 
 CHOICES = """
@@ -184,6 +185,32 @@ def test_a_continuation_begins_where_its_characters_do(corpus: Path, kind: str) 
 
 def _no_likelihoods(pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
     raise AssertionError("not asked here")
+
+
+def test_the_harness_does_not_cut_an_exports_prompts(reader, tmp_path) -> None:
+    """Its own model of a folder, asked with prompts that are longer than the teacher's length."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    length = {"max_position_embeddings": 64, "vocab_size": len(reader), "initializer_range": 0.3}
+    config = HypeNetConfig(**sizes, **length, head_dim=16, mixer_types=["lightning-attn", "attn"])
+    hybrid = HypeNetForCausalLM(config).eval()
+    hybrid.generation_config.max_length = 64
+    export_pretrained(hybrid, reader, tmp_path, logits_scaling=None)
+    harness = HFLM(pretrained=str(tmp_path), batch_size=2, device="cpu", dtype="float32", trust_remote_code=True)
+    needle, hay = "The key is seven. ", "Emma Woodhouse, handsome, clever and rich. " * 30
+    pairs = [(needle + hay, " seven"), ("Anne. " + hay, " seven"), (hay, " rich")]
+    requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+    found = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    ours = _LikelihoodModel(reader, likelihoods(hybrid)).loglikelihood(requests)
+    assert found == pytest.approx([value for value, _ in ours], rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-6)  # what begins the prompt is read
+    settings = {"until": ["\n"], "max_gen_toks": 4}
+    asked = Instance(request_type="generate_until", doc={}, arguments=(needle + hay, settings), idx=0)
+    tokens = torch.tensor([reader(needle + hay).input_ids])
+    assert tokens.shape[1] > 64
+    written = hybrid.generate(tokens, max_new_tokens=4, do_sample=False)[0, tokens.shape[1] :]
+    text = reader.decode(written, skip_special_tokens=True)
+    assert harness.generate_until([asked], disable_tqdm=True) == [text.split("\n")[0]]
 
 
 def test_scores_are_the_harness_own(model, reader, reference, folder_alone: Path) -> None:
