@@ -44,6 +44,7 @@ from halo.run import StageFolder
 from halo.stages.distill import logits_form, options_of, teacher_of
 from halo.teacher.colocated import Teacher, TeacherSource
 from halo.teacher.dedicated import serve
+from halo.teacher.fp8 import check_fp8
 from halo.training import trainer
 from halo.training.engine import Engine, placement, read_ds_config, split_batch, whole_size
 from halo.training.objectives import Alignment, Distillation, NextToken
@@ -92,6 +93,10 @@ def main() -> None:
     split = split_ranks(
         store, number, size, preset_settings(args, preset.distill, 1) if args.stage == "distill" else None
     )
+    if args.teacher_fp8:
+        if args.stage != "distill":
+            sys.exit("--teacher_fp8 is of stage distill")
+        check_fp8(())
     args.attention = attention_of(args, getattr(preset, args.stage))
     if args.emulate:
         emulate(args.emulate)
@@ -123,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--placement", default="colocated", choices=["colocated", "dedicated"])
     parser.add_argument("--teacher_ranks", type=int, default=0, help="of each node, with --placement dedicated")
     parser.add_argument("--teacher_sharded", action="store_true", help="cut the teacher over the ranks that hold it")
+    parser.add_argument("--teacher_fp8", action="store_true", help="multiply in FP8 in the teacher's layers")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--kept_layers", type=int, default=-1, help="that keep all activations (default: all that fit)")
     parser.add_argument("--offload", action="store_true", help="keep checkpointed activations in host memory")
@@ -141,7 +147,7 @@ def preset_settings(args: argparse.Namespace, preset: Any, ranks: int) -> Distil
     """The preset's settings, changed by the command line. Stage 2 has all settings of stages 1 and 3."""
     chosen = {"micro_batch": args.micro_batch, "seq_len": args.seq_len, "activation_checkpointing": args.checkpointing}
     chosen |= {"sequence_parallel": args.sequence_parallel, "activation_offload": args.offload}
-    chosen |= {"kept_layers": args.kept_layers}
+    chosen |= {"kept_layers": args.kept_layers, "teacher_fp8": args.teacher_fp8}
     chosen |= {"teacher_placement": args.placement, "teacher_ranks": args.teacher_ranks, "steps": args.steps}
     values = vars(preset) | {name: value for name, value in chosen.items() if value is not None}
     values = {name: value for name, value in values.items() if name in Distill.__dataclass_fields__}
@@ -237,7 +243,8 @@ def measure(args: argparse.Namespace, training: Distill, teacher: Path, split: R
     with shapes if args.stage == "finetune" else teacher_of(training, teacher, split, form, args.attention) as source:
         objective = objective_of(args, training, teacher, source, ds_config)
         trained = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in source.model.parameters() if not p.is_meta)
+        held = (*source.model.parameters(), *source.model.buffers())  # in FP8, weights are buffers
+        frozen = sum(x.nbytes for x in held if not x.is_meta)
         if args.profile:
             training = Distill(**vars(training) | {"profile_from": args.steps - 2, "profile_steps": 1})
         train(objective, training, shards=shards, folder=stage, ds_config=ds_config)
@@ -296,18 +303,20 @@ def report(
     """Print medians over the steps but the last, which prefetches nothing, and the memory beyond that of the state.
 
     Args:
+        frozen: bytes of the teacher.
         first: seconds of the first step, which compiles.
     """
     of = {name: median(line[name] for line in lines) for name in lines[0] if lines[0][name] is not None}
     stage = ds_config["zero_optimization"]["stage"]
     whole = {1: 2 + 14 / world_size(), 2: 2 + 14 / world_size(), 3: 16 / world_size()}[stage]
-    explained = (trained * whole + 2 * frozen) / 2**30
+    explained = (trained * whole + frozen) / 2**30
     micro_batch, accumulation = split_batch(training)
     print(header())
     print(
         f"{args.stage} {args.teacher}, {args.mixer}, {trained / 1e9:.2f}B trained, {world_size()} "
         f"{'emulated ' if args.emulate else ''}ranks, {training.sequence_parallel} a sequence, of {accumulation} x "
         f"{micro_batch} x {training.seq_len} tokens, ZeRO-{stage}, {'offload, ' if training.activation_offload else ''}"
+        f"{'teacher in FP8, ' if training.teacher_fp8 else ''}"
         f"checkpointing {'on' if training.activation_checkpointing else 'off'}, attention by {args.attention}: "
         f"{of['tokens_per_s_gpu']:,.0f} tokens/s a GPU, {1000 * of['step_s']:.0f} ms a step (the first {first:.1f} s), "
         f"MFU {of.get('mfu', 0):.1%} of the data sheet's peak, "

@@ -143,8 +143,7 @@ class Training:
         _check(falls, "min_lr", self.min_lr, f"left at {MIN_LR} with a constant schedule")
         traced = self.profile_steps > 0 or self.profile_from == 0
         _check(traced, "profile_from", self.profile_from, "0 without profile_steps")
-        reached = self.profile_from < self.steps
-        _check(reached, "profile_from", self.profile_from, f"less than steps ({self.steps})")
+        _check(self.profile_from < self.steps, "profile_from", self.profile_from, f"less than steps ({self.steps})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +220,8 @@ class Distill(CheckpointedTraining):
     """Shard the teacher over the ranks of a node that hold it. False: each of them has a full copy."""
     teacher_ranks: int = 0
     """The number of ranks of each node, its last ones, that hold a dedicated teacher."""
+    teacher_fp8: bool = False
+    """Multiply in FP8 in the teacher's decoder layers: faster, smaller, less exact (docs/distillation.md)."""
     teacher_logits: Literal["factored", "full", "top_k"] = "factored"
     """The form in which the teacher supplies its logits (halo/teacher/logits.py). Factored ones are exact."""
     teacher_top_k: int = TOP_K
@@ -237,6 +238,8 @@ class Distill(CheckpointedTraining):
         _check(self.teacher_ranks == 0 or dedicated, "teacher_ranks", self.teacher_ranks, "0 unless dedicated")
         alone = dedicated and self.teacher_ranks == 1
         _check(not (self.teacher_sharded and alone), "teacher_sharded", "true", "false where one rank is the teacher's")
+        gathered = self.teacher_fp8 and self.teacher_sharded
+        _check(not gathered, "teacher_fp8", "true", "false with teacher_sharded, which gathers weights in bf16")
         whole = self.sequence_parallel == 1 or not dedicated
         _check(whole, "teacher_placement", "dedicated", "colocated where ranks share a sequence")
         _check(self.teacher_top_k >= 1, "teacher_top_k", self.teacher_top_k, "at least 1")
@@ -325,10 +328,9 @@ class Evaluation:
         _check(len(set(self.lengths)) == len(self.lengths), "lengths", self.lengths, "without repeats")
         for name in ("lengths", "samples"):
             _check(min(getattr(self, name)) >= 1, name, getattr(self, name), "at least 1 each")
-        for name in ("yarn_from", "batch_tokens"):
+        for name in ("yarn_from", "batch_tokens", "sequence_parallel"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(self.seed >= 0, "seed", self.seed, "at least 0")
-        _check(self.sequence_parallel >= 1, "sequence_parallel", self.sequence_parallel, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,16 +34,20 @@ Placement = Callable[[nn.Module], object]
 """Sends a new module, whose values are on rank 0, to all ranks; each keeps its share."""
 
 
-def build_teacher(teacher: Path, group: dist.ProcessGroup | None = None) -> PreTrainedModel:
+def build_teacher(
+    teacher: Path, group: dist.ProcessGroup | None = None, convert: Callable[[nn.Module], None] | None = None
+) -> PreTrainedModel:
     """The teacher, frozen, on this rank's device in training precision.
 
     Args:
         group: the ranks that share it: every decoder layer is cut over them (FSDP2) as it is built. None: each rank
             holds the whole teacher.
+        convert: changes each decoder layer in place once it has its values, where no group shares the teacher.
 
     Raises:
         UserError: as `check_teacher`.
     """
+    assert group is None or convert is None, "FSDP gathers what was read"
     model, weights = _teacher_and_weights(teacher)
     mesh = None if group is None else DeviceMesh.from_group(group, device().type)
     layers = set(model.model.layers)
@@ -52,6 +56,8 @@ def build_teacher(teacher: Path, group: dist.ProcessGroup | None = None) -> PreT
         broadcast(piece.parameters())
         if mesh is not None and piece in layers:
             fully_shard(piece, mesh=mesh, reshard_after_forward=True)
+        if convert is not None and piece in layers:
+            convert(piece)
 
     for name, piece in _pieces(model):
         _load_values(piece, name, weights)

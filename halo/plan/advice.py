@@ -98,11 +98,11 @@ def _checkpoint_layers(*, checkpointing: bool, offload: bool = False) -> Change:
 
 
 def _teacher_sharded(value: bool) -> Change:
-    """Only for a teacher beside the student: one on other GPUs needs no memory here."""
+    """Only for a teacher beside the student: one on other GPUs needs no memory here. In FP8 it cannot be sharded."""
 
     def change(stage: str, setup: Setup) -> Setup | None:
         training = setup.training
-        if not isinstance(training, Distill) or training.teacher_placement != "colocated":
+        if not isinstance(training, Distill) or training.teacher_placement != "colocated" or training.teacher_fp8:
             return None
         return replace(setup, training=replace(training, teacher_sharded=value))
 

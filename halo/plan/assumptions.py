@@ -8,6 +8,9 @@ REACHED = 0.81
 PRODUCTS = 0.93
 """The share of that which these models' products reach: 92 TFLOP in 120 ms in a step of stage 2 of 1.7B on an H200
 (measured), which is 0.96; larger models keep the GPU hotter and its clock lower (assumed)."""
+FP8_PRODUCT = 0.6
+"""The time of a teacher's product in FP8, as a share of that in bf16: 0.5 to 0.7 of products alone on an H100
+(docs/performance.md, measured)."""
 FLASH_ATTENTION = 0.58
 """The share of the peak that flash attention reaches: 580 TFLOP/s forward and backward at 16K on an H200 (measured)."""
 KERNELS = 0.8

@@ -19,7 +19,7 @@ from halo.losses.squared_error import squared_error
 from halo.measuring.importance import default_k
 from halo.parallel.activations import checkpointed_call
 from halo.parallel.prepare import prepare_model
-from halo.plan.assumptions import BF16
+from halo.plan.assumptions import BF16, FP8_PRODUCT
 from halo.plan.dry_run import Cost, Operation, Work, cost_of, frozen_cost_of
 from halo.plan.shapes import teacher_shapes
 from halo.stages.pretrain import model_config
@@ -58,6 +58,8 @@ class Frozen:
     sharded: bool
     ranks: int = 0
     """How many ranks of each node hold only the teacher; 0: all hold it beside the student."""
+    saved: int = 0
+    """Bytes that its weights in FP8 are smaller than in bf16."""
     head: int = 0
     """Elements of the teacher's head that a student holds if the teacher is on other ranks."""
     work: Work
@@ -328,14 +330,27 @@ def _frozen(teacher: PreTrainedModel, training: Distill | None, batch: int, leng
     layers = teacher.model.layers
     _, work = frozen_cost_of(_layer_call(layers[0], *_inputs(teacher, batch, length)))
     factored = training is not None and training.teacher_logits == "factored"
+    fp8 = training is not None and training.teacher_fp8
+    if fp8:
+        work = replace(work, operations=[_in_fp8(operation) for operation in work.operations])
     return Frozen(
         parameters=_count(teacher),
         in_layers=_count(layers),
         sharded=training is not None and training.teacher_sharded,
         ranks=training.teacher_ranks if training else 0,
+        saved=fp8 * sum(_saved_by_fp8(module) for module in layers.modules() if isinstance(module, nn.Linear)),
         head=teacher.lm_head.weight.numel() * factored,
         work=Work(work.operations * len(layers), work.dispatched * len(layers)),
     )
+
+
+def _in_fp8(operation: Operation) -> Operation:
+    return replace(operation, flops=operation.flops * (FP8_PRODUCT if operation.kind == "product" else 1))
+
+
+def _saved_by_fp8(linear: nn.Linear) -> int:
+    """Bytes: a weight has one in place of two, and each output a scale of four."""
+    return linear.weight.numel() * (BF16 - 1) - 4 * linear.out_features
 
 
 def _layer_call(layer: Callable[..., Any], hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:

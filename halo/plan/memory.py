@@ -77,7 +77,7 @@ def _teacher_bytes(load: Load, cluster: Cluster) -> float:
     if load.teacher.ranks:
         return BF16 * load.teacher.head
     cut = load.teacher.in_layers if load.teacher.sharded else 0
-    return BF16 * (load.teacher.parameters - cut + cut / cluster.gpus_per_node)
+    return BF16 * (load.teacher.parameters - cut + cut / cluster.gpus_per_node) - load.teacher.saved
 
 
 def _gathered(load: Load, setup: Setup) -> tuple[float, float]:

@@ -7,7 +7,8 @@ Memory is counted as the code allocates it: a layer's activations from a dry run
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from halo.config import Config
+from halo.config import Config, Distill
+from halo.errors import UserError
 from halo.graph import STAGES
 from halo.parallel.activations import MARGIN
 from halo.parallel.checks import check_degree
@@ -16,6 +17,7 @@ from halo.plan.cluster import Setup
 from halo.plan.load import Load, Models, load_of
 from halo.plan.memory import memory_by_moment
 from halo.plan.timing import step_time
+from halo.teacher.fp8 import check_fp8_widths
 from halo.training.engine import split_batch
 
 
@@ -89,9 +91,11 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
 
     Raises:
         UserError: the ranks do not divide the batch, or cannot share its sequences, or a dedicated teacher needs all
-            ranks of a node.
+            ranks of a node, or the teacher cannot run in FP8.
     """
     training = setup.training
+    if isinstance(training, Distill) and training.teacher_fp8:
+        _check_fp8(models, setup)
     check_degree(
         f"{stage}.sequence_parallel",
         training.sequence_parallel,
@@ -116,6 +120,12 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
         memory=moments[moment],
         time=step_time(load, students, accumulation),
     )
+
+
+def _check_fp8(models: Models, setup: Setup) -> None:
+    if not setup.cluster.gpu.fp8:
+        raise UserError(f"distill.teacher_fp8: {setup.cluster.gpu.device} has no FP8 products: set it to false")
+    check_fp8_widths(models.teacher.model.layers)
 
 
 def _layers_that_fit(load: Load, setup: Setup, accumulation: int) -> int:

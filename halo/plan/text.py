@@ -40,7 +40,7 @@ def table(plan: StagePlan) -> str:
     if plan.load.teacher is not None:
         teacher = plan.load.teacher
         where = f"on {teacher.ranks} GPUs of each node, which are not shown" if teacher.ranks else "on every GPU"
-        how.append(f"teacher {'sharded' if teacher.sharded else 'whole'} {where}")
+        how.append(f"teacher {'sharded' if teacher.sharded else 'whole'}{', in FP8,' * (teacher.saved > 0)} {where}")
 
     left = [("memory of a GPU, GiB", ""), (f"at its fullest, {plan.moment}:", "")]
     left += [(f"  {name}", f"{size / GIB:.2f}") for name, size in plan.memory.items() if size]

@@ -17,14 +17,15 @@ from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
 from halo.errors import UserError
 from halo.models.attention_functions import use_attention
-from halo.models.build import build_student, build_teacher
+from halo.models.build import build_student, empty_teacher
 from halo.models.loading import load_model_config
 from halo.parallel.sequence import SequenceGroup
 from halo.ranks import RankLayout
 from halo.run import StageFolder, atomic_folder
 from halo.stages.align import MIXERS_FILE
-from halo.teacher.colocated import Teacher, TeacherSource, teacher_group
+from halo.teacher.colocated import Teacher, TeacherSource, teacher_model
 from halo.teacher.dedicated import DedicatedTeacher, Order
+from halo.teacher.fp8 import check_fp8
 from halo.teacher.logits import LogitsForm
 from halo.training.engine import placement, split_batch
 from halo.training.objectives import Distillation
@@ -36,10 +37,12 @@ HYBRID = "hybrid"
 
 def check(context: Context) -> None:
     """Raises:
-    UserError: as `check_data` and `logits_form`.
+    UserError: as `check_data`, `logits_form` and `check_fp8`.
     """
     check_data(context, "distill")
     logits_form(context.config.distill, load_model_config(context.teacher).vocab_size)
+    if context.config.distill.teacher_fp8:
+        check_fp8(empty_teacher(context.teacher).model.layers)
 
 
 def run(context: Context) -> None:
@@ -83,13 +86,15 @@ def teacher_of(
         UserError: it could not be loaded.
     """
     if training.teacher_placement == "colocated":
-        model = use_attention(build_teacher(source, teacher_group(training.teacher_sharded)), attention)
+        fp8, sharded = training.teacher_fp8, training.teacher_sharded
+        model = teacher_model(source, sharded=sharded, fp8=fp8, attention=attention)
         return nullcontext(Teacher(model, form, SequenceGroup(training.sequence_parallel, apart=True)))
     assert split is not None and split.teachers
     micro_batch, _ = split_batch(training)
     order = Order(
         teacher=str(source.resolve()),
         sharded=training.teacher_sharded,
+        fp8=training.teacher_fp8,
         form=form,
         attention=attention,
         batch=micro_batch,

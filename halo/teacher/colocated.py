@@ -9,6 +9,7 @@ It supplies its logits in one of the forms of halo/teacher/logits.py (docs/desig
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,10 +20,13 @@ from transformers import PreTrainedModel
 
 from halo.distributed import world_size
 from halo.errors import UserError
+from halo.models.attention_functions import use_attention
+from halo.models.build import build_teacher
 from halo.models.loading import frozen_states, never_looks
 from halo.parallel.prepare import prepare_model
 from halo.parallel.sequence import SequenceGroup
 from halo.teacher.batch import Batch, keep_for_current_stream
+from halo.teacher.fp8 import to_fp8
 from halo.teacher.logits import LogitsForm, TeacherLogits
 from hypenet.kernels import plain_only
 
@@ -49,7 +53,7 @@ class Teacher:
     """A frozen causal language model on this rank.
 
     Args:
-        model: from `halo.models.build.build_teacher`: whole, or cut over the ranks of `teacher_group`.
+        model: from `teacher_model`: whole, or cut over the ranks of `teacher_group`.
         form: the form of its logits.
         sequence: the ranks that share each sequence with this one; the logits are those of this rank's chunk. None:
             sequences are not shared. Beside a student, it must be a group `apart`.
@@ -127,6 +131,22 @@ class _Recording:
         self._input_ids.copy_(input_ids)
         self._graph.replay()
         return self._hidden.clone()  # the next replay writes into the same memory
+
+
+def teacher_model(source: Path, *, sharded: bool, fp8: bool, attention: str) -> PreTrainedModel:
+    """The teacher's weights on this rank, for `Teacher`. Every rank that holds it must call this.
+
+    Args:
+        source: a folder or a GGUF file.
+        sharded: cut over the ranks of `teacher_group`.
+        fp8: its decoder layers multiply in FP8 (halo/teacher/fp8.py); not if it is sharded.
+        attention: the implementation of its attention (halo/models/attention.py).
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    model = build_teacher(source, teacher_group(sharded), to_fp8 if fp8 else None)
+    return use_attention(model, attention)
 
 
 def teacher_group(sharded: bool) -> dist.ProcessGroup | None:

@@ -34,12 +34,11 @@ from torch import Tensor
 from halo.accelerator import on_gpu
 from halo.distributed import PATIENCE, SLOW_LIMIT, STEP_LIMIT, device, rank
 from halo.errors import Stopped, UserError
-from halo.models.attention_functions import use_attention
-from halo.models.build import build_head, build_teacher, empty_teacher
+from halo.models.build import build_head, empty_teacher
 from halo.ranks import LEAVE, ORDER, RankLayout
 from halo.stop import ignoring_stop_requests
 from halo.teacher.batch import Batch, keep_for_current_stream
-from halo.teacher.colocated import Teacher, teacher_group
+from halo.teacher.colocated import Teacher, teacher_model
 from halo.teacher.logits import LogitsForm, TeacherLogits
 
 CONNECT_LIMIT = timedelta(minutes=1)
@@ -67,6 +66,7 @@ class Order:
     teacher: str
     """A folder or a GGUF file."""
     sharded: bool
+    fp8: bool
     form: LogitsForm
     attention: str
     """The implementation of its attention (halo/models/attention.py)."""
@@ -259,8 +259,8 @@ def serve(layout: RankLayout) -> None:
 def _answer(layout: RankLayout, order: Order) -> None:
     """Answer this rank's students in turn, until none has more questions."""
     links = [Link(layout, student, LinkEnd.TEACHER) for student in layout.answered_students()]
-    model = use_attention(build_teacher(Path(order.teacher), teacher_group(order.sharded)), order.attention)
-    teacher = Teacher(model, order.form)
+    source, attention = Path(order.teacher), order.attention
+    teacher = Teacher(teacher_model(source, sharded=order.sharded, fp8=order.fp8, attention=attention), order.form)
     for link in links:
         link.send_message(torch.ones(1))()
         # NCCL connects at the first transfer, and each end waits there: not while the other waits for a question.

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from halo.models.families import window_of
+from halo.teacher.fp8 import Fp8Linear
 from hypenet.mixer_attention import tokens_seen
 from hypenet.mixers import Mixer
 
@@ -65,8 +66,8 @@ def align_flops(mixers: Iterable[nn.Module], teacher_body: nn.Module, seq_len: i
     return total
 
 
-def _linears(model: nn.Module) -> Iterable[nn.Linear]:
-    return (module for module in model.modules() if isinstance(module, nn.Linear))
+def _linears(model: nn.Module) -> Iterable[nn.Linear | Fp8Linear]:
+    return (module for module in model.modules() if isinstance(module, nn.Linear | Fp8Linear))
 
 
 def _reads_input(name: str, module: nn.Module, mixer: nn.Module) -> bool:

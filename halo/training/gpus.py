@@ -28,6 +28,8 @@ class GPU:
     """Bytes/s that it receives from the other GPUs of its node: over NVLink if it has that, else over PCIe."""
     network: float
     """Bytes/s that it receives from other nodes, in usual machines with one network adapter for each GPU."""
+    fp8: bool = True
+    """Whether it has FP8 products (halo/teacher/fp8.py)."""
 
 
 _GPUS = (
@@ -39,6 +41,7 @@ _GPUS = (
         bandwidth=1.555e12,
         link=300e9,
         network=25e9,
+        fp8=False,
     ),
     GPU(
         name="a100",
@@ -48,6 +51,7 @@ _GPUS = (
         bandwidth=2.039e12,
         link=300e9,
         network=25e9,
+        fp8=False,
     ),
     GPU(
         name="a100-pcie",
@@ -57,6 +61,7 @@ _GPUS = (
         bandwidth=1.935e12,
         link=32e9,
         network=12.5e9,
+        fp8=False,
     ),
     GPU(
         name="a800",
@@ -66,6 +71,7 @@ _GPUS = (
         bandwidth=2.039e12,
         link=200e9,
         network=25e9,
+        fp8=False,
     ),
     GPU(
         name="h100",

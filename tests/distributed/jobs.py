@@ -26,7 +26,7 @@ from halo.run import StageFolder
 from halo.stages.align import new_mixers
 from halo.stages.distill import logits_form
 from halo.teacher.batch import Batch
-from halo.teacher.colocated import Teacher, teacher_group
+from halo.teacher.colocated import Teacher, teacher_model
 from halo.teacher.dedicated import DedicatedTeacher, Order
 from halo.training import engine, fused_step, trainer
 from halo.training.background import Files, Writing
@@ -103,7 +103,8 @@ def run(objective: Objective, settings: Training, shards: Path, folder: Path, ze
 def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool = True) -> Result:
     """A few steps of stage 2 on this rank."""
     made = files(folder, tie_word_embeddings=tied)
-    teacher = build_teacher(made / "teacher", teacher_group(settings.teacher_sharded))
+    where = {"sharded": settings.teacher_sharded, "fp8": settings.teacher_fp8, "attention": "sdpa"}
+    teacher = teacher_model(made / "teacher", **where)
     objective = Distillation(
         student_of(made, zero, settings),
         Teacher(teacher, logits_form(settings, SHAPE["vocab_size"])),
@@ -133,6 +134,7 @@ def dedicated(shards: Path, folder: Path, zero: str, settings: Distill, teacher:
     order = Order(
         teacher=str(teacher),
         sharded=settings.teacher_sharded,
+        fp8=settings.teacher_fp8,
         form=logits_form(settings, SHAPE["vocab_size"]),
         attention="sdpa",
         batch=micro_batch,

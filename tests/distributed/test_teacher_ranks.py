@@ -58,8 +58,12 @@ def test_a_dedicated_teacher(tmp_path, shards, alone, teacher, students, setting
 
 @pytest.mark.parametrize(
     "changes",
-    [{"teacher_logits": "full"}, {"teacher_logits": "top_k", "teacher_top_k": 8, "temperature": 2.0}],
-    ids=["full", "top_k"],
+    [
+        {"teacher_logits": "full"},
+        {"teacher_logits": "top_k", "teacher_top_k": 8, "temperature": 2.0},
+        {"teacher_fp8": True},
+    ],
+    ids=["full", "top_k", "fp8"],
 )
 def test_each_form_of_the_logits_is_the_same_from_either_place(tmp_path, shards, alone, teacher, changes):
     settings = replace(SETTINGS, steps=6, **changes)
@@ -67,7 +71,9 @@ def test_each_form_of_the_logits_is_the_same_from_either_place(tmp_path, shards,
     there = run(tmp_path / "dedicated", shards, teacher, 1, dedicated(1, **changes, steps=6))
     here = jobs.losses(tmp_path / "colocated"), weights
     assert_same(here, there)
-    if changes["teacher_logits"] == "full":
+    if changes.get("teacher_fp8"):
+        assert here[0] != pytest.approx(alone[0][:6], rel=1e-4)
+    if changes.get("teacher_logits") == "full":
         same = 4  # then the learning rates part: it falls faster where there are fewer steps
         assert here[0][:same] == pytest.approx(alone[0][:same], rel=1e-5)
 

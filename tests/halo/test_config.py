@@ -96,6 +96,10 @@ def test_a_base_that_does_not_ship(tmp_path):
             ],
             "teacher_sharded must be false where one rank is the teacher's, not true",
         ),
+        (
+            ["--distill.teacher_fp8", "true", "--distill.teacher_sharded", "true"],
+            "teacher_fp8 must be false with teacher_sharded, which gathers weights in bf16, not true",
+        ),
         (["--distill.schedule", "cosin"], "must be one of cosine, constant, wsd, not 'cosin' (did you mean 'cosine'?)"),
         (["--distill", "3"], "--distill is a table: write --distill.key value"),
         (["--teacher.path", "x"], "'teacher' is a value, not a table"),

@@ -172,6 +172,7 @@ def test_no_data_at_all(tmp_path):
         (["--distill.corpus.source", ""], "distill has no data"),
         (["--distill.shards", "/nowhere"], "/nowhere holds no token shards"),
         (["--distill.teacher_logits=top_k", "--distill.teacher_top_k=2000"], "teacher_top_k = 2000 is more than the"),
+        (["--distill.teacher_fp8", "true"], "teacher_fp8 needs an NVIDIA GPU of compute capability 8.9 or newer, and"),
         (["--finetune.corpus.source", "/nowhere"], "text source /nowhere does not exist"),
     ],
 )

@@ -103,6 +103,20 @@ def test_a_sharded_teacher_keeps_head_and_embedding_whole(nine):
     assert sharded.time["exchange not hidden"] > whole.time["exchange not hidden"]
 
 
+def test_a_teacher_in_fp8(nine):
+    """A byte a weight of its layers, four a row, and two of all else: norms, embedding and head."""
+    plain, fp8 = (plan(nine, teacher_fp8=how) for how in (False, True))
+    ends, norms = 2 * 151_936 * 4096, 4096 + 36 * (2 * 4096 + 2 * 128)
+    rows = 36 * (2 * 4096 + 2 * 1024 + 2 * 12_288 + 4096)
+    weights = plain.memory["teacher"] / 2 - ends - norms
+    assert fp8.memory["teacher"] == 2 * (ends + norms) + weights + 4 * rows
+    assert 0.6 * plain.time["teacher"] < fp8.time["teacher"] < 0.75 * plain.time["teacher"]
+    assert "teacher whole, in FP8, on every GPU" in table(fp8)
+    assert "teacher_sharded" not in advice(nine[1], plan(nine, gpu="l40s", teacher_fp8=True))
+    with pytest.raises(UserError, match=r"NVIDIA A100-SXM4-80GB has no FP8 products: set it to false"):
+        plan(nine, gpu="a100", teacher_fp8=True)
+
+
 def test_an_optimizer_on_the_host(nine):
     there, here = plan(nine, ds_config="zero3_offload"), plan(nine)
     assert there.memory["optimizer"] == 0
