@@ -119,11 +119,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, a scalar on x's device, in place. A large x is not read if the factor is one, as a loss's gradient
-    mostly is."""
-    if not (fused_kernel_serves(x) and x.numel() >= LARGE and x.is_contiguous()):
+    mostly is; nor is a small one where a launch costs the host nothing, because it is recorded."""
+    if not (fused_kernel_serves(x) and x.is_contiguous() and (x.numel() >= LARGE or _records())):
         return x.mul_(factor)
     run_program(scale, -(-x.numel() // LANES), x, factor, x.numel(), LANES=LANES)
     return x
+
+
+def _records() -> bool:
+    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.disable
