@@ -4,7 +4,6 @@ The SHA-256 of a shard is verified when it is first read: in its folder, while i
 compressed, before it is unpacked. So training starts without first reading tens of gigabytes.
 """
 
-import json
 import threading
 import weakref
 from bisect import bisect
@@ -16,6 +15,7 @@ from queue import SimpleQueue
 import numpy as np
 from streaming.base.compression import decompress
 
+from halo.data.manifest import ShardEntry, checked_index
 from halo.data.shards import INDEX, open_manifest
 from halo.data.storage import Cache, fetch, is_remote, read_bytes
 from halo.errors import UserError
@@ -29,13 +29,14 @@ class ShardReader:
 
     Args:
         cache: keeps copies of shards. Needed for a URL and for compressed shards; useful for a slow folder.
+        words: each token must be smaller than this. None: any.
 
     Raises:
         UserError: there are no shards, or they need a cache.
     """
 
-    def __init__(self, source: str | Path, cache: Cache | None = None):
-        files = _Files(source, cache)
+    def __init__(self, source: str | Path, cache: Cache | None = None, words: int | None = None):
+        files = _Files(source, cache, words)
         self.samples = files.samples
         """The number of samples in each shard, int64 [shards]."""
         self.bytes = files.bytes
@@ -64,7 +65,7 @@ class ShardReader:
         """A sample by its number, counted over all shards: [T] in the dtype of the shards, memory-mapped.
 
         Raises:
-            UserError: its shard is missing, truncated or altered, or cannot be fetched.
+            UserError: its shard is missing, truncated or altered, cannot be fetched, or has tokens that no model has.
         """
         shard = bisect(self._ends, number)
         if shard not in self._open:
@@ -87,14 +88,14 @@ def _open_all(queue: "SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | 
 class _Files:
     """The files of shards, and how to open one."""
 
-    def __init__(self, source: str | Path, cache: Cache | None):
-        self._source, self._cache = source, cache
+    def __init__(self, source: str | Path, cache: Cache | None, words: int | None):
+        self._source, self._cache, self._words = source, cache, words
         manifest = open_manifest(source)
         self._dtype, self.seq_len, self._digests = np.dtype(manifest["dtype"]), manifest["seq_len"], manifest["sha256"]
-        self._shards = json.loads(read_bytes(source, INDEX))["shards"]
-        self.samples = np.array([shard["samples"] for shard in self._shards])
-        self.bytes = np.array([shard["raw_data"]["bytes"] for shard in self._shards])
-        compressed = any(shard["zip_data"] for shard in self._shards)
+        self._shards = checked_index(source, read_bytes(source, INDEX), manifest)
+        self.samples = np.array([shard.samples for shard in self._shards])
+        self.bytes = np.array([shard.raw_data.bytes for shard in self._shards])
+        compressed = any(shard.zip_data for shard in self._shards)
         if cache is None and (compressed or is_remote(source)):
             what = "are compressed" if compressed else "are in object storage"
             raise UserError(
@@ -105,23 +106,27 @@ class _Files:
         """The samples of a shard: [N, T] in the dtype of the shards, memory-mapped."""
         info = self._shards[shard]
         if self._cache is None:
-            path = Path(self._source, info["raw_data"]["basename"])
-            self._verify(path, info["raw_data"]["basename"])
+            path = Path(self._source, info.raw_data.basename)
+            self._verify(path, info.raw_data.basename)
         else:
-            stored = info["zip_data"] or info["raw_data"]
-            size = info["raw_data"]["bytes"] + (stored["bytes"] if info["zip_data"] else 0)
-            name = f"{self._digests[stored['basename']]}.mds"
+            size = info.raw_data.bytes + (info.zip_data.bytes if info.zip_data else 0)
+            name = f"{self._digests[info.stored.basename]}.mds"
             path = self._cache.get(name, size, lambda partial: self._copy(info, partial))
         begin = int(np.fromfile(path, np.uint32, count=2)[1])  # where the first sample begins; all have one size
-        return np.memmap(path, self._dtype, "r", begin, (info["samples"], self.seq_len))
+        samples = np.memmap(path, self._dtype, "r", begin, (info.samples, self.seq_len))
+        if self._words is not None and (most := int(samples.max())) >= self._words:
+            raise UserError(
+                f"{self._source}/{info.stored.basename} has the token {most}, but the model has {self._words}: "
+                "prepare the shards with the teacher's tokenizer"
+            )
+        return samples
 
-    def _copy(self, info: dict, partial: Path) -> None:
-        stored = info["zip_data"] or info["raw_data"]
-        fetched = partial.with_suffix(".partial-fetched") if info["zip_data"] else partial
-        fetch(self._source, stored["basename"], fetched)
-        self._verify(fetched, stored["basename"])
-        if info["zip_data"]:
-            partial.write_bytes(decompress(info["compression"], fetched.read_bytes()))
+    def _copy(self, info: ShardEntry, partial: Path) -> None:
+        fetched = partial.with_suffix(".partial-fetched") if info.zip_data else partial
+        fetch(self._source, info.stored.basename, fetched)
+        self._verify(fetched, info.stored.basename)
+        if info.zip_data:
+            partial.write_bytes(decompress(info.compression, fetched.read_bytes()))
             fetched.unlink()
 
     def _verify(self, path: Path, name: str) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from halo.data.corpus import read_documents
+from halo.data.manifest import checked_index, checked_manifest
 from halo.data.needle import TRAIN_KEYS, VARIANTS, Prose, build_needle
 from halo.data.packing import TEXTS_PER_CALL, pack_documents, token_dtype
 from halo.data.storage import is_remote, read_bytes
@@ -162,14 +163,15 @@ def open_manifest(source: str | Path) -> dict[str, Any]:
         UserError: there is no manifest, or it is damaged.
     """
     try:
-        manifest = json.loads(read_bytes(source, SHARDS_MANIFEST))
-        _ = [manifest[name] for name in ("samples", "seq_len", "dtype", "sha256")]
+        manifest = checked_manifest(read_bytes(source, SHARDS_MANIFEST))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{source} holds no token shards (it has no {SHARDS_MANIFEST}); prepare them first") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{source}/{SHARDS_MANIFEST} is damaged; remove {source} and prepare it anew") from error
+        raise UserError(
+            f"{source}/{SHARDS_MANIFEST} is damaged ({error}); remove {source} and prepare it anew"
+        ) from error
     return manifest
 
 
@@ -191,15 +193,15 @@ def verify_shards(source: str | Path, tokenizer_hash: str, seq_len: int) -> dict
         index = read_bytes(source, INDEX)
     except FileNotFoundError as error:
         raise UserError(f"{source}/{INDEX} is missing; remove {source} and prepare it anew") from error
-    if sha256_of(index).hexdigest() != manifest["sha256"][INDEX]:
+    if sha256_of(index).hexdigest() != manifest["sha256"].get(INDEX):
         raise UserError(f"{source}/{INDEX} is truncated or altered; remove {source} and prepare it anew")
+    shards = checked_index(source, index, manifest)
     if not is_remote(source):
-        for shard in json.loads(index)["shards"]:
-            stored = shard["zip_data"] or shard["raw_data"]
-            path = Path(source, stored["basename"])
+        for shard in shards:
+            path = Path(source, shard.stored.basename)
             if not path.is_file():
                 raise UserError(f"{path} is missing; remove {source} and prepare it anew")
-            if path.stat().st_size != stored["bytes"]:
+            if path.stat().st_size != shard.stored.bytes:
                 raise UserError(f"{path} is truncated or altered; remove {source} and prepare it anew")
     return manifest
 

@@ -18,11 +18,13 @@ from streaming.base.storage import CloudDownloader
 
 from halo.data.locks import exclusive
 from halo.errors import UserError
-from halo.run import atomic
+from halo.run import atomic, sha256
 
 TRIES = 3
 TIMEOUT = 120.0
 """Seconds to wait for an answer."""
+HASH_BYTES = 64
+"""The size of a file with the hash of another."""
 
 
 def is_remote(source: str | Path) -> bool:
@@ -78,8 +80,9 @@ def cache_in(folder: str, gigabytes: float) -> "Cache | None":
 class Cache:
     """A folder on a node's own disk, shared by all processes of the node. It never holds more than `limit` bytes.
 
-    Files are named after the hash of their content. A killed process leaves only whole files, or a partial file that
-    the next process overwrites.
+    Files are named after a hash of what they are made from. Beside each is the hash of its content, which is verified
+    when a process opens it: a file that the disk has damaged is made anew. A killed process leaves only whole files, or
+    a partial file that the next process overwrites.
     """
 
     folder: Path
@@ -98,10 +101,12 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with exclusive(self.folder / "lock"):
-                if not path.is_file():
+                if not _is_whole(path):
+                    path.unlink(missing_ok=True)
                     self._make_room(size)
                     with atomic(path) as partial:
                         write(partial)
+                        _hash_beside(path).write_text(sha256(partial))
                 os.utime(path)
         except OSError as error:
             raise UserError(f"the cache of shards {self.folder} cannot be written: {error}") from error
@@ -110,10 +115,21 @@ class Cache:
     def _make_room(self, size: int) -> None:
         for partial in self.folder.glob("*.partial*"):  # of a killed process: this one holds the lock
             partial.unlink()
-        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.mds"))
+        paths = self.folder.glob("*.mds")
+        files = sorted((path.stat().st_mtime_ns, path.stat().st_size + HASH_BYTES, path) for path in paths)
         used = sum(size for _, size, _ in files)
         for _, bytes_of, path in files:
-            if used + size <= self.limit:
+            if used + size + HASH_BYTES <= self.limit:
                 return
             path.unlink()  # a process that reads it now can still finish
+            _hash_beside(path).unlink(missing_ok=True)
             used -= bytes_of
+
+
+def _hash_beside(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    beside = _hash_beside(path)
+    return path.is_file() and beside.is_file() and sha256(path) == beside.read_text()

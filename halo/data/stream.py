@@ -39,6 +39,7 @@ class TokenStream(Iterator[torch.Tensor]):
     Args:
         folder: a folder of shards, or its URL in object storage.
         cache: for copies of shards on the node's own disk (see ShardReader).
+        words: how many tokens the model has. None: any are read.
 
     Raises:
         UserError: a step needs more samples than there are, or the cache is too small for two blocks. From `next`: a
@@ -54,8 +55,9 @@ class TokenStream(Iterator[torch.Tensor]):
         rank: int,
         world_size: int,
         cache: Cache | None = None,
+        words: int | None = None,
     ):
-        self._reader = ShardReader(folder, cache)
+        self._reader = ShardReader(folder, cache, words)
         self._samples = len(self._reader)
         self._micro_batch = micro_batch
         self._seed = seed

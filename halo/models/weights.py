@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from halo.distributed import device, on_rank0
 from halo.errors import UserError
 from halo.models.loading import training_dtype
+from halo.names import inner_path
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -61,8 +62,8 @@ def files_of(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder / "model.safetensors"]
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        return [folder / inner_path(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not the index of a model's weights: {error!r}") from error
 
 

@@ -43,6 +43,9 @@ class Alignment(Objective):
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self.regressions[name], p) for name, mixer in self.mixers.items() for p in mixer.parameters()]
 
+    def words(self) -> int:
+        return self._teacher.model.config.vocab_size
+
     def runs_alike(self) -> bool:
         return not self._teacher.communicates()
 
@@ -145,6 +148,9 @@ class _Headed(Objective):
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         return [(self, self.student.lm_head.weight)]
+
+    def words(self) -> int:
+        return self.student.config.vocab_size
 
     def runs_alike(self) -> bool:
         return self.sequence.degree == 1 and self.kept_layers is None and self.separator is None

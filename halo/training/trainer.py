@@ -61,6 +61,10 @@ class Objective(nn.Module):
         """Whether every micro-batch of a shape runs the same kernels, and exchanges nothing with other ranks."""
         return False
 
+    def words(self) -> int:
+        """How many tokens the model has: those of its batches must be smaller."""
+        raise NotImplementedError
+
     def flops_per_token(self, seq_len: int) -> float:
         """Useful FLOPs for one token of a sequence (halo/training/flops.py); 0: not known."""
         return 0.0
@@ -187,6 +191,7 @@ class _Loop:
             rank=rank() // degree,
             world_size=world_size() // degree,
             cache=cache_in(training.shards_cache, training.shards_cache_gb),
+            words=objective.words(),
         )
         torch.manual_seed(training.seed)
         self._parameters = sum(whole_size(p) for p in objective.parameters() if p.requires_grad)

@@ -1,0 +1,105 @@
+"""What the manifest and the index of token shards may say. Shards come from anywhere: nothing in them is believed.
+
+A dtype other than those of token ids would let the reader follow addresses; a name that leads out of the folder would
+let it read and write there.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from halo.errors import UserError
+from halo.names import Digest, InnerPath
+
+Count = Annotated[int, Field(strict=True, ge=1, le=10**13)]
+Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]
+"""Bytes of a file."""
+
+TOKEN_SIZES = {"uint16": 2, "uint32": 4}
+"""The dtypes of token ids, and their bytes."""
+
+
+class Manifest(BaseModel, extra="allow"):
+    """What every manifest of shards has; the rest is what they were made from."""
+
+    samples: Count
+    seq_len: Annotated[int, Field(strict=True, ge=1, le=2**31)]
+    dtype: Literal["uint16", "uint32"]
+    sha256: dict[InnerPath, Digest]
+
+
+class StoredFile(BaseModel, extra="ignore"):
+    basename: InnerPath
+    bytes: Size
+
+
+class ShardEntry(BaseModel, extra="ignore"):
+    """A shard of an index, as `streaming` writes it."""
+
+    samples: Count
+    raw_data: StoredFile
+    zip_data: StoredFile | None = None
+    compression: str | None = None
+    column_names: list[str]
+    column_encodings: list[str]
+
+    @property
+    def stored(self) -> StoredFile:
+        """The file that exists: the compressed one, if it is compressed."""
+        return self.zip_data or self.raw_data
+
+
+class ShardIndex(BaseModel, extra="ignore"):
+    shards: Annotated[list[ShardEntry], Field(min_length=1)]
+
+
+def checked_manifest(content: bytes) -> dict[str, Any]:
+    """A manifest from its file.
+
+    Raises:
+        ValueError: it is no manifest of token shards; the message says where, in one line.
+    """
+    try:
+        Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise ValueError(_first(error)) from None
+    return json.loads(content)
+
+
+def checked_index(source: str | Path, content: bytes, manifest: Mapping[str, Any]) -> list[ShardEntry]:
+    """The shards that an index lists: those of the manifest, with its dtype and length.
+
+    Raises:
+        UserError: they are not, or the index is damaged.
+    """
+    anew = f"remove {source} and prepare it anew"
+    try:
+        shards = ShardIndex.model_validate_json(content).shards
+    except ValidationError as error:
+        raise UserError(f"the index of the shards in {source} is damaged ({_first(error)}): {anew}") from None
+    seq_len, dtype = manifest["seq_len"], manifest["dtype"]
+    encoding = [f"ndarray:{dtype}:{seq_len}"]
+    for shard in shards:
+        name = shard.raw_data.basename
+        if shard.column_encodings != encoding:
+            raise UserError(
+                f"{source}/{name} holds {', '.join(shard.column_encodings)}, its manifest says {encoding[0]}: {anew}"
+            )
+        if shard.raw_data.bytes < shard.samples * seq_len * TOKEN_SIZES[dtype]:
+            raise UserError(f"{source}/{name} is too small for {shard.samples} samples of {seq_len} tokens: {anew}")
+        if shard.stored.basename not in manifest["sha256"]:
+            raise UserError(f"{source}/{shard.stored.basename} has no hash in the manifest: {anew}")
+    count = sum(shard.samples for shard in shards)
+    if count != manifest["samples"]:
+        raise UserError(f"the index of the shards in {source} has {count} samples, not {manifest['samples']}: {anew}")
+    return shards
+
+
+def _first(error: ValidationError) -> str:
+    """The first fault of a document, in one line."""
+    fault = error.errors()[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    return f"{place}: {fault['msg']}" if place else str(fault["msg"])
