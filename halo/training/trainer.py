@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from halo.config import Training
 from halo.data.storage import cache_in
 from halo.data.stream import TokenStream
-from halo.distributed import SLOW_LIMIT, STEP_LIMIT, rank, waits_of_at_most, world_size
+from halo.distributed import SLOW_LIMIT, STEP_LIMIT, on_rank0, rank, waits_of_at_most, world_size
 from halo.errors import Stopped, UserError
 from halo.parallel.activations import KeptLayers
 from halo.run import StageFolder
@@ -181,7 +181,7 @@ class _Loop:
         folder: StageFolder,
         ds_config: dict[str, Any],
     ):
-        self._training, self._name = training, folder.name
+        self._training, self._name, self._folder = training, folder.name, folder.path
         micro_batch, self._accumulation = split_batch(training)
         degree = training.sequence_parallel  # ranks that share a sequence read the same samples
         stream = TokenStream(
@@ -295,8 +295,8 @@ class _Loop:
             self._checkpoints.save(self._engine, self.state)
 
     def must_return(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self.state.skipped_in_a_row > self._training.max_skipped
+        """Whether too many steps in a row were skipped, or the last of all: a run does not end amid them."""
+        return self.state.skipped_in_a_row > (0 if self.is_done() else self._training.max_skipped)
 
     def return_to_checkpoint(self) -> None:
         """Return to the latest checkpoint, but not to its data: train on with the data after the skipped steps.
@@ -330,18 +330,26 @@ class _Loop:
 
     def result(self) -> Result:
         """Raises:
-        UserError: no step had a finite loss and gradient.
+        UserError: a trained weight is not finite; on every rank.
         """
-        if math.isnan(self.state.loss):
-            raise UserError(f"{self._name}: no step had a finite loss and gradient: lower the learning rate")
+        weights = self._engine.parameters_on_rank0()
+        on_rank0(lambda: self._check_finite(weights))
         return Result(
-            weights=self._engine.parameters_on_rank0(),
+            weights=weights,
             tokens=self._training.steps * self._training.batch * self._training.seq_len,
             parameters=self._parameters,
             seconds=self.state.seconds,
             loss=self.state.loss,
             skipped=self.state.skipped,
         )
+
+    def _check_finite(self, weights: dict[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise UserError(
+                    f"{self._name}: after step {self.state.step - 1}, weights in {name} are not finite: "
+                    f"lower the learning rate, and remove {self._folder} to train it anew"
+                )
 
     def close(self) -> None:
         try:

@@ -103,8 +103,26 @@ def test_a_run_that_never_went_well_ends(tmp_path):
     shards = bad_shards(tmp_path / "shards", *range(15))
     with pytest.raises(UserError, match=r"6 steps in a row had no finite .* the last of them step 5: lower the"):
         run_ranks(2, jobs.fragile, shards, tmp_path / "run", "zero1.json", replace(SETTINGS, max_skipped=5))
-    with pytest.raises(UserError, match="no step had a finite loss and gradient: lower the learning rate"):
-        run_ranks(2, jobs.fragile, shards, tmp_path / "short", "zero1.json", SETTINGS)
+    with pytest.raises(UserError, match=r"6 steps in a row had no finite .* the last of them step 5: lower the"):
+        run_ranks(2, jobs.fragile, shards, tmp_path / "short", "zero1.json", replace(SETTINGS, max_skipped=100))
+
+
+def test_a_run_does_not_end_with_a_step_that_was_skipped(tmp_path):
+    """It returns to the checkpoint of step 3, as after too many in a row, and goes on with the data that follow."""
+    shards = bad_shards(tmp_path / "shards", 5)
+    run_ranks(2, jobs.fragile, shards, tmp_path / "run", "zero1.json", SETTINGS)
+    expected = run_ranks(2, jobs.fragile, shards, tmp_path / "without", "zero1.json", SETTINGS, False, 3)
+    assert expected
+    assert skipped(tmp_path / "run") == [0, 0, 0, 1, 1, 1]
+    assert jobs.losses(tmp_path / "run") == jobs.losses(tmp_path / "without")
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+def test_weights_that_are_not_finite_complete_no_stage(tmp_path, zero):
+    shards = bad_shards(tmp_path / "shards")
+    settings = replace(SETTINGS, lr=3e38, warmup=0, steps=1)
+    with pytest.raises(UserError, match=r"run: after step 0, weights in .* are not finite: lower the learning rate"):
+        run_ranks(2, jobs.finetune, shards, tmp_path / "run", zero, settings)
 
 
 @pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/events*"])
