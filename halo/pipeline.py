@@ -15,6 +15,7 @@ from halo.graph import STAGES, stages_to
 from halo.job import Job
 from halo.models.attention import attention_of_stage, check_attention, said_of
 from halo.models.build import check_teacher
+from halo.models.folders import weight_files
 from halo.models.loading import check_architecture, find_teacher, load_model_config
 from halo.models.rehearsal import rehearse
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
@@ -97,7 +98,7 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
         config=job.config,
         run=job.run,
         teacher=teacher,
-        fingerprint=teacher_fingerprint(teacher, tokenizer_hash(load_tokenizer(teacher))) if converts else "",
+        fingerprint=_fingerprint(teacher) if converts else "",
         ds_config=ds_config,
         attention={n: attention_of_stage(job.config, n, model_config) for n in names if STAGES[n].models},
     )
@@ -111,6 +112,11 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
     if converts and unfinished and (unset := rehearse(teacher, job.config)):
         say(f"the teacher's generation settings {', '.join(unset)} have no effect, and its hybrid will not have them")
     return context
+
+
+def _fingerprint(teacher: Path) -> str:
+    files = [teacher] if teacher.is_file() else [teacher / "config.json", *weight_files(teacher)]
+    return teacher_fingerprint(files, tokenizer_hash(load_tokenizer(teacher)))
 
 
 def _check_mixer(mixer: str) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,14 +282,14 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "version"
 
 
-def teacher_fingerprint(teacher: Path, tokenizer: str) -> str:
-    """A digest of a teacher: name, size, first and last MiB of its config and weight files, or of its GGUF file.
+def teacher_fingerprint(files: Iterable[Path], tokenizer: str) -> str:
+    """A digest of a teacher: name, size, first and last MiB of its files.
 
     Args:
+        files: its GGUF file, or its configuration and its weights.
         tokenizer: the digest of its tokenizer (`tokenizer_hash`).
     """
     digest = hashlib.sha256(tokenizer.encode())
-    files = [teacher] if teacher.is_file() else [teacher / "config.json", *sorted(teacher.glob("*.safetensors"))]
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with open(path, "rb") as file:

@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halo.distributed import broadcast, device
+from halo.models.folders import weight_files
 from halo.models.generation import read_generation
 from halo.models.gguf import is_gguf
 from halo.models.loading import layer_by_layer, load_model_config, load_teacher, training_dtype
-from halo.models.weights import EMBEDDING, HEAD, SafeTensors, Weights, check_shapes, files_of
+from halo.models.weights import EMBEDDING, HEAD, SafeTensors, Weights, check_shapes
 from halo.progress import progress_bar
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 from hypenet.configuration_hypenet import ATTENTION
@@ -166,7 +167,7 @@ def build_hybrid(folder: Path, place: Placement) -> HypeNetForCausalLM:
     hybrid = empty_hybrid(config, dtype=training_dtype(), device=device())
 
     def tensors() -> SafeTensors:
-        opened = SafeTensors(files_of(folder))
+        opened = SafeTensors(weight_files(folder))
         check_shapes(opened, hybrid, f"the hybrid at {folder}")
         return opened
 
@@ -186,7 +187,7 @@ def check_teacher(teacher: Path) -> None:
         UserError: a file is damaged, a weight is missing, unknown or of another shape.
     """
     if not is_gguf(teacher):
-        check_shapes(SafeTensors(files_of(teacher)), empty_teacher(teacher), f"the teacher at {teacher}")
+        check_shapes(SafeTensors(weight_files(teacher)), empty_teacher(teacher), f"the teacher at {teacher}")
 
 
 def _teacher_and_weights(teacher: Path) -> tuple[PreTrainedModel, Weights]:
@@ -194,7 +195,7 @@ def _teacher_and_weights(teacher: Path) -> tuple[PreTrainedModel, Weights]:
     model = empty_teacher(teacher)
 
     def tensors() -> Any:
-        opened = load_teacher(teacher).state_dict() if is_gguf(teacher) else SafeTensors(files_of(teacher))
+        opened = load_teacher(teacher).state_dict() if is_gguf(teacher) else SafeTensors(weight_files(teacher))
         check_shapes(opened, model, f"the teacher at {teacher}")
         return opened
 

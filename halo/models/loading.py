@@ -3,13 +3,10 @@
 import copy
 import json
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -17,17 +14,15 @@ from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
 from halo.models.families import check_family, family_keys, window_of
+from halo.models.folders import fetch_small_files, fetch_weights
 from halo.models.gguf import check_gguf, is_gguf, where
 from halo.models.tokenizer import load_tokenizer
-from halo.pointers import check_no_pointer
 from halo.tables import build
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 from hypenet.rope import ROPE_BY_LENGTH, installed_rope
 from hypenet.transfer import hybrid_config, mixer_from_attention
-
-TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 def training_dtype() -> torch.dtype:
@@ -36,11 +31,11 @@ def training_dtype() -> torch.dtype:
 
 
 def find_teacher(name: str) -> Path:
-    """A teacher's GGUF file or local folder, downloaded first if `name` is a hub id. Checked without its weights.
+    """A teacher's GGUF file or local folder, downloaded first if `name` is a hub id. Checked before its weights are.
 
     Raises:
         UserError: no such model; no causal language model of a family that can be converted; a tokenizer larger than
-            the embedding; a Git-LFS pointer in place of a file.
+            the embedding; a file of it that is missing, or a Git-LFS pointer.
     """
     teacher = Path(name)
     if is_gguf(name):
@@ -48,15 +43,7 @@ def find_teacher(name: str) -> Path:
             raise UserError(f"no teacher at '{name}': there is no such file")
         check_gguf(teacher)
     else:
-        if not teacher.is_dir():
-            try:
-                teacher = Path(snapshot_download(name, allow_patterns=TEACHER_FILES))
-            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-                raise UserError(
-                    f"no teacher at '{name}': neither a folder nor a model on the hub that can be reached"
-                ) from error
-        for file in chain.from_iterable(map(teacher.glob, TEACHER_FILES)):
-            check_no_pointer(file)
+        teacher = fetch_small_files(name)
         _check_folder(teacher)
     tokenizer, words = load_tokenizer(teacher), load_model_config(teacher).vocab_size
     if len(tokenizer) > words:
@@ -64,6 +51,8 @@ def find_teacher(name: str) -> Path:
             f"the tokenizer at {teacher} has {len(tokenizer)} tokens, more than the teacher's embedding ({words}): "
             "use the teacher's own tokenizer"
         )
+    if not is_gguf(name):
+        fetch_weights(name, teacher)
     return teacher
 
 
@@ -75,8 +64,6 @@ def _check_folder(folder: Path) -> None:
     check_family(keys.get("model_type"), folder)
     if keys.get("quantization_config"):
         raise UserError(f"the teacher at {folder} is quantized: take the model that it was made from")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"the teacher's folder {folder} has no .safetensors weights")
 
 
 def _keys_of(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from halo.errors import UserError
+from halo.errors import UserError, first_line
+from halo.models.folders import fetch_small_files
 from halo.models.gguf import is_gguf, mend_tokenizer, where
 
 EOS = "<|endoftext|>"
@@ -60,10 +61,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, it is not a fast one, or it has no end-of-text token.
     """
+    if not is_gguf(source):
+        source = fetch_small_files(str(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where(source))
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer at {source}: neither a folder that holds one nor a name on the hub") from error
+        raise UserError(f"no tokenizer at {source}: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer at {source} has no tokenizer.json; save it as a fast tokenizer first")
     if is_gguf(source):

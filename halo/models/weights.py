@@ -1,6 +1,6 @@
 """The weights in a model's files, one tensor at a time: rank 0 reads them, and no rank's memory ever holds all.
 
-    weights = Weights(lambda: SafeTensors(files_of(folder)))
+    weights = Weights(lambda: SafeTensors(weight_files(folder)))
     weights.take("model.norm.weight")   # on this rank's device, in training precision
 
 On rank 0 that is the tensor; on the other ranks, which read nothing, it is memory of its shape. All ranks then get
@@ -8,7 +8,6 @@ their part at once, by `distributed.broadcast` or by ZeRO-3's partitioning, a pi
 (halo/models/build.py).
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from transformers import PreTrainedModel
 from halo.distributed import device, on_rank0
 from halo.errors import UserError
 from halo.models.loading import training_dtype
-from halo.names import inner_path
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -50,21 +48,6 @@ class SafeTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file_of)
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder: those that its index names, or model.safetensors.
-
-    Raises:
-        UserError: the index is no JSON, or has no map of weights.
-    """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    try:
-        return [folder / inner_path(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not the index of a model's weights: {error!r}") from error
 
 
 class Weights:

@@ -111,7 +111,7 @@ def test_a_teacher_without_all_its_weights(tmp_path, teacher):
 
 def test_a_teacher_with_weights_of_another_kind(tmp_path, teacher):
     (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
-    assert "has no .safetensors weights" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
+    assert "lacks .safetensors weights" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
 
 
 def test_a_teacher_whose_generation_configuration_is_not_valid(tmp_path, teacher):

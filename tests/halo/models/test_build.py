@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from halo.distributed import broadcast
 from halo.errors import UserError
 from halo.models.build import build_hybrid, build_student, build_teacher, check_teacher
+from halo.models.folders import weight_files
 from halo.models.loading import load_teacher
-from halo.models.weights import SafeTensors, files_of
+from halo.models.weights import SafeTensors
 from hypenet.transfer import TEACHERS, hybrid_config
 from tests.distributed import jobs
 
@@ -30,7 +31,7 @@ def made(tmp_path):
 
 def change(folder, **tensors):
     """Write the weights anew into one file, with other `tensors` by name; None leaves one out."""
-    weights = {name: tensor for file in files_of(folder) for name, tensor in load_file(file).items()}
+    weights = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
     for file in folder.glob("model*"):
         file.unlink()
     weights = {name: tensor for name, tensor in (weights | tensors).items() if tensor is not None}
@@ -142,7 +143,7 @@ def test_old_checkpoints_that_hold_rope_frequencies(made):
 
 def test_files_that_are_not_whole(made):
     folder = made / "teacher"
-    weights = files_of(folder)[0]
+    weights = weight_files(folder)[0]
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(UserError, match=f"^{weights} cannot be read: .*: copy it again"):
         check_teacher(folder)
@@ -161,13 +162,13 @@ def test_files_that_the_index_does_not_name_are_not_read(made):
     """As Mistral's folders have them: the same weights again, by other names."""
     save_file({"tok_embeddings.weight": torch.ones(2)}, made / "teacher" / "consolidated.safetensors")
     check_teacher(made / "teacher")
-    assert "tok_embeddings.weight" not in SafeTensors(files_of(made / "teacher"))
+    assert "tok_embeddings.weight" not in SafeTensors(weight_files(made / "teacher"))
 
 
 def test_what_is_read_outlives_its_files(made):
     teacher = build_teacher(made / "teacher")
     expected = {name: weight.clone() for name, weight in teacher.state_dict().items()}
-    for file in files_of(made / "teacher"):
+    for file in weight_files(made / "teacher"):
         with open(file, "r+b") as opened:
             opened.truncate(100)
     shutil.rmtree(made)

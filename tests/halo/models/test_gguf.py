@@ -58,9 +58,9 @@ def test_the_tokenizer_ends_texts_as_the_file_says(file, tokenizer, tmp_path):
 
 def test_the_fingerprint_is_the_files(file, llama, tokenizer, tmp_path):
     same = write_gguf(tmp_path / "llama.gguf", llama, tokenizer)
-    assert teacher_fingerprint(file, "") == teacher_fingerprint(same, "")
+    assert teacher_fingerprint([file], "") == teacher_fingerprint([same], "")
     other = write_gguf(tmp_path / "other.gguf", make_llama(tokenizer, num_hidden_layers=1), tokenizer)
-    assert teacher_fingerprint(file, "") != teacher_fingerprint(other, "")
+    assert teacher_fingerprint([file], "") != teacher_fingerprint([other], "")
 
 
 def test_no_file_and_no_gguf(tmp_path):
