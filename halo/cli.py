@@ -97,7 +97,7 @@ def read(parser: OneLineParser, *, shown: Sequence[str]) -> tuple[argparse.Names
         shown: the tables whose settings `--help` lists; "" stands for the keys outside of tables.
 
     Raises:
-        UserError: an option that does not exist, with the nearest, or without its value.
+        UserError: an option that does not exist, with the nearest, or without its value, or with an empty one.
     """
     words = [with_underscores(word) for word in sys.argv[1:]]
     answered = {"-h", "--help", "--version"} & set(words)
@@ -106,6 +106,9 @@ def read(parser: OneLineParser, *, shown: Sequence[str]) -> tuple[argparse.Names
             print(version_line() if answered == {"--version"} else _help(parser, shown, words), end="")
         sys.exit(0)
     arguments, rest = parser.parse_known_args(words)
+    for option, value in vars(arguments).items():
+        if value == "":
+            raise UserError(f"--{option} is empty: is the shell's variable set? Give it a value, or leave it out")
     options = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
     keys = {setting.key.partition(".")[0] for setting in settings()}
     for word in rest:

@@ -20,6 +20,7 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero import GatheredParameters, Init, register_external_parameter
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
@@ -28,6 +29,7 @@ from halo.accelerator import on_gpu
 from halo.config import Training
 from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
+from halo.tables import suggest
 from halo.teacher.batch import Batch
 from halo.training.fused_step import FusedStep, fused_step_serves
 from halo.training.gathering import fill_gathering
@@ -41,6 +43,15 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 PRESET_KEYS = ("optimizer", "scheduler", "fp16", "amp", "activation_checkpointing", "tensorboard")
 """Keys that a JSON file must not have: the preset decides them."""
 
+OWN_KEYS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "timers"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"),
+)
+"""Keys that it may have. DeepSpeed takes any other without a word, a misspelt one too."""
+ZERO_KEYS = {key for name, field in DeepSpeedZeroConfig.model_fields.items() for key in (name, field.alias) if key}
+
 SINGLE_RANK_ZERO = {"overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
 """ZeRO settings for a single rank: overlap makes the host wait; bucket copies waste memory."""
 
@@ -49,8 +60,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        UserError: the file is missing, is no JSON object, sets a key that the preset decides, or has no ZeRO stage that
-            can skip a step.
+        UserError: the file is missing, is no JSON object, has an unknown key or one that the preset decides, or no ZeRO
+            stage that can skip a step.
     """
     try:
         config = json.loads(Path(path).read_text())
@@ -66,6 +77,10 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         if key in config:
             raise UserError(f"{path} sets '{key}', which HALO's preset decides: remove it")
     zero = config.get("zero_optimization", {})
+    for keys, known, where in ((config, OWN_KEYS, path), (zero, ZERO_KEYS, f"zero_optimization in {path}")):
+        for key in keys:
+            if key not in known:
+                raise UserError(f"{where} has the key '{key}', which means nothing here{suggest(key, list(known))}")
     if zero.get("stage") not in (1, 2, 3):
         raise UserError(f"{path} has no zero_optimization with stage 1, 2 or 3: set one, also for a single GPU")
     if not zero.get("compute_grad_norm", True):

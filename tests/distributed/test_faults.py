@@ -182,3 +182,21 @@ def test_a_deepspeed_config_under_which_no_step_is_skipped(tmp_path, zero, messa
     path.write_text(json.dumps({"zero_optimization": zero}))
     with pytest.raises(UserError, match=message):
         read_ds_config(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"zero_optimisation": {"stage": 1}}, r"'zero_optimisation', .* \(did you mean 'zero_optimization'\?\)"),
+        (
+            {"zero_optimization": {"stage": 1, "overlap_com": True}},
+            r"'overlap_com', .* \(did you mean 'overlap_comm'\?\)",
+        ),
+        ({"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True}}, "'torch_autocast'"),
+    ],
+)
+def test_a_deepspeed_config_with_keys_that_mean_nothing(tmp_path, config, said):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        read_ds_config(path)
