@@ -31,12 +31,16 @@ class GatedDeltaNet(DeltaNet):
     """GDN. `a_proj` is W_a, `dt_bias` is b_a, `A_log` is log(A)."""
 
     Options = GDNOptions
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.a_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        self.A_log = nn.Parameter((16 * (1 - torch.rand(self.heads))).log())
-        self.dt_bias = nn.Parameter(initial_dt_bias(self.heads))
+
+    def first_values(self) -> dict[str, Tensor]:
+        rates = 16 * (1 - torch.rand(self.heads, dtype=torch.float32))
+        return {"A_log": rates.log(), "dt_bias": initial_dt_bias(self.heads)}
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         """log(alpha_t), [B, T, H]."""
@@ -45,4 +49,4 @@ class GatedDeltaNet(DeltaNet):
 
 def initial_dt_bias(*shape: int) -> Tensor:
     """Biases whose softplus is log-uniform in [0.001, 0.1]."""
-    return torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp().expm1().log()
+    return torch.empty(shape, dtype=torch.float32).uniform_(math.log(0.001), math.log(0.1)).exp().expm1().log()

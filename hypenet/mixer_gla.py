@@ -41,13 +41,16 @@ class GatedLinearAttention(OuterProductMixer):
 
     Options = GLAOptions
     options: GLAOptions
+    gate_bias: nn.Parameter
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         width, rank = self.heads * self.head_dim, self.options.gate_low_rank_dim
         self.gate_down = nn.Linear(config.hidden_size, rank, bias=False)
         self.gate_up = nn.Linear(rank, width, bias=False)
-        self.gate_bias = nn.Parameter(torch.zeros(width))
+
+    def first_values(self) -> dict[str, Tensor]:
+        return {"gate_bias": torch.zeros(self.heads * self.head_dim)}
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any

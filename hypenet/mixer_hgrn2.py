@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .cache import State
-from .configuration_hypenet import HypeNetConfig
 from .linear_attention import widen
 from .mixers import mixer
 from .rnn_mixer import OuterProductMixer, RNNOptions
@@ -48,11 +47,11 @@ class HGRN2(OuterProductMixer):
 
     Options = HGRN2Options
     options: HGRN2Options
+    lower_bound: nn.Parameter
 
-    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        beta = torch.full([self.k_proj.out_features], (layer_idx + 1) / (config.num_hidden_layers + 1))
-        self.lower_bound = nn.Parameter(beta.logit())
+    def first_values(self) -> dict[str, Tensor]:
+        beta = (self.layer_idx + 1) / (self.config.num_hidden_layers + 1)
+        return {"lower_bound": torch.full([self.k_proj.out_features], beta, dtype=torch.float32).logit()}
 
     def before_rope(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_t, k_t and the gates log f_t. `k` holds logits; f_t comes from them too: 1 - k_t rounds to zero where k_t

@@ -39,14 +39,18 @@ class KimiDeltaAttention(DeltaNet):
 
     Options = KDAOptions
     options: KDAOptions
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         rank = self.options.gate_low_rank_dim or self.head_dim
         self.f_a_proj = nn.Linear(config.hidden_size, rank, bias=False)
         self.f_b_proj = nn.Linear(rank, self.heads * self.head_dim, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
-        self.dt_bias = nn.Parameter(initial_dt_bias(self.heads, self.head_dim))
+
+    def first_values(self) -> dict[str, Tensor]:
+        rates = torch.empty(self.heads, dtype=torch.float32).uniform_(1, 16)
+        return {"A_log": rates.log(), "dt_bias": initial_dt_bias(self.heads, self.head_dim)}
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         """log(alpha_t), [B, T, H, D]."""

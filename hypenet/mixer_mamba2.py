@@ -34,14 +34,19 @@ class Mamba2(OuterProductMixer):
     """Multi-head Mamba2, with its names for what attention does not have: `A_log`, `dt_proj`, `dt_bias` and `D`."""
 
     Options = Mamba2Options
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.dt_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        dt = torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus of this is dt
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(self.heads))
+
+    def first_values(self) -> dict[str, Tensor]:
+        dt = torch.empty(self.heads, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        rates = torch.empty(self.heads, dtype=torch.float32).uniform_(1, 16)
+        # softplus of dt_bias is dt
+        return {"dt_bias": dt.expm1().log(), "A_log": rates.log(), "D": torch.ones(self.heads)}
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, tokens: Tensor | None, **carried: Any

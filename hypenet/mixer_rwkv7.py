@@ -51,6 +51,11 @@ class RWKV7(RNNMixer):
 
     Options = RWKV7Options
     options: RWKV7Options
+    w_0: nn.Parameter
+    a_0: nn.Parameter
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+    r_k: nn.Parameter
     recurrence = staticmethod(rwkv7)
     split = "heads"
 
@@ -62,15 +67,18 @@ class RWKV7(RNNMixer):
         if options.use_output_gate:
             self.z_proj = _low_rank(config.hidden_size, options.gate_low_rank_dim, width, nn.Sigmoid())
 
-        depth = layer_idx / max(config.num_hidden_layers - 1, 1)
-        across = torch.linspace(-0.5, 0.5, width)
-        in_head = torch.linspace(-1, 1, self.head_dim).repeat(self.heads)
+    def first_values(self) -> dict[str, Tensor]:
+        depth, width = self.layer_idx / max(self.config.num_hidden_layers - 1, 1), self.heads * self.head_dim
+        across = torch.linspace(-0.5, 0.5, width, dtype=torch.float32)
+        in_head = torch.linspace(-1, 1, self.head_dim, dtype=torch.float32).repeat(self.heads)
         bend = in_head * in_head.abs()
-        self.w_0 = nn.Parameter(6 * (across + 0.5) ** (1 + depth**0.3) - 5.5 + 2.5 * bend)
-        self.a_0 = nn.Parameter(0.4 * across + 0.3 * bend - 0.19)
-        self.k_k = nn.Parameter(0.71 - 0.1 * across)
-        self.k_a = nn.Parameter(torch.full([width], 1.02))
-        self.r_k = nn.Parameter(torch.full([width], -0.04))
+        return {
+            "w_0": 6 * (across + 0.5) ** (1 + depth**0.3) - 5.5 + 2.5 * bend,
+            "a_0": 0.4 * across + 0.3 * bend - 0.19,
+            "k_k": 0.71 - 0.1 * across,
+            "k_a": torch.full([width], 1.02),
+            "r_k": torch.full([width], -0.04),
+        }
 
     def multiply_adds(self, seq_len: int) -> float:
         """D^2 each to read kappa S, to write that along kappa * rate, to write k~^T v, and to read r S."""

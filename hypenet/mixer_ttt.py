@@ -250,17 +250,27 @@ class TTTLinear(RNNMixer):
 
     Options = TTTOptions
     options: TTTOptions
+    W_0: nn.Parameter
+    b_0: nn.Parameter
+    ln_weight: nn.Parameter
+    ln_bias: nn.Parameter
+    lr_bias: nn.Parameter
     recurrence = staticmethod(ttt)
     split = "heads"
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.W_0 = nn.Parameter(0.02 * torch.randn(self.heads, self.head_dim, self.head_dim))
-        self.b_0 = nn.Parameter(torch.zeros(self.heads, self.head_dim))
-        self.ln_weight = nn.Parameter(torch.ones(self.heads, self.head_dim))
-        self.ln_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim))
         self.lr_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        self.lr_bias = nn.Parameter(torch.zeros(self.heads))
+
+    def first_values(self) -> dict[str, Tensor]:
+        by_head = (self.heads, self.head_dim)
+        return {
+            "W_0": 0.02 * torch.randn(*by_head, self.head_dim, dtype=torch.float32),
+            "b_0": torch.zeros(by_head),
+            "ln_weight": torch.ones(by_head),
+            "ln_bias": torch.zeros(by_head),
+            "lr_bias": torch.zeros(self.heads),
+        }
 
     def multiply_adds(self, seq_len: int) -> float:
         """D^2 each to read k W, to write the step, and to read q W."""

@@ -4,7 +4,7 @@ import in modeling_hypenet.py."""
 from collections.abc import Callable
 from typing import ClassVar, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .configuration_hypenet import HypeNetConfig
 
@@ -36,6 +36,13 @@ class Mixer(nn.Module):
         the keys and values of the tokens that a token sees, on average. Projections are counted by their shapes.
         """
         raise NotImplementedError
+
+    def first_values(self) -> dict[str, Tensor]:
+        """What the mixer's own parameters begin at, by name; those of its modules are not among them.
+
+        They are drawn and computed in float32, whatever dtype the model has.
+        """
+        return {}
 
 
 Registered = TypeVar("Registered", bound=type[Mixer])

@@ -61,7 +61,7 @@ from .mixer_retnet import Retention
 from .mixer_rwkv7 import RWKV7
 from .mixer_swa import SlidingWindowAttention
 from .mixer_ttt import TTTLinear
-from .mixers import build_mixer
+from .mixers import Mixer, build_mixer
 from .norm import ResidualNorm, RMSNorm
 from .rnn_mixer import RNNMixer
 from .rope import ORIGINAL, read_rope
@@ -131,6 +131,18 @@ class HypeNetPreTrainedModel(Qwen3PreTrainedModel):
     _can_compile_fullgraph = False
     _supports_attention_backend = False  # the generic backends of vLLM and SGLang keep no states between steps
     _is_stateful = True  # a state cannot be rolled back, as assisted generation would
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' own, which knows neither our norms nor the parameters of mixers. What is loaded stays."""
+        super()._init_weights(module)
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        for name, value in module.first_values().items() if isinstance(module, Mixer) else ():
+            parameter = module.get_parameter(name)
+            # ZeRO-3 partitions a parameter as soon as the mixer has made it, with its first value.
+            if not getattr(parameter, "_is_hf_initialized", False) and not hasattr(parameter, "ds_id"):
+                parameter.copy_(value)
 
     @classmethod
     def from_pretrained(

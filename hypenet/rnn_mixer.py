@@ -123,6 +123,8 @@ class RNNMixer(Mixer):
             self.o_norm = OutputNorm(width, eps=config.rms_norm_eps)
         if options.use_output_gate:
             self.z_proj = nn.Linear(config.hidden_size, width, bias=False)
+        for name, value in self.first_values().items():
+            self.register_parameter(name, nn.Parameter(value.to(self.q_proj.weight.dtype)))
 
     def recur(
         self,

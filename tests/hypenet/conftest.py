@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from hypenet import mixers
 from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.modeling_hypenet import HypeNetForCausalLM
-from tests.hypenet.sizes import MIXERS, SIZES
+from tests.hypenet.sizes import MIXERS, SIZES, SMALL
 
 
 def _norms_off_one(model: PreTrainedModel) -> PreTrainedModel:
@@ -33,6 +34,21 @@ def make_hybrid() -> Callable[..., HypeNetForCausalLM]:
     def make(**keys: object) -> HypeNetForCausalLM:
         torch.manual_seed(1)
         return _norms_off_one(HypeNetForCausalLM(HypeNetConfig(**{**SIZES, "mixer_types": MIXERS, **keys})))
+
+    return make
+
+
+@pytest.fixture(params=sorted(mixers.MIXERS))
+def make_model(
+    request: pytest.FixtureRequest, make_hybrid: Callable[..., HypeNetForCausalLM]
+) -> Callable[..., HypeNetForCausalLM]:
+    """A function from keys of the configuration to a model of two layers: each mixer in turn, and attention."""
+    options = {name: options for name, options in SMALL.items() if name == request.param}
+
+    def make(**keys: object) -> HypeNetForCausalLM:
+        types = [request.param, "attn"]
+        keys = {"mixer_types": types, "num_hidden_layers": 2, "attn_logits_scaling": "hype 16", **keys}
+        return make_hybrid(**{"mixer_options": options, **keys})
 
     return make
 

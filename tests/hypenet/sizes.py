@@ -15,6 +15,8 @@ SIZES = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
+SMALL = {"swa": {"window": 5}, "gsa": {"slots": 6}}
+"""Options of mixers that make a few tokens many."""
 MIXERS = ["lightning-attn", "attn", "lightning-attn", "attn"]
 
 

@@ -11,10 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from hypenet.cache import StateLayer, WindowLayer
 from hypenet.mixers import MIXERS
-from tests.hypenet.sizes import left_padded, two_rows
+from tests.hypenet.sizes import SMALL, left_padded, two_rows
 
-OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}}
-"""Small, so that a few tokens are many."""
 LENGTH, NEW = 27, 6
 
 
@@ -22,7 +20,7 @@ LENGTH, NEW = 27, 6
 def make_model(request, make_hybrid):
     """A function from keys of the configuration to a model."""
     types = sorted(MIXERS) if request.param == "all" else [request.param, "attn"] * 2
-    options = {name: options for name, options in OPTIONS.items() if name in types}
+    options = {name: options for name, options in SMALL.items() if name in types}
 
     def make(**keys):
         return make_hybrid(

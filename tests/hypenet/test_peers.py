@@ -17,11 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from hypenet.cache import CACHE, HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
-from hypenet.mixers import MIXERS
 from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel
 from tests.hypenet.sizes import SIZES, left_padded, two_rows
 
-OPTIONS = {"swa": {"window": 5}, "gsa": {"slots": 6}}
 ROOT = Path(__file__).parents[2]
 LENGTH = 21
 
@@ -35,19 +33,6 @@ def ids():
 def mask():
     """8 tokens of padding on the left of the second row."""
     return left_padded(LENGTH, 8)
-
-
-@pytest.fixture(params=sorted(MIXERS))
-def make_model(request, make_hybrid):
-    """A function from keys of the configuration to a model with the mixer."""
-    options = {name: options for name, options in OPTIONS.items() if name == request.param}
-
-    def make(**keys):
-        types = [request.param, "attn"]
-        keys = {"mixer_types": types, "num_hidden_layers": 2, "attn_logits_scaling": "hype 16", **keys}
-        return make_hybrid(mixer_options=options, **keys)
-
-    return make
 
 
 @pytest.fixture
