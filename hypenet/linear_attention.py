@@ -14,7 +14,7 @@ q, k are [B, T, H, K], v and the output [B, T, H, V], states [B, H, K, V]. `log_
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -194,6 +194,23 @@ def beside(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         moved = cu_seqlens.to(x.device)
         _MOVED[cu_seqlens] = cu_seqlens._version, moved
     return moved
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with autocast off: what is float32 there is so on purpose.
+
+    Its first argument that is a tensor names the device.
+    """
+
+    @wraps(function)
+    def run(*inputs: Any, **options: Any) -> Any:
+        device = next(x.device.type for x in inputs if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*inputs, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*inputs, **options)
+
+    return run
 
 
 def widen(x: Tensor) -> Tensor:

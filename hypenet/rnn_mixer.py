@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, H heads, D their width.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from transformers.cache_utils import Cache
 from .cache import HypeNetCache, State, the_cache
 from .configuration_hypenet import HypeNetConfig
 from .fused import Rope, gated, projections, turn
-from .linear_attention import linear_attention, widen
+from .linear_attention import linear_attention, widen, without_autocast
 from .mixers import Mixer
 from .norm import HeadNorm, OutputNorm
 
@@ -71,7 +70,7 @@ class RNNMixer(Mixer):
 
     Positional arguments: q, k, v and all else that is by token, [B, T, H, ...]; then what is by head, [H, ...]; any may
     be None. Keywords: `state`, [B, H, ...], `keep_state`, `cu_seqlens`, and options. Everything else that `recur` does
-    is token by token."""
+    is token by token. Autocast is off in it, and q, k and v have autocast's dtype."""
 
     before_rope: Callable[..., tuple[Tensor, Tensor, Tensor | None]] | None = None
     """A method (q, k) -> (q, k, gates) of mixers that change queries or keys between norm and RoPE: [B, T, heads, D]
@@ -86,6 +85,7 @@ class RNNMixer(Mixer):
                 raise TypeError(
                     f"{cls.__name__} sets recurrence without {' and '.join(missing)}: see hypenet.mixers.Mixer."
                 )
+            cls.recurrence = staticmethod(without_autocast(cls.recurrence))
         if getattr(cls, "split", "no") == "states" and cls.first_state is not RNNMixer.first_state:
             raise TypeError(f'{cls.__name__} learns its first state: set split to "heads" or "no".')
 
@@ -140,6 +140,9 @@ class RNNMixer(Mixer):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, State | None]:
         """Gates from the layer's input, and the recurrence over a sequence.
+
+        Products of gates follow autocast, as all of the model's do: weights may be stored in a dtype that computes
+        nothing.
 
         Args:
             q, k, v: [B, T, H, D], normed and rotated; k and v are zero at padding.
@@ -207,14 +210,10 @@ class RNNMixer(Mixer):
             gates = None if gates is None else _zero_at_padding(gates, tokens)
 
         device = q.device.type
-        without_autocast: AbstractContextManager[Any] = nullcontext()
-        if torch.is_autocast_enabled(device):  # inputs of products change dtype; what is float32 is so on purpose
+        if torch.is_autocast_enabled(device):
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-            inputs = inputs.to(self.q_proj.weight.dtype)
-            without_autocast = torch.autocast(device, enabled=False)
-        with without_autocast:
-            apart = tokens if rows_apart else None
-            output, state = self._recur(q, k, v, inputs, tokens, gates, cache, cu_seq_lens_q, apart)
+        apart = tokens if rows_apart else None
+        output, state = self._recur(q, k, v, inputs, tokens, gates, cache, cu_seq_lens_q, apart)
         if cache is not None and state is not None:
             cache.update_state(state, self.layer_idx, hidden_states.shape[1])
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from halo.parallel.sequence import Rows, SequenceGroup
 from hypenet.implementations import like_flash, like_sdpa
-from hypenet.linear_attention import by_token, linear_attention
+from hypenet.linear_attention import by_token, linear_attention, without_autocast
 
 
 class Ulysses:
@@ -82,6 +82,7 @@ class ChunkStates:
         self._group = group
         self._reach: int | None = None
 
+    @without_autocast
     def __call__(
         self,
         q: Tensor,

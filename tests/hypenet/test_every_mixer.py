@@ -222,6 +222,50 @@ def test_in_half_precision_it_trains_and_generates(model, ids, mask, autocast):
     assert all(x.dtype == torch.float32 for x in states if x.is_floating_point())
 
 
+class Stored(torch.nn.Linear):
+    """A linear layer with weights in 8 bits, as bitsandbytes has them: their dtype is no precision to compute in."""
+
+    def __init__(self, layer, storage):
+        super().__init__(1, 1, bias=False)
+        self.scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.zero = 128 if storage == torch.uint8 else 0
+        stored = (layer.weight.detach() / self.scale).round() + self.zero
+        self.weight, self.bias = torch.nn.Parameter(stored.to(storage), requires_grad=False), layer.bias
+
+    def wide(self):
+        """The weights that the products have."""
+        return (self.weight.float() - self.zero) * self.scale
+
+    def forward(self, x):
+        assert x.is_floating_point()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return torch.nn.functional.linear(x.to(dtype), self.wide().to(dtype), self.bias)
+
+
+@pytest.mark.parametrize("storage", [torch.int8, torch.uint8], ids=["int8", "uint8"])
+@torch.no_grad()
+def test_weights_are_stored_in_another_precision_than_products_have(model, ids, mask, storage):
+    """Under autocast it computes what it would with plain weights, as near to float32 as a model in bfloat16 is."""
+    plain = copy.deepcopy(model)
+    linear = [name for name, module in model.model.layers.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linear:
+        layer, (parent, _, last) = model.model.layers.get_submodule(name), name.rpartition(".")
+        stored = Stored(layer, storage)
+        plain.model.layers.get_submodule(name).weight.copy_(stored.wide())
+        setattr(model.model.layers.get_submodule(parent), last, stored)
+    expected = plain(ids, attention_mask=mask).logits.float().log_softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, same = (m(ids, attention_mask=mask).logits.float().log_softmax(-1) for m in (model, plain))
+    half = plain.bfloat16()(ids, attention_mask=mask).logits.float().log_softmax(-1)
+    torch.testing.assert_close(found, same)
+    assert divergence(expected, found) <= 2 * divergence(expected, half)
+
+
+def divergence(p, q):
+    """KL(p || q) of log-probabilities, a mean over tokens."""
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
 def test_it_trains_after_inference(make_model, ids):
     """What a mixer keeps from inference mode must not be in the way of gradients. Heads that no other test has."""
     model = make_model(num_attention_heads=6, num_key_value_heads=3)
