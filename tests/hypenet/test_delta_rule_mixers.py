@@ -1,4 +1,4 @@
-"""The delta rule's forms against its equation, and each mixer on it, and TTT, against its own written out plainly."""
+"""Each mixer on the delta rule, and TTT, against its equation written out plainly."""
 
 import math
 from itertools import pairwise
@@ -8,143 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from hypenet.cache import HypeNetCache
-from hypenet.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrence, rwkv7
 from hypenet.mixer_ttt import InnerNorm, ttt_chunked, ttt_recurrence
 from hypenet.mixers import build_mixer
 from hypenet.transfer import hybrid_config, mixer_from_attention
+from tests.hypenet.plain import EXACT, delta_rule_plainly, normal
 from tests.hypenet.sizes import SIZES
 
 HEADS, DIM, HIDDEN = SIZES["num_attention_heads"], SIZES["head_dim"], SIZES["hidden_size"]
 MIXERS = ["deltanet", "gdn", "kda", "rwkv7", "ttt"]
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# The general form
-
-
-def random_inputs(length=70, decay="channel", strength=1.0, batch=2, heads=3, dim=8, value_dim=5):
-    """q, k, v, a, b, log_decay and a state."""
-    q, k, a, b = random(4, batch, length, heads, dim)
-    v = random(batch, length, heads, value_dim, seed=1)
-    shape = {"none": None, "head": (batch, length, heads), "channel": (batch, length, heads, dim)}[decay]
-    g = None if shape is None else -strength * random(*shape, seed=2).abs()
-    return q, k, v, 0.3 * a, 0.3 * b, g, random(batch, heads, dim, value_dim, seed=3)
-
-
-def by_equation(q, k, v, a, b, g, scale, state):
-    """F_t made whole, as Eq. 5 has it."""
-    outputs = []
-    for t in range(q.shape[1]):
-        decay = torch.ones_like(k[:, t]) if g is None else g[:, t].exp().view(*g.shape[:1], g.shape[2], -1)
-        transition = torch.diag_embed(decay.expand_as(k[:, t])) + b[:, t, :, :, None] * a[:, t, :, None, :]
-        state = transition @ state + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append(scale * (q[:, t, :, None, :] @ state)[:, :, 0])
-    return torch.stack(outputs, dim=1), state
-
-
-@pytest.mark.parametrize("decay", ["none", "head", "channel"])
-def test_recurrence_is_the_equation(decay):
-    *inputs, state = random_inputs(9, decay)
-    expected = by_equation(*inputs, 0.5, state)
-    torch.testing.assert_close(delta_rule_recurrence(*inputs, scale=0.5, state=state), expected, rtol=0, atol=1e-12)
-
-
-def assert_chunked_equals_recurrence(*inputs, state):
-    inputs = [x if x is None else x.requires_grad_() for x in (*inputs, state)]
-    wanted = [x for x in inputs if x is not None]
-    results = []
-    for form in (delta_rule_recurrence, delta_rule_chunked):
-        output, final = form(*inputs[:-1], scale=0.5, state=inputs[-1])
-        loss = (output * torch.cos(torch.arange(output.numel()).view_as(output))).sum() + final.sin().sum()
-        results.append((output, final, *torch.autograd.grad(loss, wanted)))
-    torch.testing.assert_close(results[1], results[0], **EXACT)
-
-
-@pytest.mark.parametrize("decay", ["none", "head", "channel"])
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 70])
-def test_chunked_equals_recurrence(length, decay):
-    *inputs, state = random_inputs(length, decay)
-    assert_chunked_equals_recurrence(*inputs, state=state)
-
-
-@pytest.mark.parametrize("decay", ["head", "channel"])
-def test_extreme_decays(decay):
-    """Nothing kept, all kept, and one after the other."""
-    *inputs, g, state = random_inputs(70, decay)
-    g[:, ::3] = -50
-    g[:, 1::3] = 0
-    assert_chunked_equals_recurrence(*inputs, g, state=state)
-    for everywhere in (0.0, -50.0):
-        assert_chunked_equals_recurrence(*inputs, torch.full_like(g, everywhere), state=state)
-
-
-def test_single_precision_neither_overflows_nor_loses_digits():
-    q, k, v, _, _, g, state = random_inputs(500, strength=30.0)
-    k, beta = F.normalize(k, dim=-1), 2 * torch.sigmoid(random(2, 500, 3, seed=4))
-    for decay in (None, g[..., 0] / 100, g[..., 0], g / 100, g):
-        exact = delta_rule(q, k, v, beta, decay, scale=0.5, state=state, keep_state=True)
-        inputs = [None if x is None else x.float() for x in (q, k, v, beta, decay)]
-        single = delta_rule(*inputs, scale=0.5, state=state.float(), keep_state=True)
-        torch.testing.assert_close([x.double() for x in single], list(exact), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("decay", ["none", "head", "channel"])
-@pytest.mark.parametrize("cut", [1, 16, 37])
-def test_a_sequence_in_two_parts_is_the_sequence(cut, decay):
-    *inputs, state = random_inputs(70, decay)
-    whole, final = delta_rule_chunked(*inputs, scale=1.0, state=state)
-    first, between = delta_rule_chunked(*(None if x is None else x[:, :cut] for x in inputs), scale=1.0, state=state)
-    second, end = delta_rule_chunked(*(None if x is None else x[:, cut:] for x in inputs), scale=1.0, state=between)
-    torch.testing.assert_close((torch.cat([first, second], dim=1), end), (whole, final), rtol=0, atol=1e-10)
-
-
-def delta_rule_plainly(q, k, v, beta, g, scale, state):
-    """What the state holds for a key moves towards the value by beta."""
-    outputs = []
-    for t in range(q.shape[1]):
-        if g is not None:
-            state = g[:, t].exp().view(*g.shape[:1], g.shape[2], -1, 1) * state
-        error = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        state = state + beta[:, t, :, None, None] * k[:, t, :, :, None] * error[:, :, None, :]
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-    return torch.stack(outputs, dim=1), state
-
-
-@pytest.mark.parametrize("decay", ["none", "head", "channel"])
-@pytest.mark.parametrize("length", [1, 40])
-def test_delta_rule_and_its_gradients(length, decay):
-    q, k, v, _, _, g, state = random_inputs(length, decay)
-    beta = 2 * torch.sigmoid(random(2, length, 3, seed=4))
-    inputs = [x if x is None else x.requires_grad_() for x in (q, F.normalize(k, dim=-1), v, beta, g, state)]
-    *sequence, state = inputs
-    results = []
-    for output, final in (
-        delta_rule_plainly(*sequence, 0.5, state),
-        delta_rule(*sequence, scale=0.5, state=state, keep_state=True),
-    ):
-        gradients = torch.autograd.grad(output.sin().sum() + final.cos().sum(), [x for x in inputs if x is not None])
-        results.append((output, final, *gradients))
-    torch.testing.assert_close(results[1], results[0], **EXACT)
-    assert delta_rule(*sequence, scale=0.5)[1] is None
-
-
-@pytest.mark.parametrize("length", [1, 40])
-def test_half_precision_keeps_its_state_in_float32(length):
-    q, k, v, a, b, g, state = random_inputs(length)
-    k, beta = F.normalize(k, dim=-1), torch.sigmoid(random(2, length, 3, seed=4))
-    half = [x.bfloat16() for x in (q, k, v, a, b)]
-    for output, final in (
-        delta_rule(*half[:3], beta.bfloat16(), g.float(), scale=0.5, state=state.float(), keep_state=True),
-        rwkv7(*half, g.float(), scale=0.5, state=state.float(), keep_state=True),
-    ):
-        assert (output.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-
-
-# The layers
 
 
 @pytest.fixture
@@ -158,7 +29,7 @@ def make_layers(make_hybrid):
                 mixer = model.model.layers[layer].self_attn
                 for i, (key, parameter) in enumerate(mixer.named_parameters()):
                     if "proj" not in key and "norm" not in key:
-                        parameter += 0.3 * random(*parameter.shape, seed=i)
+                        parameter += 0.3 * normal(*parameter.shape, seed=i)
         return model
 
     return make
@@ -166,7 +37,7 @@ def make_layers(make_hybrid):
 
 @pytest.fixture
 def x():
-    return random(2, 37, HIDDEN, seed=5)
+    return normal(2, 37, HIDDEN, seed=5)
 
 
 def run(model, x, positions, layer=2, **kwargs):
@@ -296,11 +167,11 @@ def test_ttt_layer(make_layers, x, size):
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 23])
 def test_ttt_chunked_equals_recurrence(length, filled):
     """Mini-batches of 5, the first of which `filled` tokens have opened before."""
-    q, k, v = random(3, 2, length, 3, 8)
-    eta = torch.sigmoid(random(2, length, 3, seed=1)) / 8
-    weight, bias = random(2, 3, 8, seed=2)
-    learned = random(2, 3, 8, 8, seed=3), random(2, 3, 8, seed=4)
-    sums = 0.1 * filled * random(2, 3, 8, 8, seed=5), 0.1 * filled * random(2, 3, 8, seed=6)
+    q, k, v = normal(3, 2, length, 3, 8)
+    eta = torch.sigmoid(normal(2, length, 3, seed=1)) / 8
+    weight, bias = normal(2, 3, 8, seed=2)
+    learned = normal(2, 3, 8, 8, seed=3), normal(2, 3, 8, seed=4)
+    sums = 0.1 * filled * normal(2, 3, 8, 8, seed=5), 0.1 * filled * normal(2, 3, 8, seed=6)
     wanted = [x.requires_grad_() for x in (q, k, v, eta, weight, bias, *learned, *sums)]
     ln, state, results = InnerNorm(weight, bias, 1e-6), (*learned, *sums, torch.full([2], filled)), []
     for output, final in (
