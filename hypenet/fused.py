@@ -127,7 +127,9 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _records() -> bool:
-    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # as where a plan stands in for a GPU
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.disable

@@ -149,7 +149,7 @@ def with_mixers(sources: dict[str, str], folder: Path) -> Path:
     package = folder / "hypenet"
     shutil.copytree(ROOT / "hypenet", package, ignore=shutil.ignore_patterns("__pycache__"))
     modeling = package / "modeling_hypenet.py"
-    line = "from .mixers import build_mixer\n"
+    line = "from .mixers import "
     assert modeling.read_text().count(line) == 1
     for name, source in sources.items():
         cls = name.title().replace("_", "")
