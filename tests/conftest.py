@@ -12,6 +12,9 @@ ORDER = ["slurm", "hypenet", "halo", "launcher", "distributed"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if " at 0x" in item.nodeid:  # processes of pytest-xdist would disagree, and run none
+            raise pytest.UsageError(f"{item.nodeid[:200]} has an address in its name: give its parameters ids")
     if hasattr(config, "workerinput"):  # under pytest-xdist
         items.sort(key=lambda item: (*ORDER, item.path.parent.name).index(item.path.parent.name))
 
