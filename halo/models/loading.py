@@ -1,7 +1,6 @@
 """Loading whole models: the teacher, and the hybrid."""
 
 import copy
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
 from halo.models.families import check_family, family_keys, window_of
-from halo.models.folders import fetch_small_files, fetch_weights
+from halo.models.folders import fetch_small_files, fetch_weights, keys_of
 from halo.models.gguf import check_gguf, is_gguf, where
 from halo.models.tokenizer import load_tokenizer
 from halo.tables import build
@@ -57,31 +56,15 @@ def find_teacher(name: str) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    keys = _keys_of(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the teacher's folder {folder} has no config.json: name a Hugging Face model folder")
+    keys = keys_of(folder / "config.json")
     architectures = keys.get("architectures") or ["none named"]
     if not architectures[0].endswith("ForCausalLM"):
         raise UserError(f"the teacher at {folder} is no causal language model (its architecture is {architectures[0]})")
     check_family(keys.get("model_type"), folder)
     if keys.get("quantization_config"):
         raise UserError(f"the teacher at {folder} is quantized: take the model that it was made from")
-
-
-def _keys_of(folder: Path) -> dict[str, Any]:
-    """The keys of a folder's config.json.
-
-    Raises:
-        UserError: there is none, or it is no table in JSON.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"the teacher's folder {folder} has no config.json: name a Hugging Face model folder")
-    try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(keys, dict):
-        raise UserError(f"{file} is no table of keys")
-    return keys
 
 
 def load_model_config(teacher: Path) -> PretrainedConfig:
@@ -98,7 +81,7 @@ def load_model_config(teacher: Path) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(**where(teacher))
             check_family(config.model_type, teacher)
             return config
-        keys = _keys_of(teacher)
+        keys = keys_of(teacher / "config.json")
         check_family(keys.get("model_type"), teacher)
         keys = family_keys(installed_rope(keys))
         config = CONFIG_MAPPING[keys["model_type"]].from_dict(keys)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from halo.errors import UserError, first_line
 from halo.models.folders import fetch_small_files
 from halo.models.gguf import is_gguf, mend_tokenizer, where
+from halo.models.tokenizer_files import read_tokenizer
 
 EOS = "<|endoftext|>"
 
@@ -59,20 +60,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder, in a GGUF file, or under a name on the Hugging Face hub.
 
     Raises:
-        UserError: there is none, it is not a fast one, or it has no end-of-text token.
+        UserError: as `fetch_small_files` and `read_tokenizer`; or it has no end-of-text token.
     """
-    if not is_gguf(source):
-        source = fetch_small_files(str(source))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where(source))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer at {source}: {first_line(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"the tokenizer at {source} has no tokenizer.json; save it as a fast tokenizer first")
-    if is_gguf(source):
-        mend_tokenizer(tokenizer, source)
+    tokenizer = _read_gguf(source) if is_gguf(source) else read_tokenizer(fetch_small_files(str(source)))
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer at {source} has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def _read_gguf(file: str | Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where(file))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the tokenizer in {file} cannot be read: {first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer in {file} is none of the kinds that can be used: take the model's folder")
+    mend_tokenizer(tokenizer, file)
     return tokenizer
 
 

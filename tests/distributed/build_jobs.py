@@ -180,9 +180,12 @@ def in_memory(made: Path) -> float:
 def refusals(made: Path) -> list[str]:
     """Each builder's UserError, on this rank."""
     told = []
-    for make in (build_teacher, lambda folder: build_hybrid(folder, place_by("zero3.json"))):
+    for make in (
+        lambda: build_teacher(made / "teacher"),
+        lambda: build_hybrid(made / "hybrid", place_by("zero3.json")),
+    ):
         try:
-            make(made)
+            make()
         except UserError as error:
             told.append(str(error))
     return told

@@ -82,10 +82,11 @@ def test_a_rank_holds_its_share_and_a_piece_in_memory(tmp_path):
 
 
 def test_both_ranks_are_refused_what_does_not_fit(tmp_path):
-    made = jobs.files(tmp_path / "made") / "hybrid"
-    index = made / "model.safetensors.index.json"
-    files = json.loads(index.read_text())["weight_map"]
-    (made / files["model.norm.weight"]).unlink()
+    made, lost = jobs.files(tmp_path / "made"), []
+    for folder in (made / "teacher", made / "hybrid"):
+        files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        lost.append(folder / files["model.norm.weight"])
+        lost[-1].unlink()
     for told in run_ranks(2, build_jobs.refusals, made):
         assert len(told) == 2
-        assert all(f"{files['model.norm.weight']} cannot be read" in line and "\n" not in line for line in told)
+        assert all(f"{f} cannot be read" in line and "\n" not in line for f, line in zip(lost, told, strict=True))
