@@ -61,7 +61,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     failed, differs = None, False
     for made_by in _classes(folder, settings):
         try:
-            tokenizer = _load(folder, made_by, settings)
+            tokenizer = _as_saved(folder, made_by, settings)
         except UserError as error:
             failed = failed or error
             continue
@@ -141,7 +141,7 @@ def _stored_sentencepiece(file: Path) -> _Stored:
         raise UserError(
             f"{file} is a vocabulary of tiktoken, which does not say how text is cut: take the {FAST} of this model"
         )
-    if missing := [package for module, package in NEEDED_FOR_SENTENCEPIECE.items() if not _installed(module)]:
+    if missing := [package for module, package in NEEDED_FOR_SENTENCEPIECE.items() if not _is_there(module)]:
         raise UserError(
             f"{file} needs packages that are not installed ({', '.join(missing)}): pip install "
             "'hypenet-halo[sentencepiece]'"
@@ -155,14 +155,14 @@ def _stored_sentencepiece(file: Path) -> _Stored:
     return _Stored(read.encode, {read.id_to_piece(piece) for piece in range(read.get_piece_size())}, _SAMPLES)
 
 
-def _installed(module: str) -> bool:
+def _is_there(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # not even the package around it
         return False
 
 
-def _load(folder: Path, made_by: Any, settings: dict[str, dict[str, Any]]) -> PreTrainedTokenizerFast:
+def _as_saved(folder: Path, made_by: Any, settings: dict[str, dict[str, Any]]) -> PreTrainedTokenizerFast:
     first = settings.get(SETTINGS[0], {})
     arguments: dict[str, Any] = {"trust_remote_code": False}
     extra = first.get("extra_special_tokens")
