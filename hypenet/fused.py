@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from .fused_kernels import (
-    gate_backward,
     gate_forward,
-    norm_backward,
     norm_forward,
+    row_backward,
     scale,
     swiglu_backward,
     swiglu_forward,
@@ -163,20 +162,8 @@ class _Normed(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if to_y is None:
             return to_total, to_total if ctx.adds else None, None, None
-        to_y, to_x = to_y.contiguous(), torch.empty_like(x)
-        to_total = None if to_total is None else to_total.contiguous()
-        rows = x.numel() // x.shape[-1]
-        programs = min(rows, REDUCTION_PROGRAMS)
-        partial = weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
-        run_program(
-            norm_backward,
-            programs,
-            *(x, weight, to_y, to_total, to_x, partial, rows, ctx.eps),
-            warps=8,
-            **ctx.shape,
-            RESIDUAL=to_total is not None,
-        )
-        return to_x, to_x if ctx.adds else None, _summed(partial, weight), None
+        to_x, to_weight, _ = _row_gradients(x, weight, None, to_y, to_total, ctx.eps, **ctx.shape)
+        return to_x, to_x if ctx.adds else None, to_weight, None
 
 
 class _Projections(torch.autograd.Function):
@@ -254,8 +241,8 @@ class _Gated(torch.autograd.Function):
         x, gate = x.contiguous(), gate.contiguous()
         y = torch.empty_like(x)
         width = x.shape[-1]
-        ctx.shape = {"WIDTH": width, "LANES": _power_of_two(width), "NORM": weight is not None}
-        run_program(gate_forward, x.numel() // width, x, weight, gate, y, eps, warps=8, **ctx.shape)
+        ctx.shape, norms = {"WIDTH": width, "LANES": _power_of_two(width)}, weight is not None
+        run_program(gate_forward, x.numel() // width, x, weight, gate, y, eps, warps=8, **ctx.shape, NORM=norms)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, gate)
         return y
@@ -263,18 +250,41 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate = ctx.saved_tensors
-        to_y, to_x, to_gate = to_y.contiguous(), torch.empty_like(x), torch.empty_like(gate)
-        rows = x.numel() // x.shape[-1]
-        programs = min(rows, REDUCTION_PROGRAMS)
-        partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
-        run_program(
-            gate_backward,
-            programs,
-            *(x, weight, gate, to_y, to_x, to_gate, partial, rows, ctx.eps),
-            warps=8,
-            **ctx.shape,
-        )
-        return to_x, _summed(partial, weight), None, to_gate
+        to_x, to_weight, to_gate = _row_gradients(x, weight, gate, to_y, None, ctx.eps, **ctx.shape)
+        return to_x, to_weight, None, to_gate
+
+
+def _row_gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    to_y: Tensor,
+    to_total: Tensor | None,
+    eps: float,
+    **shape: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and gate, from those of y and of the residual stream: rows of `_Normed` or `_Gated`.
+
+    Args:
+        x: [..., W], contiguous; `gate` too.
+        shape: the kernel's WIDTH and LANES.
+    """
+    to_x, to_gate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
+    to_total = None if to_total is None else to_total.contiguous()
+    rows = x.numel() // x.shape[-1]
+    programs = min(rows, REDUCTION_PROGRAMS)
+    partial = None if weight is None else weight.new_empty(programs, x.shape[-1], dtype=torch.float32)
+    run_program(
+        row_backward,
+        programs,
+        *(x, weight, gate, to_y.contiguous(), to_total, to_x, to_gate, partial, rows, eps),
+        warps=8,
+        NORM=weight is not None,
+        GATE=gate is not None,
+        RESIDUAL=to_total is not None,
+        **shape,
+    )
+    return to_x, _summed(partial, weight), to_gate
 
 
 def _summed(partial: Tensor | None, weight: Tensor | None) -> Tensor | None:

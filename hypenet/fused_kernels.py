@@ -130,40 +130,6 @@ def norm_forward(  # type: ignore[no-untyped-def]
 
 
 @jit
-def norm_backward(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    to_y,
-    to_total,
-    to_x,
-    to_weight,
-    count,
-    eps,
-    WIDTH: tl.constexpr,
-    LANES: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """Program i does rows i, i + programs, ... `to_weight` is [programs, W]. With RESIDUAL, `to_total` is added."""
-    lane = tl.arange(0, LANES)
-    there = lane < WIDTH
-    w = tl.load(weight + lane, mask=there, other=0.0).to(tl.float32)
-    sum_w = tl.zeros((LANES,), tl.float32)
-    for index in range(tl.program_id(0), count, tl.num_programs(0)):
-        place = tl.cast(index, tl.int64) * WIDTH + lane
-        a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-        d = tl.load(to_y + place, mask=there, other=0.0).to(tl.float32)
-        scale = 1 / tl.sqrt(tl.sum(a * a) / WIDTH + eps)
-        a = a * scale
-        sum_w += d * a
-        d = d * w
-        d = (d - a * (tl.sum(d * a) / WIDTH)) * scale
-        if RESIDUAL:
-            d += tl.load(to_total + place, mask=there, other=0.0).to(tl.float32)
-        tl.store(to_x + place, d.to(to_x.dtype.element_ty), mask=there)
-    tl.store(to_weight + tl.program_id(0) * WIDTH + lane, sum_w, mask=there)
-
-
-@jit
 def gate_forward(  # type: ignore[no-untyped-def]
     x, weight, z, y, eps, WIDTH: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr
 ):
@@ -178,11 +144,12 @@ def gate_forward(  # type: ignore[no-untyped-def]
 
 
 @jit
-def gate_backward(  # type: ignore[no-untyped-def]
+def row_backward(  # type: ignore[no-untyped-def]
     x,
     weight,
     z,
     to_y,
+    to_total,
     to_x,
     to_z,
     to_weight,
@@ -191,32 +158,41 @@ def gate_backward(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     NORM: tl.constexpr,
+    GATE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
-    """Program i does rows i, i + programs, ... `to_weight` is [programs, W]."""
+    """Of `norm_forward` and `gate_forward`. Program i does rows i, i + programs, ... `to_weight` is [programs, W].
+
+    With RESIDUAL, `to_total` is added to the gradient of x.
+    """
     lane = tl.arange(0, LANES)
     there = lane < WIDTH
     if NORM:
         w = tl.load(weight + lane, mask=there, other=0.0).to(tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
+    sum_w = tl.zeros((LANES,), tl.float32)
     for index in range(tl.program_id(0), count, tl.num_programs(0)):
         place = tl.cast(index, tl.int64) * WIDTH + lane
         a = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
         d = tl.load(to_y + place, mask=there, other=0.0).to(tl.float32)
-        opened = tl.sigmoid(tl.load(z + place, mask=there, other=0.0).to(tl.float32))
+        if GATE:
+            opened = tl.sigmoid(tl.load(z + place, mask=there, other=0.0).to(tl.float32))
         normed = a
         if NORM:
             scale = 1 / tl.sqrt(tl.sum(a * a) / WIDTH + eps)
             a = a * scale
             normed = a * w
-        tl.store(to_z + place, (d * normed * opened * (1 - opened)).to(to_z.dtype.element_ty), mask=there)
-        d = d * opened
+        if GATE:
+            tl.store(to_z + place, (d * normed * opened * (1 - opened)).to(to_z.dtype.element_ty), mask=there)
+            d = d * opened
         if NORM:
-            total += d * a
+            sum_w += d * a
             d = d * w
             d = (d - a * (tl.sum(d * a) / WIDTH)) * scale
+        if RESIDUAL:
+            d += tl.load(to_total + place, mask=there, other=0.0).to(tl.float32)
         tl.store(to_x + place, d.to(to_x.dtype.element_ty), mask=there)
     if NORM:
-        tl.store(to_weight + tl.program_id(0) * WIDTH + lane, total, mask=there)
+        tl.store(to_weight + tl.program_id(0) * WIDTH + lane, sum_w, mask=there)
 
 
 @jit
