@@ -33,7 +33,8 @@ ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[N, W] -> (e4m3 [N, W], the float32 scale [N, 1] of each row), whose product is about x."""
     largest = x.float().abs().amax(-1, keepdim=True).clamp(min=E4M3_TINY)
-    return (x.float() * (E4M3_MAX / largest)).to(torch.float8_e4m3fn), largest / E4M3_MAX
+    most = torch.full_like(largest, E4M3_MAX)  # with a number, torch on a GPU multiplies by a rounded inverse
+    return (x.float() * (most / largest)).to(torch.float8_e4m3fn), largest / most
 
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
