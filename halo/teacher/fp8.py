@@ -101,18 +101,12 @@ class Fp8Linear(nn.Module):
 
     def product(self, rows: Tensor, scales: Tensor) -> Tensor:
         """An input [N, in] as `quantise_rows` makes it -> [N, out]: bf16 on a GPU, float32 elsewhere."""
-        if not rows.is_cuda:
+        if rows.is_cuda:
+            operands = {"scale_a": scales, "scale_b": self.scale}
+            y = torch._scaled_mm(rows, self.weight.T, **operands, out_dtype=torch.bfloat16, use_fast_accum=True)
+        else:
             y = (rows.float() @ self.weight.float().T) * scales * self.scale
-            return y if self.bias is None else y + self.bias
-        return torch._scaled_mm(
-            rows,
-            self.weight.T,
-            scale_a=scales,
-            scale_b=self.scale,
-            bias=self.bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+        return y if self.bias is None else y.add_(self.bias)  # not by cuBLAS: it refuses a bias for a few rows
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -79,7 +79,7 @@ def test_a_recorded_teacher(model, monkeypatch):
         assert torch.equal(teacher.logits(x).hidden, hidden)
         p = (plain.hidden_states(x) @ plain.head.T).float().log_softmax(-1)
         q = (teacher.hidden_states(x) @ teacher.head.T).float().log_softmax(-1)
-        assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.02
+        assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.05
 
 
 def test_memory_is_halved(model):
