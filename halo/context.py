@@ -29,7 +29,7 @@ class Context:
     config: Config
     run: Path
     teacher: Path
-    """The teacher's local folder, or its GGUF file. Pretraining has no teacher: it makes one."""
+    """The teacher's local folder. Pretraining has no teacher: it makes one."""
     fingerprint: str = ""
     """The teacher's (`teacher_fingerprint`)."""
     ds_config: dict[str, Any]

@@ -16,6 +16,7 @@ from halo.job import Job
 from halo.models.attention import attention_of_stage, check_attention, said_of
 from halo.models.build import check_teacher
 from halo.models.folders import weight_files
+from halo.models.gguf import is_gguf
 from halo.models.loading import check_architecture, find_teacher, load_model_config
 from halo.models.rehearsal import rehearse
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
@@ -98,7 +99,7 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
         config=job.config,
         run=job.run,
         teacher=teacher,
-        fingerprint=_fingerprint(teacher) if converts else "",
+        fingerprint=_fingerprint(job.config.teacher, teacher) if converts else "",
         ds_config=ds_config,
         attention={n: attention_of_stage(job.config, n, model_config) for n in names if STAGES[n].models},
     )
@@ -114,9 +115,10 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
     return context
 
 
-def _fingerprint(teacher: Path) -> str:
-    files = [teacher] if teacher.is_file() else [teacher / "config.json", *weight_files(teacher)]
-    return teacher_fingerprint(files, tokenizer_hash(load_tokenizer(teacher)))
+def _fingerprint(name: str, folder: Path) -> str:
+    """That of the GGUF file of this name, however it was unpacked into `folder`; else of the folder."""
+    files = [Path(name)] if is_gguf(name) else [folder / "config.json", *weight_files(folder)]
+    return teacher_fingerprint(files, tokenizer_hash(load_tokenizer(folder)))
 
 
 def _check_mixer(mixer: str) -> None:

@@ -23,8 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from halo.distributed import broadcast, device
 from halo.models.folders import weight_files
 from halo.models.generation import read_generation
-from halo.models.gguf import is_gguf
-from halo.models.loading import layer_by_layer, load_model_config, load_teacher, training_dtype
+from halo.models.loading import layer_by_layer, load_model_config, training_dtype
 from halo.models.weights import EMBEDDING, HEAD, SafeTensors, Weights, check_shapes
 from halo.progress import progress_bar
 from hypenet import HypeNetConfig, HypeNetForCausalLM
@@ -181,21 +180,18 @@ def build_hybrid(folder: Path, place: Placement) -> HypeNetForCausalLM:
 def check_teacher(teacher: Path) -> None:
     """Check that a teacher's weights are complete, by the headers of its files. On one rank, without a model.
 
-    A GGUF file is checked when it is read.
-
     Raises:
         UserError: a file is damaged, a weight is missing, unknown or of another shape.
     """
-    if not is_gguf(teacher):
-        check_shapes(SafeTensors(weight_files(teacher)), empty_teacher(teacher), f"the teacher at {teacher}")
+    check_shapes(SafeTensors(weight_files(teacher)), empty_teacher(teacher), f"the teacher at {teacher}")
 
 
 def _teacher_and_weights(teacher: Path) -> tuple[PreTrainedModel, Weights]:
     """A teacher without weights, frozen, and its weights."""
     model = empty_teacher(teacher)
 
-    def tensors() -> Any:
-        opened = load_teacher(teacher).state_dict() if is_gguf(teacher) else SafeTensors(weight_files(teacher))
+    def tensors() -> SafeTensors:
+        opened = SafeTensors(weight_files(teacher))
         check_shapes(opened, model, f"the teacher at {teacher}")
         return opened
 

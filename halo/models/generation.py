@@ -5,7 +5,6 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from halo.errors import UserError
-from halo.models.gguf import where
 from hypenet.transfer import savable_generation
 
 
@@ -15,7 +14,7 @@ def read_generation(source: Path) -> tuple[GenerationConfig | None, list[str]]:
     transformers would read those, and refuse to write them when the model is saved.
 
     Args:
-        source: a model's folder or GGUF file.
+        source: a model's folder.
 
     Returns:
         None in place of the configuration if there is no such file.
@@ -23,7 +22,7 @@ def read_generation(source: Path) -> tuple[GenerationConfig | None, list[str]]:
     Raises:
         UserError: it cannot be read, or a value is not valid.
     """
-    path = Path(where(source)["pretrained_model_name_or_path"], "generation_config.json")
+    path = source / "generation_config.json"
     if not path.is_file():
         return None, []
     try:

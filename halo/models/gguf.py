@@ -1,16 +1,20 @@
 """Models in GGUF files, which transformers reads into ordinary modules, dequantized.
 
-What transformers would read wrongly is refused or corrected here.
+What transformers would read wrongly is refused or corrected here. A teacher is unpacked once, into a model's folder in
+the cache (`unpacked_folder`): to read the file takes transformers 20 seconds and more, each time.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+import transformers
+from huggingface_hub import constants
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halo.errors import UserError, first_line
 from halo.models.families import check_family
+from halo.run import teacher_fingerprint
 from hypenet.transfer import FAMILIES
 
 NEEDED = ("gguf", "accelerate")
@@ -59,9 +63,17 @@ def check_gguf(file: Path) -> None:
         raise UserError(f"{file} has biases, which transformers does not read from GGUF: take the model's folder")
 
 
-def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, file: str | Path) -> None:
+def unpacked_folder(file: Path, dtype: str) -> Path:
+    """Where the model of this file is unpacked, whether it is there or not: in the cache of the hub's client.
+
+    Another file, dtype or version of transformers has another folder.
+    """
+    key = teacher_fingerprint([file], f"{dtype} {transformers.__version__}")
+    return Path(constants.HF_HOME) / "halo" / f"{file.stem}-{key[:16]}"
+
+
+def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """Set begin- and end-of-text as the file has them: transformers swaps them in Llama's tokenizers."""
-    config = AutoConfig.from_pretrained(**where(file))
     for name in ("bos", "eos"):
         token = getattr(config, f"{name}_token_id")
         setattr(tokenizer, f"{name}_token", None if token is None else tokenizer.convert_ids_to_tokens(token))

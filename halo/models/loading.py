@@ -1,9 +1,11 @@
 """Loading whole models: the teacher, and the hybrid."""
 
 import copy
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from halo.config import Config
 from halo.errors import UserError, first_line
 from halo.models.families import check_family, family_keys, window_of
 from halo.models.folders import fetch_small_files, fetch_weights, keys_of
-from halo.models.gguf import check_gguf, is_gguf, where
+from halo.models.gguf import check_gguf, is_gguf, unpacked_folder, where
 from halo.models.tokenizer import load_tokenizer
 from halo.tables import build
 from hypenet import HypeNetForCausalLM
@@ -30,7 +32,9 @@ def training_dtype() -> torch.dtype:
 
 
 def find_teacher(name: str) -> Path:
-    """A teacher's GGUF file or local folder, downloaded first if `name` is a hub id. Checked before its weights are.
+    """A teacher's local folder: downloaded first if `name` is a hub id, unpacked if it is a GGUF file.
+
+    It is checked before its weights are.
 
     Raises:
         UserError: no such model; no causal language model of a family that can be converted; a tokenizer larger than
@@ -40,7 +44,7 @@ def find_teacher(name: str) -> Path:
     if is_gguf(name):
         if not teacher.is_file():
             raise UserError(f"no teacher at '{name}': there is no such file")
-        check_gguf(teacher)
+        teacher = _unpacked(teacher)
     else:
         teacher = fetch_small_files(name)
         _check_folder(teacher)
@@ -53,6 +57,30 @@ def find_teacher(name: str) -> Path:
     if not is_gguf(name):
         fetch_weights(name, teacher)
     return teacher
+
+
+def _unpacked(file: Path) -> Path:
+    """A GGUF file as a model's folder in the cache, in training precision. Read only if it is not there.
+
+    Raises:
+        UserError: as `check_gguf` and `load_tokenizer`; or it cannot be loaded, or written.
+    """
+    folder = unpacked_folder(file, str(training_dtype()))
+    if folder.is_dir():
+        return folder
+    check_gguf(file)
+    tokenizer = load_tokenizer(file)
+    partial = folder.with_name(f"{folder.name}.{uuid4().hex}")  # another run may unpack the same file now
+    try:
+        load_teacher(file).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise UserError(f"{file} cannot be unpacked into {folder} (set HF_HOME): {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 def _check_folder(folder: Path) -> None:

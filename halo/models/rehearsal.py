@@ -18,7 +18,7 @@ def rehearse(teacher: Path, config: Config) -> list[str]:
     """Write a hybrid's configurations and the tokenizer to a folder that is removed again, and read them.
 
     Args:
-        teacher: its folder or GGUF file.
+        teacher: its folder.
 
     Returns:
         The names of the teacher's generation settings that have no effect, and that a hybrid will not have.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from halo.errors import UserError, first_line
 from halo.models.folders import fetch_small_files
@@ -70,14 +70,15 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
 def _read_gguf(file: str | Path) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where(file))
+        config = AutoConfig.from_pretrained(**where(file))
+        tokenizer = AutoTokenizer.from_pretrained(**where(file), config=config)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"the tokenizer in {file} cannot be read: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer in {file} is none of the kinds that can be used: take the model's folder")
-    mend_tokenizer(tokenizer, file)
+    mend_tokenizer(tokenizer, config)
     return tokenizer
 
 

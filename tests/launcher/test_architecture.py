@@ -12,11 +12,12 @@ from tests.halo.gguf_teacher import make_llama, write_gguf
 from tests.launcher.conftest import SMALL, Launch
 
 
-def test_a_llama_from_gguf_with_everything_switched(tmp_path: Path, launch: Launch):
+def test_a_llama_from_gguf_with_everything_switched(tmp_path: Path, launch: Launch, monkeypatch):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     tokenizer = load_tokenizer(Path(load_config("tiny").teacher))
     teacher = write_gguf(tmp_path / "llama.gguf", make_llama(tokenizer), tokenizer)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     # fmt: off
     switches = [
         "--architecture.attn_use_rope", "true", "--architecture.attn_use_output_gate", "false",

@@ -68,16 +68,6 @@ def test_a_teacher_is_what_transformers_loads(tmp_path, family, tied):
     assert torch.equal(built(tokens).logits, model.eval()(tokens).logits)
 
 
-def test_a_gguf_teacher_is_what_transformers_loads(tmp_path, tokenizer):
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    from tests.halo.gguf_teacher import make_llama, write_gguf
-
-    file = write_gguf(tmp_path / "llama.gguf", make_llama(tokenizer), tokenizer)
-    check_teacher(file)
-    assert_is(build_teacher(file), load_teacher(file))
-
-
 def test_a_head_in_the_file_of_a_tied_teacher(tmp_path):
     """It may stand there if it is the embedding."""
     made = jobs.files(tmp_path / "made")

@@ -1,9 +1,11 @@
 """Teachers in GGUF files: read as they were written, and refused where transformers would read another model."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from halo.errors import UserError
 from halo.models.loading import check_architecture, find_teacher, load_teacher
@@ -28,16 +30,37 @@ def file(tmp_path_factory, llama, tokenizer):
     return write_gguf(tmp_path_factory.mktemp("gguf") / "llama.gguf", llama, tokenizer)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(constants.HF_HOME, "halo")
+
+
 @pytest.fixture
 def tokens():
     return torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def test_the_teacher_is_what_was_written(file, llama, tokens):
-    assert find_teacher(str(file)) == file
-    check_architecture(file, load_config("tiny"))
-    teacher = load_teacher(file).eval()
-    assert torch.equal(teacher(tokens).logits, llama(tokens).logits)
+    """In the file, and in the folder into which it is unpacked."""
+    folder = find_teacher(str(file))
+    check_architecture(folder, load_config("tiny"))
+    for source in (file, folder):
+        assert torch.equal(load_teacher(source).eval()(tokens).logits, llama(tokens).logits)
+    assert tokenizer_hash(load_tokenizer(folder)) == tokenizer_hash(load_tokenizer(file))
+
+
+def test_a_file_is_unpacked_once(file, llama, tokenizer, tmp_path, cache, monkeypatch):
+    """Another file of the same name has a folder of its own."""
+    folder = find_teacher(str(file))
+    assert find_teacher(str(file)) == folder
+    other = write_gguf(tmp_path / file.name, make_llama(tokenizer, num_hidden_layers=1), tokenizer)
+    assert {folder, find_teacher(str(other))} <= set(cache.iterdir()) and find_teacher(str(other)) != folder
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be unpacked into .*/file/halo/llama-\w+ \(set HF_HOME\): "):
+        find_teacher(str(file))
 
 
 def test_the_hybrid_with_all_attention_is_the_teacher(file, tokens):
@@ -95,7 +118,8 @@ def test_an_architecture_that_cannot_be_converted(file, tmp_path):
         find_teacher(str(other))
 
 
-def test_a_package_that_is_not_installed(file, monkeypatch):
+def test_a_package_that_is_not_installed(file, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"llama\.gguf needs packages that are not installed: pip install gguf$"):
         find_teacher(str(file))
