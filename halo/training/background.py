@@ -4,10 +4,12 @@ Hashing, writing and fsync release Python's lock, so training continues meanwhil
 a rank has written, the others learn in one that each step has anyway (halo/training/trainer.py).
 """
 
+import copy
 import hashlib
 import io
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -16,6 +18,32 @@ import torch
 
 Files = dict[str, dict[str, Any]]
 """File name -> {"bytes", "sha256"}."""
+
+
+def on_host(value: Any) -> Any:
+    """A deep copy with all tensors in host memory. Tensors that share memory (tied weights) share it in the copy too.
+
+    Not in pinned memory: torch would round each tensor's size up to a power of two, and keep the memory until the end.
+    """
+    memo: dict[int, Any] = {}  # of deepcopy: the id of an object -> its copy
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    for tensor in _state_tensors(value):
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        memo[id(tensor)] = copies[place]
+    return copy.deepcopy(value, memo)
+
+
+def _state_tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _state_tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _state_tensors(part)
 
 
 class Writing:

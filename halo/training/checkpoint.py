@@ -32,7 +32,8 @@ from halo.distributed import barrier, device, on_every_rank, on_rank0, rank, wor
 from halo.errors import UserError, first_line
 from halo.run import atomic, difference, sha256
 from halo.training.background import Files, Writing
-from halo.training.engine import Engine
+from halo.training.engine import CHECKPOINT_TYPES, Engine
+from halo.training.pickles import foreign_types
 
 ENGINE, STATE, FILE_LIST = "engine", "state.json", "manifest.json"
 VERIFYING_THREADS = 4
@@ -252,10 +253,24 @@ class Checkpoints:
                     raise self._damaged(checkpoint, f"{name} is not what was written")
             except OSError as error:
                 raise self._damaged(checkpoint, f"{name}: {error.strerror}") from error
+            if name.endswith(".pt"):
+                self._refuse_code(checkpoint, name)
 
         with ThreadPoolExecutor(VERIFYING_THREADS) as threads:
             for _ in threads.map(verify, files):
                 pass  # raises what one raised
+
+    def _refuse_code(self, checkpoint: Path, name: str) -> None:
+        """Verified files are as they were written, but not by whom."""
+        try:
+            foreign = foreign_types(checkpoint / name, CHECKPOINT_TYPES)
+        except ValueError as error:
+            raise self._damaged(checkpoint, f"{name} was not written by torch.save") from error
+        if foreign:
+            raise UserError(
+                f"{checkpoint / name} is not loaded, because it names {foreign[0]}, which could run code: no "
+                f"checkpoint of HALO does; remove {self.folder} to start the stage again"
+            )
 
     def _damaged(self, checkpoint: Path, what: str) -> UserError:
         earlier = [path.name for path in self._whole() if path.name < checkpoint.name]

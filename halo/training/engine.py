@@ -4,25 +4,28 @@ The JSON file says how ZeRO, offload and communication work, and nothing else. B
 from the preset; a JSON file that contradicts it is refused.
 """
 
-import copy
 import json
 import logging
+import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero import GatheredParameters, Init, register_external_parameter
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_module
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from halo.accelerator import on_gpu
@@ -31,9 +34,11 @@ from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
 from halo.tables import suggest
 from halo.teacher.batch import Batch
+from halo.training.background import on_host
 from halo.training.fused_step import FusedStep, fused_step_serves
 from halo.training.gathering import fill_gathering
 from halo.training.gradients import Gradients, by_layer
+from halo.training.pickles import without_code
 from halo.training.recording import Minimised, worth_recording
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -51,6 +56,9 @@ OWN_KEYS = (
 )
 """Keys that it may have. DeepSpeed takes any other without a word, a misspelt one too."""
 ZERO_KEYS = {key for name, field in DeepSpeedZeroConfig.model_fields.items() for key in (name, field.alias) if key}
+
+CHECKPOINT_TYPES = [ZeroStageEnum, LossScaler, fragment_address]
+"""What its checkpoints hold beside tensors, numbers, strings, lists and dictionaries. None of them can run code."""
 
 SINGLE_RANK_ZERO = {"overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
 """ZeRO settings for a single rank: overlap makes the host wait; bucket copies waste memory."""
@@ -294,7 +302,8 @@ class Engine:
     def load(self, folder: Path, *, converted: bool = False) -> None:
         """Load a snapshot that the same number of ranks wrote, or what `convert` made of one."""
         self._engine._config.load_universal_checkpoint = converted
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        with without_code(CHECKPOINT_TYPES):
+            path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
         if path is None:
             raise FileNotFoundError(f"no checkpoint of DeepSpeed in {folder}")
         if converted:
@@ -309,7 +318,7 @@ class Engine:
         Raises:
             OSError: it could not be read or written.
         """
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]  # in a new process: it forks workers
+        command = [sys.executable, "-c", f"from {__name__} import convert_snapshot; convert_snapshot()"]
         command += ["--input_folder", str(folder), "--output_folder", str(into)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -318,6 +327,13 @@ class Engine:
     def close(self) -> None:
         """Free ZeRO's hooks and buffers, so that another engine can follow in this process."""
         self._engine.destroy()
+
+
+def convert_snapshot() -> None:
+    """The work of `Engine.convert`, in a process of its own, because it forks workers."""
+    multiprocessing.set_start_method("fork")  # workers that start anew would not have the types of `without_code`
+    with without_code(CHECKPOINT_TYPES):
+        ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 def _stays(ds_config: dict[str, Any]) -> bool:
@@ -358,34 +374,8 @@ class _Snapshots(TorchCheckpointEngine):
         pass
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        self._taken[Path(path)] = _on_host(state_dict)
+        self._taken[Path(path)] = on_host(state_dict)
 
     def take(self) -> dict[Path, Any]:
         taken, self._taken = self._taken, {}
         return taken
-
-
-def _on_host(value: Any) -> Any:
-    """A deep copy with all tensors in host memory. Tensors that share memory (tied weights) share it in the copy too.
-
-    Not in pinned memory: torch would round each tensor's size up to a power of two, and keep the memory until the end.
-    """
-    memo: dict[int, Any] = {}  # of deepcopy: the id of an object -> its copy
-    copies: dict[tuple[Any, ...], torch.Tensor] = {}
-    for tensor in _state_tensors(value):
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if place not in copies:
-            copies[place] = tensor.detach().to("cpu", copy=True)
-        memo[id(tensor)] = copies[place]
-    return copy.deepcopy(value, memo)
-
-
-def _state_tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _state_tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _state_tensors(part)

@@ -1,6 +1,9 @@
 """An interrupted run resumes as if it had not been interrupted: exactly, on any number of ranks, from whole files."""
 
+import hashlib
 import json
+import os
+import pickle
 import shutil
 import signal
 from functools import partial
@@ -11,7 +14,10 @@ import torch
 
 from halo.errors import UserError
 from halo.run import sha256
+from halo.training.background import write_tensors
 from halo.training.checkpoint import ENGINE
+from halo.training.engine import CHECKPOINT_TYPES, Engine
+from halo.training.pickles import without_code
 from tests.distributed import jobs
 from tests.distributed.ranks import run_ranks
 
@@ -197,6 +203,39 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(stopped, sha
     weights = run_ranks(2, jobs.distill, shards, stopped, "zero3.json", SETTINGS)[0].weights
     assert jobs.losses(stopped) == whole[0]
     assert_equal(whole[1], weights)
+
+
+class Command:
+    """Pickled: a call that makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["random-00001.pt", "engine/zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_a_checkpoint_that_would_run_code_is_refused(stopped, shards, tmp_path, name):
+    """Also where its list of files is made to fit."""
+    checkpoint, ran = stopped / "checkpoints" / "step-000000004", tmp_path / "ran"
+    entry = write_tensors(torch.load(checkpoint / name, weights_only=False) | {"more": Command(ran)}, checkpoint / name)
+    listed = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(listed | {name: entry}))
+    assert refusal(stopped, shards) == (
+        f"{checkpoint / name} is not loaded, because it names posix.mkdir, which could run code: no checkpoint of HALO "
+        f"does; remove {checkpoint.parent} to start the stage again"
+    )
+    if name.startswith(ENGINE):  # what DeepSpeed loads itself
+        with pytest.raises(OSError):
+            Engine.convert(checkpoint / ENGINE, tmp_path / "converted" / ENGINE)
+        with pytest.raises(pickle.UnpicklingError), without_code(CHECKPOINT_TYPES):
+            torch.load(checkpoint / name, weights_only=False)
+    entry = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    (checkpoint / name).write_bytes(b"")
+    (checkpoint / "manifest.json").write_text(json.dumps(listed | {name: entry}))
+    assert f"is damaged ({name} was not written by torch.save)" in refusal(stopped, shards)
+    assert not ran.exists()
 
 
 def test_a_lone_damaged_checkpoint(stopped, shards):
