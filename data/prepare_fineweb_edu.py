@@ -13,18 +13,21 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from halo import bounds
 from halo.cli import new_parser, read
 from halo.data.sources import FINEWEB_EDU, SAMPLE, fetch_source
 from halo.errors import exit_on_user_error
 from halo.graph import conversion
-from halo.options import OneLineParser
-from halo.preset import load_config
+from halo.options import OneLineParser, within
+from halo.preset import load_config, remembered
 
 
 def prepare_stages(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Prepare the shards of every stage, or this task's part of them, and say how launchers are given them."""
     recorded = Path(arguments.run, "config.toml") if arguments.run else None
     config = load_config(arguments.preset, overrides, recorded=recorded)
+    if recorded and (differing := remembered(arguments.preset, overrides, recorded)):
+        print(differing)
     # Not before the command line is read: they import torch and transformers.
     from halo.data.packing import Part
     from halo.data.preparation import HELD_OUT_SHARE, prepare
@@ -73,12 +76,20 @@ def _preparation_parser() -> OneLineParser:
     )
     parser.add_argument("--sample", help=f"the sample or dump of a data set on the hub (default: {SAMPLE})")
     parser.add_argument("--whole", action="store_true", help="use all of the source, in the stages' proportions")
-    parser.add_argument("--held_out", type=float, help="share of documents that no stage trains on (default: 0.005)")
+    parser.add_argument(
+        "--held_out", type=within(bounds.Share), help="share of documents that no stage trains on (default: 0.005)"
+    )
     parser.add_argument("--zstd", action="store_true", help="compress the shards")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of order and shares (default: 0)")
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, {cores} here)")
-    parser.add_argument("--task", type=int, default=0, help="the number of this task, from 0 (default: 0)")
-    parser.add_argument("--tasks", type=int, default=1, help="the number of tasks that share the work (default: 1)")
+    parser.add_argument("--seed", type=within(bounds.Seed), default=0, help="the seed of order and shares (default: 0)")
+    parser.add_argument(
+        "--workers", type=within(bounds.Ranks), default=cores, help=f"processes (default: one per core, {cores} here)"
+    )
+    parser.add_argument(
+        "--task", type=within(bounds.RanksOrNone), default=0, help="the number of this task, from 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--tasks", type=within(bounds.Ranks), default=1, help="the number of tasks that share the work (default: 1)"
+    )
     # Options of the launchers: slurm/table2.sh passes all of them.
     parser.add_argument("--ds_config", help=SUPPRESS)
     parser.add_argument("--from", dest="taken", nargs="+", help=SUPPRESS)

@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any, get_type_hints
 
 from halo import __version__
 from halo.config import Config
-from halo.errors import EXIT_USER_ERROR, UserError
-from halo.graph import STAGES, conversion, stages_to
+from halo.errors import EXIT_USER_ERROR, UserError, exit_on_user_error
+from halo.graph import RUN_CONFIG, STAGES, conversion, stages_to
 from halo.job import Job
-from halo.options import OneLineParser, Setting, settings, with_underscores
-from halo.preset import DEFAULT_PRESET, default_run, load_config, preset_table
+from halo.options import OneLineParser, settings, with_underscores
+from halo.preset import DEFAULT_PRESET, default_run, load_config, preset_table, remembered
 from halo.tables import suggest, table_class
 
 DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
@@ -55,6 +54,8 @@ def command(
         tables: the tables whose settings `--help` lists. None: the stage's and the general ones.
         prepare: whether to run missing earlier stages, instead of what the command line says.
     """
+    with exit_on_user_error():
+        _check_rank_variables()
     parser = _stage_parser(description, may_take=stage is not None and STAGES[stage].conversion)
     shown = (*GENERAL, stage or "") if tables is None else tables
     job: Job | UserError
@@ -165,7 +166,8 @@ def _read_job(parser: OneLineParser, shown: Sequence[str], prepare: bool | None)
         prepare = arguments.prepare or arguments.preset is None
     taken_from, taken_stages = _taken(getattr(arguments, "taken", []))
     return Job(
-        config=load_config(preset, overrides, recorded=run / "config.toml"),
+        config=load_config(preset, overrides, recorded=run / RUN_CONFIG),
+        remembered=remembered(preset, overrides, run / RUN_CONFIG),
         run=run,
         ds_config=Path(arguments.ds_config),
         prepare=prepare,
@@ -192,6 +194,22 @@ def _taken(given: Sequence[Sequence[str]]) -> tuple[Path | None, tuple[str, ...]
     return Path(run), tuple(dict.fromkeys(stages))
 
 
+def _check_rank_variables() -> None:
+    """Raises:
+    UserError: the environment makes this process a rank, but lacks a variable, or has one that is no number.
+    """
+    if "RANK" not in os.environ:
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        value = os.environ.get(name)
+        if value is None:
+            raise UserError(f"RANK is set in the environment, but {name} is not: unset RANK, or start all ranks")
+        if name != "MASTER_ADDR" and not (value.isascii() and value.isdigit()):
+            raise UserError(f"{name} = {value!r} in the environment: it must be a whole number")
+    if not int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+        raise UserError(f"RANK = {os.environ['RANK']} of WORLD_SIZE = {os.environ['WORLD_SIZE']}: ranks count from 0")
+
+
 def _run_stage(stage: str, job: Job) -> None:
     from halo.pipeline import run_stage  # not before the command line is read
 
@@ -212,7 +230,7 @@ def _help(parser: OneLineParser, shown: Sequence[str], words: Sequence[str]) -> 
         if setting.table in shown:
             if setting.table not in groups:
                 groups[setting.table] = parser.add_argument_group(*_group_title(setting.table))
-            setting.add_to(groups[setting.table], _value(table, setting))
+            setting.add_to(groups[setting.table], setting.value_in(table))
     source = f"of the run ({path})" if path.name == "config.toml" else f"of preset {preset}"
     parser.epilog = f"The defaults are those {source}. Settings of other stages are accepted too, and recorded."
     return parser.format_help()
@@ -224,11 +242,3 @@ def _group_title(table: str) -> tuple[str, str | None]:
         return "settings of the whole conversion", None
     kind = table_class(get_type_hints(Config)[table])
     return f"settings of [{table}]", " ".join(kind.__doc__.split())
-
-
-def _value(table: dict[str, Any], setting: Setting) -> Any:
-    """A preset's value of a setting; the dataclass's default where the preset has none."""
-    value: Any = table
-    for part in setting.key.split("."):
-        value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
-    return value

@@ -5,9 +5,10 @@ presets' JSON schema are made from these (halo/preset.py, halo/schema.py). A val
 no effect beside the others, raises ValueError; the message begins with the field's name.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from halo import bounds
 
 Schedule = Literal["cosine", "constant", "wsd"]
 AttentionName = Literal["auto", "sdpa", "cudnn", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
@@ -54,16 +55,12 @@ class Architecture:
 class Corpus:
     """The text of a stage that prepares its own shards."""
 
-    source: str = ""
+    source: bounds.Line = ""
     """A folder or file of .txt, .jsonl or .parquet documents."""
-    samples: int = 0
+    samples: bounds.CountOrNone = 0
     """The number of samples to prepare. 0: as many as the source gives, each document used once."""
-    needles: float = 0.0
+    needles: bounds.Share = 0.0
     """The fraction of samples that contain a RULER-style needle and its question."""
-
-    def __post_init__(self) -> None:
-        _check(self.samples >= 0, "samples", self.samples, "at least 0")
-        _check(0 <= self.needles <= 1, "needles", self.needles, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,66 +68,56 @@ class Training:
     """The settings that every training stage has. A batch counts whole sequences, over all ranks and accumulation
     steps."""
 
-    seq_len: int
+    seq_len: bounds.Tokens
     """Tokens in a sample."""
-    batch: int
+    batch: bounds.Samples
     """Samples in an optimizer step, over all ranks."""
-    micro_batch: int
+    micro_batch: bounds.Samples
     """The most samples of one forward on a rank. A rank splits its share of the batch into parts of at most this."""
-    steps: int
+    steps: bounds.Count
     """Optimizer steps of the stage."""
-    lr: float
+    lr: bounds.Rate
     """The learning rate after warm-up."""
-    min_lr: float = MIN_LR
+    min_lr: bounds.Rate = MIN_LR
     """The learning rate at the end of a cosine or wsd schedule."""
     schedule: Schedule = "cosine"
     """The learning rate after warm-up: cosine decay, constant, or constant with a decay at the end (wsd)."""
-    warmup: int = 50
+    warmup: bounds.CountOrNone = 50
     """Steps of linear warm-up from 0 (Appendix B)."""
-    decay: int = 0
+    decay: bounds.CountOrNone = 0
     """The last steps of a wsd schedule, in which the learning rate falls to min_lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[bounds.Decay, bounds.Decay] = (0.9, 0.95)
     """AdamW's decay rates of the first and the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: bounds.Rate = 0.0
     """AdamW's weight decay."""
-    clip: float = 1.0
+    clip: bounds.Norm = 1.0
     """The largest gradient norm: of all layers together, in stage 1 of each layer alone. 0: no clipping."""
-    sequence_parallel: int = 1
+    sequence_parallel: bounds.Ranks = 1
     """The number of ranks that share a sequence, each with a part of its tokens (docs/long-context.md)."""
-    seed: int = 0
+    seed: bounds.Seed = 0
     """The seed of initial weights, shuffling and the preparation of samples."""
-    save_every: int = 500
+    save_every: bounds.Count = 500
     """Steps between checkpoints. The end of the stage is always saved."""
-    keep_last: int = 2
+    keep_last: bounds.Count = 2
     """The number of newest checkpoints to keep. With 1, a damaged checkpoint leaves none to return to."""
-    keep_every: int = 0
+    keep_every: bounds.CountOrNone = 0
     """Also keep checkpoints at multiples of this step, until the stage is finished. 0: none."""
-    max_skipped: int = 10
+    max_skipped: bounds.CountOrNone = 10
     """Consecutive steps that may be skipped for a non-finite loss or gradient, before the return to a checkpoint."""
-    profile_from: int = 0
+    profile_from: bounds.CountOrNone = 0
     """The first step (0-based) that torch's profiler traces, on rank 0. Needs profile_steps."""
-    profile_steps: int = 0
+    profile_steps: bounds.CountOrNone = 0
     """The number of steps to trace, into the stage's tensorboard/. 0: no trace."""
     corpus: Corpus = field(default_factory=Corpus)
     """Text from which the stage prepares its own shards, if `shards` is empty."""
-    shards: str = ""
+    shards: bounds.Line = ""
     """A folder of prepared MDS shards, or its URL in object storage. Empty: prepare them from `corpus`."""
-    shards_cache: str = ""
+    shards_cache: bounds.Line = ""
     """A folder on each node's own disk for copies of shards: remote, compressed, or on a slow file system."""
-    shards_cache_gb: float = CACHE_GB
+    shards_cache_gb: bounds.Giga = CACHE_GB
     """The largest size of shards_cache (in 1e9 bytes)."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch", "micro_batch", "steps", "save_every", "keep_last", "sequence_parallel"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lr", "min_lr", "warmup", "decay", "weight_decay", "clip", "profile_from", "profile_steps"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("keep_every", "max_skipped", "seed"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("lr", "min_lr", "weight_decay", "clip"):
-            _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "finite")
-        _check(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "at least 0 and less than 1 each")
-        _check(self.shards_cache_gb > 0, "shards_cache_gb", self.shards_cache_gb, "more than 0")
         _check(self.keep_every % self.save_every == 0, "keep_every", self.keep_every, "a multiple of save_every")
         cached = bool(self.shards_cache) or self.shards_cache_gb == CACHE_GB
         _check(cached, "shards_cache_gb", self.shards_cache_gb, f"left at {CACHE_GB} without shards_cache")
@@ -155,31 +142,28 @@ class Align(Training):
 class Pretrain(Training):
     """Training from scratch (Table 12), here for the embedded teacher."""
 
-    vocab_size: int = 50_304
+    vocab_size: bounds.Width = 50_304
     """Tokens of the vocabulary. The tokenizer is trained on the corpus."""
-    hidden_size: int = 1024
+    hidden_size: bounds.Width = 1024
     """The width of the residual stream."""
-    layers: int = 28
+    layers: bounds.Layers = 28
     """The number of layers."""
-    heads: int = 16
+    heads: bounds.Width = 16
     """Query heads of a layer."""
-    kv_heads: int = 8
+    kv_heads: bounds.Width = 8
     """Key and value heads of a layer."""
-    head_dim: int = 128
+    head_dim: bounds.Width = 128
     """The width of a head."""
-    ffn: int = 3072
+    ffn: bounds.Width = 3072
     """The inner width of an MLP."""
-    rope_theta: float = 50_000.0
+    rope_theta: bounds.RopeBase = 50_000.0
     """The base of RoPE's frequencies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.sequence_parallel == 1, "sequence_parallel", self.sequence_parallel, "1 in training from scratch")
-        for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "ffn"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})")
         _check(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for RoPE")
-        _check(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "more than 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +172,7 @@ class CheckpointedTraining(Training):
 
     activation_checkpointing: bool = False
     """Keep only the inputs of layers for the backward pass, and recompute the other activations."""
-    kept_layers: int = -1
+    kept_layers: bounds.LayersOrAuto = -1
     """Layers that keep all activations all the same. -1: as many as fit in the GPU's memory."""
     activation_offload: bool = False
     """Keep these inputs in host memory until the backward pass. Needs activation_checkpointing."""
@@ -197,8 +181,8 @@ class CheckpointedTraining(Training):
         super().__post_init__()
         offloads = self.activation_offload and not self.activation_checkpointing
         _check(not offloads, "activation_offload", "true", "false without activation_checkpointing")
-        kept = self.kept_layers == -1 or (self.kept_layers >= 0 and self.activation_checkpointing)
-        _check(kept, "kept_layers", self.kept_layers, "-1, or with activation_checkpointing 0 or more")
+        kept = self.kept_layers == -1 or self.activation_checkpointing
+        _check(kept, "kept_layers", self.kept_layers, "-1 without activation_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,17 +202,17 @@ class Distill(CheckpointedTraining):
     """Colocated: every rank holds teacher and student. Dedicated: some ranks of each node hold only the teacher."""
     teacher_sharded: bool = False
     """Shard the teacher over the ranks of a node that hold it. False: each of them has a full copy."""
-    teacher_ranks: int = 0
+    teacher_ranks: bounds.RanksOrNone = 0
     """The number of ranks of each node, its last ones, that hold a dedicated teacher."""
     teacher_fp8: bool = False
     """Multiply in FP8 in the teacher's decoder layers: faster, smaller, less exact (docs/distillation.md)."""
     teacher_logits: Literal["factored", "full", "top_k"] = "factored"
     """The form in which the teacher supplies its logits (halo/teacher/logits.py). Factored ones are exact."""
-    teacher_top_k: int = TOP_K
+    teacher_top_k: bounds.Width = TOP_K
     """The number of logits per token with teacher_logits = top_k."""
-    temperature: float = 1.0
+    temperature: bounds.Temperature = 1.0
     """The temperature of both distributions in the KL. The loss is multiplied by its square."""
-    cross_entropy: float = 0.0
+    cross_entropy: bounds.Rate = 0.0
     """The weight of the next token's cross entropy beside the KL. 0 is Eq. 10."""
 
     def __post_init__(self) -> None:
@@ -242,39 +226,30 @@ class Distill(CheckpointedTraining):
         _check(not gathered, "teacher_fp8", "true", "false with teacher_sharded, which gathers weights in bf16")
         whole = self.sequence_parallel == 1 or not dedicated
         _check(whole, "teacher_placement", "dedicated", "colocated where ranks share a sequence")
-        _check(self.teacher_top_k >= 1, "teacher_top_k", self.teacher_top_k, "at least 1")
         takes_k = self.teacher_logits == "top_k" or self.teacher_top_k == TOP_K
         _check(takes_k, "teacher_top_k", self.teacher_top_k, f"left at {TOP_K} unless teacher_logits is top_k")
-        _check(0 < self.temperature < math.inf, "temperature", self.temperature, "more than 0 and finite")
-        _check(0 <= self.cross_entropy < math.inf, "cross_entropy", self.cross_entropy, "at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Layer selection (Sec. 4.3)."""
 
-    attention_layers: int = 0
+    attention_layers: bounds.LayersOrNone = 0
     """The number of attention layers to keep. 0: the paper's floor(L / 4)."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[bounds.LayersOrNone, ...] = ()
     """Keep these layers (0-based) and measure nothing, e.g. a row of Table 7."""
-    epsilon: float = 1e-6
+    epsilon: bounds.Epsilon = 1e-6
     """The epsilon of Eq. 8, against division by zero. As large as the CSR's sampling error, it also damps noise."""
-    needles: int = 500
+    needles: bounds.Samples = 500
     """The number of recall questions of each needle variant."""
-    questions: int = 1000
+    questions: bounds.Samples = 1000
     """The number of common-sense (CSR) questions."""
-    seq_len: int = 512
+    seq_len: bounds.Tokens = 512
     """Tokens of a recall question, its context included."""
-    seed: int = 0
+    seed: bounds.Seed = 0
     """The seed of the questions."""
 
     def __post_init__(self) -> None:
-        for name in ("needles", "questions", "seq_len"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("attention_layers", "seed"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _check(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "more than 0 and finite")
-        _check(min(self.layers, default=0) >= 0, "layers", self.layers, "0 or more each")
         _check(len(set(self.layers)) == len(self.layers), "layers", self.layers, "without repeats")
         alone = not (self.layers and self.attention_layers)
         _check(alone, "attention_layers", self.attention_layers, "0 beside layers")
@@ -286,89 +261,79 @@ class Scaling:
 
     form: Literal["hype", "constant"] = "hype"
     """The meaning of `candidates`: bases a of s_t = log_a(t + a), or constants s_t (Figure 8)."""
-    candidates: tuple[float, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
+    candidates: tuple[bounds.Scale, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
     """The values to compare."""
-    seq_len: int = 65_536
+    seq_len: bounds.Window = 65_536
     """Tokens of a window of held-out text."""
-    documents: int = 32
+    documents: bounds.Samples = 32
     """The number of windows."""
-    sequence_parallel: int = 1
+    sequence_parallel: bounds.Ranks = 1
     """The number of ranks that share a window, each with a part of its tokens."""
 
     def __post_init__(self) -> None:
-        above = bool(self.candidates) and all(1 < candidate < math.inf for candidate in self.candidates)
-        _check(above, "candidates", self.candidates, "numbers above 1")
-        _check(self.seq_len >= 2, "seq_len", self.seq_len, "at least 2")
+        names = {f"{candidate:g}" for candidate in self.candidates}
+        _check(len(names) == len(self.candidates) > 0, "candidates", self.candidates, "of 6 different digits")
         small = self.form == "hype" or max(self.candidates) <= 10
         _check(small, "candidates", self.candidates, "at most 10 where they are constants")
-        for name in ("documents", "sequence_parallel"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Needle in a haystack over lengths (Table 2)."""
 
-    lengths: tuple[int, ...] = (32_768, 65_536, 131_072, 262_144)
+    lengths: tuple[bounds.Tokens, ...] = (32_768, 65_536, 131_072, 262_144)
     """The context lengths, in tokens."""
-    samples: tuple[int, ...] = (500, 500, 500, 500)
+    samples: tuple[bounds.Samples, ...] = (500, 500, 500, 500)
     """The number of samples of a table cell, for each of `lengths`."""
-    yarn_from: int = 40_960
+    yarn_from: bounds.Tokens = 40_960
     """The teacher's own context length. Beyond it, YaRN's factor is length / yarn_from."""
-    batch_tokens: int = 16_384
+    batch_tokens: bounds.Count = 16_384
     """The most tokens of one forward. A longer sample is evaluated alone."""
-    sequence_parallel: int = 1
+    sequence_parallel: bounds.Ranks = 1
     """The number of ranks that share a sample, each with a part of its tokens, for lengths that exceed one GPU."""
-    seed: int = 0
+    seed: bounds.Seed = 0
     """The seed of the samples."""
 
     def __post_init__(self) -> None:
         same = len(self.samples) == len(self.lengths) > 0
         _check(same, "samples", self.samples, "one number for each of lengths")
         _check(len(set(self.lengths)) == len(self.lengths), "lengths", self.lengths, "without repeats")
-        for name in ("lengths", "samples"):
-            _check(min(getattr(self, name)) >= 1, name, getattr(self, name), "at least 1 each")
-        for name in ("yarn_from", "batch_tokens", "sequence_parallel"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.seed >= 0, "seed", self.seed, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonSense:
     """Common-sense reasoning, zero-shot, by LM-Evaluation-Harness (Appendix E.2)."""
 
-    tasks: tuple[str, ...] = COMMON_SENSE
+    tasks: tuple[bounds.Word, ...] = COMMON_SENSE
     """Names of the harness's tasks, or of those in `task_folder`."""
-    task_folder: str = ""
+    task_folder: bounds.Line = ""
     """A folder with your own tasks, in the harness's YAML. Name them in `tasks`."""
-    samples: int = 0
+    samples: bounds.CountOrNone = 0
     """Evaluate only the first samples of each task, this many. 0: all."""
-    batch_tokens: int = 16_384
+    batch_tokens: bounds.Count = 16_384
     """The most tokens of one forward."""
 
     def __post_init__(self) -> None:
         _check(len(set(self.tasks)) == len(self.tasks) > 0, "tasks", self.tasks, "one name or more, without repeats")
-        _check(self.samples >= 0, "samples", self.samples, "at least 0")
         named = self.tasks != COMMON_SENSE or not self.task_folder
         _check(named, "task_folder", self.task_folder, "empty unless tasks names tasks of it")
-        _check(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a conversion."""
 
-    name: str
+    name: bounds.FolderName
     """The preset's name. runs/<name> is the default run folder."""
-    teacher: str
+    teacher: bounds.Word
     """A Hugging Face id, folder or GGUF file of a causal language model."""
-    rnn_mixer: str = DEFAULT_MIXER
+    rnn_mixer: bounds.Word = DEFAULT_MIXER
     """The RNN mixer of the layers that replace attention."""
     attention: AttentionName = "auto"
     """What computes softmax attention, of teacher and student. Auto: the fastest that can run (docs/guide.md)."""
     architecture: Architecture = field(default_factory=Architecture)
     """The switches of HypeNet's ablations."""
-    heldout: str = ""
+    heldout: bounds.Line = ""
     """A folder or file with held-out documents, which selection, scaling and evaluation measure on."""
     pretrain: Pretrain | None = None
     """Training a teacher from scratch."""
@@ -388,7 +353,6 @@ class Config:
     """Common-sense reasoning."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "name", "''", "the name of a folder")
         plain, mixer = Architecture(), self.rnn_mixer
         for name, value in vars(self.architecture).items():
             if name.startswith("lightning_") and mixer != DEFAULT_MIXER and value != getattr(plain, name):
@@ -397,4 +361,5 @@ class Config:
 
 def _check(holds: bool, name: str, value: Any, must_be: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {must_be}, not {list(value) if isinstance(value, tuple) else value}")
+        value = list(value) if isinstance(value, tuple) else value
+        raise ValueError(f"{name} must be {must_be}, not {bounds.shown(str(value))}")

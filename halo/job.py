@@ -19,6 +19,8 @@ class Job:
     ds_config: Path
     prepare: bool
     """Whether to run the stages before this one where they are missing."""
+    remembered: str = ""
+    """The run's recorded settings that differ from the preset's, in words. Empty: there are none."""
     taken_from: Path | None = None
     """Another run's folder, whose finished `taken_stages` this run takes over (--from)."""
     taken_stages: tuple[str, ...] = ()

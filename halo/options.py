@@ -8,27 +8,40 @@ The dataclasses of halo/config.py are the one definition: names, types, defaults
 import argparse
 import ast
 import inspect
+import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from halo import bounds
 from halo.config import Config
 from halo.errors import UserError
-from halo.tables import known_key, table_class, toml_value
+from halo.tables import checked, known_key, table_class, toml_value
 
 MIXER_OPTIONS = "architecture.mixer_options"
 """The one setting that is a table with keys of its own, which belong to the mixers."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a wrong command line raises a UserError, and only an option's full name is accepted."""
+    """argparse, but a wrong command line raises a UserError, and only an option's full name is accepted.
+
+    No word may have a control character: most are paths, which errors name in their line.
+    """
 
     def __init__(self, **more: Any):
         super().__init__(add_help=False, allow_abbrev=False, **more)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        for before, word in pairwise(["", *words]):
+            if bounds.NO_TEXT.search(word):
+                name = f"{before}: " if before.startswith("--") else ""
+                raise UserError(f"{name}{word!a} has a control character, or is not UTF-8: type it without")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -50,6 +63,12 @@ class Setting:
     def table(self) -> str:
         """The first table, a stage's; empty for a key outside of all tables."""
         return self.key.partition(".")[0] if "." in self.key else ""
+
+    def value_in(self, table: Any) -> Any:
+        """A preset's value of it; MISSING where the preset has none."""
+        for part in self.key.split("."):
+            table = table.get(part, MISSING) if isinstance(table, dict) else MISSING
+        return table
 
     def add_to(self, group: Any, value: Any = MISSING) -> None:
         """Add the setting to a parser or group, with help that gives type and default.
@@ -73,17 +92,20 @@ class Setting:
         )
 
 
-def settings(cls: Any = Config, prefix: str = "") -> Iterator[Setting]:
+@cache
+def settings(cls: Any = Config, prefix: str = "") -> tuple[Setting, ...]:
     """Every setting of a dataclass and of its tables, in their order."""
+    found: list[Setting] = []
     hints, docs = get_type_hints(cls), attribute_docs(cls)
     for f in fields(cls):
         kind, key = hints[f.name], f"{prefix}{f.name}"
         table = table_class(kind)
         if table:
-            yield from settings(table, f"{key}.")
+            found += settings(table, f"{key}.")
         else:
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            yield Setting(key=key, kind=kind, default=default, doc=docs[f.name])
+            found.append(Setting(key=key, kind=kind, default=default, doc=docs[f.name]))
+    return tuple(found)
 
 
 def read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -98,10 +120,13 @@ def read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """
     words = [with_underscores(word) for word in words]
     parser = OneLineParser()
+    typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     for setting in settings():
-        setting.add_to(parser)
-    for key in {word[2:].partition("=")[0] for word in words if word.startswith(f"--{MIXER_OPTIONS}.")}:
-        parser.add_argument(f"--{key}", type=read_value, default=argparse.SUPPRESS, dest=key)
+        if setting.key in typed:
+            setting.add_to(parser)
+    for key in typed:
+        if key.startswith(f"{MIXER_OPTIONS}."):
+            parser.add_argument(f"--{key}", type=read_value, default=argparse.SUPPRESS, dest=key)
     given, rest = parser.parse_known_args(words)
     if rest:
         raise UserError(_not_understood(rest[0]))
@@ -124,6 +149,18 @@ def read_value(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return table["value"] if len(table) == 1 else text  # a line more would be another key
+
+
+def within(kind: Any) -> Callable[[str], Any]:
+    """A reader of options that are no settings, with the bounds of a type (halo/bounds.py)."""
+
+    def read(text: str) -> Any:
+        try:
+            return checked(kind, read_value(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
 def attribute_docs(cls: Any) -> dict[str, str]:

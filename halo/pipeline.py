@@ -38,6 +38,8 @@ def run_stage(job: Job, stage: str) -> Context:
     names = stages_to(stage, job.prepare)
     context = on_rank0(_open, job, stage, names)
     with recorded_config(job.run, job.config):
+        if job.remembered:
+            say(job.remembered)
         taken = context.taken
         # The store in `split` is each rank's own.
         context = replace(on_rank0(take, context), split=job.split)

@@ -9,13 +9,14 @@ preset's file.
 
 import os
 from collections.abc import Sequence
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 from halo.config import Config
 from halo.errors import UserError
-from halo.options import MIXER_OPTIONS, read_overrides
-from halo.tables import build, read_toml, suggest
+from halo.options import MIXER_OPTIONS, read_overrides, settings
+from halo.tables import build, read_toml, suggest, toml_value
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
@@ -56,6 +57,25 @@ def preset_table(preset: str | Path, recorded: Path | None = None) -> tuple[Path
     if recorded is not None and os.path.isfile(recorded):
         return recorded, read_toml(recorded) | {"name": table["name"]}
     return path, table
+
+
+def remembered(preset: str | Path, overrides: Sequence[str], recorded: Path) -> str:
+    """The settings that a command has from a run's config.toml and neither from the preset nor from what is typed.
+
+    In one line; empty where there are none. Earlier commands wrote them, one that was killed at once too.
+    """
+    if not os.path.isfile(recorded):
+        return ""
+    _, table = preset_table(preset)
+    of_run, (_, typed) = read_toml(recorded), read_overrides(overrides)
+    found = []
+    for setting in settings():
+        of_preset, value = setting.value_in(table), setting.value_in(of_run)
+        of_preset = setting.default if of_preset is MISSING else of_preset
+        of_preset = list(of_preset) if isinstance(of_preset, tuple) else of_preset
+        if value not in (MISSING, of_preset) and not any(f"{key}.".startswith(f"{setting.key}.") for key in typed):
+            found.append(f"{setting.key} = {value if isinstance(value, dict) else toml_value(value)}")
+    return f"{recorded}, from earlier commands, changes the preset: {', '.join(found)}" if found else ""
 
 
 def default_run(preset: str | Path, overrides: Sequence[str] = ()) -> Path:

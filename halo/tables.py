@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from halo.bounds import IN_WORDS, shown
 from halo.errors import UserError
 
 T = TypeVar("T")
@@ -25,8 +26,15 @@ _MUST_BE = {
     "tuple_type": "a list",
     "dict_type": "a table",
     "dataclass_type": "a table",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "finite_number": "finite",
+    "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
 }
-"""pydantic's types of errors, in the words of TOML."""
+"""pydantic's types of errors, in the words of TOML; in braces what it adds to one."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -93,9 +101,21 @@ def build(cls: type[T], table: dict[str, Any], where: str, typed: Collection[str
         errors = failed.errors(include_url=False)
         error = next((e for e in errors if e["type"] == _UNKNOWN), errors[0])
         key, problem = _in_words(cls, error)
-        if any(f"{word}.".startswith(f"{key}.") for word in typed):
+        if any(f"{a}.".startswith(f"{b}.") for word in typed for a, b in ((word, key), (key, word))):
             raise UserError(f"--{key} {problem}") from failed
         raise UserError(f"{where}: {key} {problem}") from failed
+
+
+def checked(kind: Any, value: Any) -> Any:
+    """A single value, checked as in a table.
+
+    Raises:
+        ValueError: it is of another type, or out of bounds; in words.
+    """
+    try:
+        return adapter(kind).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as failed:
+        raise ValueError(_in_words(kind, failed.errors(include_url=False)[0])[1]) from failed
 
 
 @cache
@@ -128,10 +148,16 @@ def _in_words(cls: Any, error: ErrorDetails) -> tuple[str, str]:
         case "missing" if not isinstance(path[-1], int):
             return key, "is missing"
         case "missing" | "too_long":
-            return key, f"must be a list of {len(get_args(at))} values, not {value!r}"
+            return key, f"must be a list of {len(get_args(at))} values, not {shown(repr(value))}"
         case "literal_error":
-            return key, f"must be one of {', '.join(get_args(at))}, not {value!r}{suggest(str(value), get_args(at))}"
-    return key, f"must be {_MUST_BE[kind]}, not {value!r}" if kind in _MUST_BE else f"is wrong: {error['msg']}"
+            near = suggest(str(value), get_args(at))
+            return key, f"must be one of {', '.join(get_args(at))}, not {shown(repr(value))}{near}"
+        case "string_pattern_mismatch":
+            return key, f"must be {IN_WORDS[error['ctx']['pattern']]}, not {shown(repr(value))}"
+    if kind not in _MUST_BE:
+        return key, f"is wrong: {error['msg']}"
+    limits = {name: f"{limit:,}" if isinstance(limit, int) else limit for name, limit in error.get("ctx", {}).items()}
+    return key, f"must be {_MUST_BE[kind].format(**limits)}, not {shown(repr(value))}"
 
 
 def _kind_at(cls: Any, path: Sequence[str | int]) -> Any:

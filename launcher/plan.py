@@ -11,10 +11,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 
+from halo import bounds
 from halo.cli import GENERAL, new_parser, read
 from halo.config import Config
 from halo.errors import UserError, exit_on_user_error
-from halo.options import OneLineParser
+from halo.options import OneLineParser, within
 from halo.preset import DEFAULT_PRESET, load_config
 from halo.tables import suggest
 from halo.training.gpus import GPUS, find_gpu
@@ -32,7 +33,7 @@ def plan(arguments: Namespace, config: Config) -> int:
     from halo.training.engine import read_ds_config
 
     known = stages_of(config)
-    _check_options(arguments, known)
+    _check_stage(arguments.stage, known)
     gpu = find_gpu(arguments.gpu)
     if arguments.network is not None:
         gpu = replace(gpu, network=arguments.network * 1e9 / 8)
@@ -56,13 +57,10 @@ def plan(arguments: Namespace, config: Config) -> int:
     return 0 if all_fit else 1
 
 
-def _check_options(arguments: Namespace, stages: Sequence[str]) -> None:
-    if arguments.stage is not None and arguments.stage not in stages:
-        near = suggest(arguments.stage, stages)
-        raise UserError(f"plan knows the stages that train, {', '.join(stages)}, not '{arguments.stage}'{near}")
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+def _check_stage(stage: str | None, stages: Sequence[str]) -> None:
+    if stage is not None and stage not in stages:
+        near = suggest(stage, stages)
+        raise UserError(f"plan knows the stages that train, {', '.join(stages)}, not '{stage}'{near}")
 
 
 def _plan_parser() -> OneLineParser:
@@ -72,10 +70,16 @@ def _plan_parser() -> OneLineParser:
     )
     parser.add_argument("--stage", help="plan this stage alone (default: every stage that trains)")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)} (required)")
-    parser.add_argument("--nodes", type=int, default=1, help="the number of nodes (default: %(default)s)")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="the GPUs of a node (default: %(default)s)")
     parser.add_argument(
-        "--network", type=float, help="Gbit/s of each GPU to other nodes (default: that of such machines as sold)"
+        "--nodes", type=within(bounds.Ranks), default=1, help="the number of nodes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpus_per_node", type=within(bounds.Ranks), default=8, help="the GPUs of a node (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--network",
+        type=within(bounds.Giga),
+        help="Gbit/s of each GPU to other nodes (default: that of such machines as sold)",
     )
     parser.add_argument("--ds_config", default="ds_configs/zero1.json", help="DeepSpeed JSON (default: %(default)s)")
     return parser

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from halo.errors import UserError
 from halo.names import Digest, InnerPath
 
-Count = Annotated[int, Field(strict=True, ge=1, le=10**13)]
+SampleCount = Annotated[int, Field(strict=True, ge=1, le=10**13)]
 Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]
 """Bytes of a file."""
 
@@ -25,7 +25,7 @@ TOKEN_SIZES = {"uint16": 2, "uint32": 4}
 class Manifest(BaseModel, extra="allow"):
     """What every manifest of shards has; the rest is what they were made from."""
 
-    samples: Count
+    samples: SampleCount
     seq_len: Annotated[int, Field(strict=True, ge=1, le=2**31)]
     dtype: Literal["uint16", "uint32"]
     sha256: dict[InnerPath, Digest]
@@ -39,7 +39,7 @@ class StoredFile(BaseModel, extra="ignore"):
 class ShardEntry(BaseModel, extra="ignore"):
     """A shard of an index, as `streaming` writes it."""
 
-    samples: Count
+    samples: SampleCount
     raw_data: StoredFile
     zip_data: StoredFile | None = None
     compression: str | None = None

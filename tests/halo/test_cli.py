@@ -63,7 +63,7 @@ def test_help_lists_every_key_of_the_stage_and_imports_nothing_heavy(script, tab
         if setting.table not in tables:
             assert f"--{setting.key} " not in words
             continue
-        value = cli._value(preset, setting)
+        value = setting.value_in(preset)
         value = setting.default if value is MISSING else value
         default = "{}" if isinstance(value, dict) else toml_value(value)
         _, _, explained = words.partition(f"--{setting.key} ")
@@ -156,7 +156,7 @@ def test_a_run_remembers_and_its_settings_are_checked_with_what_is_typed(typed, 
         (["--preset", "x" * 5000], "no preset 'xxx"),
         (["--distill.steps", "9" * 5000], "--distill.steps must be a whole number, not '999"),
         (["--distill.steps", "[" * 5000], "--distill.steps must be a whole number, not '[[["),
-        (["--distill.steps", "1\nx = 2"], "--distill.steps must be a whole number, not '1\\nx = 2'"),
+        (["--distill.steps", "1\nx = 2"], "--distill.steps: '1\\nx = 2' has a control character"),
         (["align"], "cannot read 'align': settings are written --table.key value"),
         (["--preset", "tiney"], "no preset 'tiney' (did you mean 'tiny'?)"),
     ],

@@ -63,7 +63,7 @@ def test_one_stage_of_a_local_teacher(typed):
             ["--stage", "distil"],
             "plan knows the stages that train, pretrain, align, distill, finetune, not 'distil' (did",
         ),
-        (["--nodes", "0"], "--nodes must be at least 1, not 0"),
+        (["--nodes", "0"], "--nodes: must be at least 1, not 0"),
         (["--stage", "distill", "--nodes", "3"], "24 ranks are more than the 16 samples of a batch"),
         (["--distill.stesp", "3"], "--distill.stesp is an unknown key (did you mean 'steps'?)"),
         (["--ds_config", "none.json"], "no DeepSpeed config at none.json"),
