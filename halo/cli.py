@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from halo import __version__
 from halo.config import Config
-from halo.errors import EXIT_USER_ERROR, UserError, exit_on_user_error
+from halo.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, in_one_line
 from halo.graph import RUN_CONFIG, STAGES, conversion, stages_to
 from halo.job import Job
 from halo.options import OneLineParser, settings, with_underscores
@@ -60,7 +60,8 @@ def command(
     shown = (*GENERAL, stage or "") if tables is None else tables
     job: Job | UserError
     try:
-        job = _read_job(parser, shown, prepare)
+        with in_one_line():
+            job = _read_job(parser, shown, prepare)
     except UserError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from halo.accelerator import on_gpu
-from halo.errors import UserError
+from halo.errors import UserError, in_one_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,13 +67,14 @@ def on_rank0(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function` with these arguments on rank 0 alone. Returns its result on every rank.
 
     Raises:
-        UserError: `function` raised it; on every rank, so that all end together.
+        UserError: `function` raised it, or the system refused something; on every rank, so that all end together.
         RuntimeError: `function` raised another exception; its traceback is the message. In one process: that exception.
     """
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if rank() == 0:
         try:
-            outcome = [(function(*args, **kwargs), None)]
+            with in_one_line():
+                outcome = [(function(*args, **kwargs), None)]
         except UserError as error:
             outcome = [(None, error)]
         except Exception as error:
@@ -102,12 +103,14 @@ def on_every_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
     """Run `function` with these arguments on every rank. Returns all results on every rank, in the order of ranks.
 
     Raises:
-        UserError: `function` raised it on some rank; the first of them, on every rank, so that all end together.
+        UserError: `function` raised it on some rank, or the system refused something there; the first of them, on
+            every rank, so that all end together.
     """
     result: T | None = None
     failure: UserError | None = None
     try:
-        result = function(*args, **kwargs)
+        with in_one_line():
+            result = function(*args, **kwargs)
     except UserError as error:
         failure = error
     outcomes: list[tuple[T | None, UserError | None]] = [(result, failure)] * world_size()

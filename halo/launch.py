@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from halo.accelerator import check_gpu
-from halo.errors import EXIT_USER_ERROR, Stopped, UserError
+from halo.errors import EXIT_USER_ERROR, Stopped, UserError, in_one_line
 from halo.graph import stages_to
 from halo.job import Job
 from halo.ranks import ERRORS, LEFT, split_ranks
@@ -32,9 +32,9 @@ RENDEZVOUS = timedelta(minutes=30)
 def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str | None = None) -> None:
     """Join the ranks, call `work(job)`, leave. Ranks of a dedicated teacher serve it instead.
 
-    A UserError ends every rank: the first rank to meet it prints one line, and each exits with status 2. Stopped ends
-    every rank too, with status 75: all raise it, at one step. GPUs that torch cannot use are a user's mistake
-    (`check_gpu`).
+    A UserError, or what the system refuses, ends every rank: the first rank to meet it prints one line, and each exits
+    with status 2. Stopped ends every rank too, with status 75: all raise it, at one step. GPUs that torch cannot use
+    are a user's mistake (`check_gpu`).
 
     Args:
         job: the command line; or what was wrong with it, for all ranks to end together.
@@ -49,17 +49,18 @@ def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str |
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))
     status = 0
     try:
-        if isinstance(job, UserError):
-            raise job
-        distills = stage is not None and "distill" in stages_to(stage, job.prepare)
-        split = split_ranks(store, rank, world_size, job.config.distill if distills else None)
-        split.join()
-        tune_once()
-        if split.is_teacher:
-            serve(split)
-        else:
-            work(replace(job, split=split))
-            report_tuning()
+        with in_one_line():
+            if isinstance(job, UserError):
+                raise job
+            distills = stage is not None and "distill" in stages_to(stage, job.prepare)
+            split = split_ranks(store, rank, world_size, job.config.distill if distills else None)
+            split.join()
+            tune_once()
+            if split.is_teacher:
+                serve(split)
+            else:
+                work(replace(job, split=split))
+                report_tuning()
     except UserError as error:
         if store.add(ERRORS, 1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from halo.config import Config
 from halo.distributed import on_rank0, rank
-from halo.errors import UserError
+from halo.errors import UserError, naming
 from halo.graph import RUN_CONFIG, STAGE_RECORD
 from halo.tables import config_table, read_toml, to_toml
 
@@ -42,10 +42,11 @@ def atomic(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -57,13 +58,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+        with naming(path):
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -197,18 +199,16 @@ class StageFolder:
         """Make this stage the finished one in another run's folder: its files are linked, or else copied.
 
         Raises:
-            UserError: the disk refuses, or a copy is not what was copied.
+            UserError: a copy is not what was copied.
+            OSError: the disk refuses.
         """
         record = source.record()
-        try:
-            with atomic_folder(self.path) as partial:
-                for name, expected in record.files.items():
-                    _link_or_copy(source.path / name, partial / name, expected["sha256"])
-                origin = str(source.path.parent.resolve())
-                taken = {"made_from": record.made_from, "files": record.files, "summary": record.summary}
-                (partial / STAGE_RECORD).write_text(json.dumps(taken | {"taken_from": origin}, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{source.path} cannot be taken into {self.path.parent}: {error.strerror}") from error
+        with atomic_folder(self.path) as partial:
+            for name, expected in record.files.items():
+                _link_or_copy(source.path / name, partial / name, expected["sha256"])
+            origin = str(source.path.parent.resolve())
+            taken = {"made_from": record.made_from, "files": record.files, "summary": record.summary}
+            (partial / STAGE_RECORD).write_text(json.dumps(taken | {"taken_from": origin}, indent=2) + "\n")
 
 
 def _link_or_copy(source: Path, target: Path, digest: str) -> None:
@@ -263,11 +263,9 @@ def recorded_config(folder: Path, config: Config) -> Iterator[None]:
 
 
 def _write_config(path: Path, text: str) -> None:
-    try:
+    if not path.is_file() or path.read_bytes() != text.encode():  # a finished run may be read-only
         with atomic(path) as partial:
             partial.write_text(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:

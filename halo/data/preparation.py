@@ -35,7 +35,7 @@ from halo.data.locks import TaskLock, exclusive, try_lock
 from halo.data.packing import HELD_OUT, Packing, Part, cut_samples, token_dtype
 from halo.data.shards import INDEX, SHARDS_MANIFEST, write_samples
 from halo.data.worker import WORK, record_path, worker_pool, write_in_worker
-from halo.errors import UserError
+from halo.errors import UserError, in_one_line, naming
 from halo.models.tokenizer import separator_id, tokenizer_hash
 from halo.progress import progress_bar
 from halo.run import atomic, difference, sha256
@@ -102,14 +102,9 @@ def prepare(
         "version": __version__,
         **asdict(packing),
     }
-    try:
+    with in_one_line(), naming(folder):
         pieces = _Pieces(source, copy.deepcopy(tokenizer.backend_tokenizer), folder, packing, settings)
         return _prepare(pieces, folder, settings, workers, task, tasks)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; nothing is lost: fix this, and type the same "
-            "command again to resume"
-        ) from error
 
 
 def _prepare(

@@ -97,7 +97,4 @@ def _load_figures(folder: StageFolder) -> tuple[dict[str, float], float]:
 
 
 def _save_figures(folder: StageFolder, saved: dict[str, Any]) -> None:
-    try:
-        folder.save_json(FIGURES, saved)
-    except OSError as error:
-        raise UserError(f"{folder.path / FIGURES} cannot be written: {error.strerror}") from error
+    folder.save_json(FIGURES, saved)

@@ -1,6 +1,7 @@
 """Everything a user can get wrong ends all ranks with one line and status 2, and leaves earlier results untouched."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -264,7 +265,20 @@ def test_a_run_that_is_no_folder(tmp_path):
     for name in ("file", "link"):
         assert refusal("align", tmp_path / name) == f"{tmp_path / name} is no folder: choose another --run"
     message = refusal("align", tmp_path / "file" / "run")
-    assert message == f"{tmp_path / 'file' / 'run' / 'config.toml'} cannot be written: Not a directory"
+    assert message == f"{tmp_path / 'file' / 'run'}: Not a directory; mend that, and type the same command again"
+
+
+def test_a_full_disk_leaves_nothing_half_written(finished):
+    """As a stage ends: stood in for by the largest file that this process may write."""
+    shutil.rmtree(finished / "export")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        message = refusal("export", finished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert message == f"{finished / 'export' / 'model'}: File too large; mend that, and type the same command again"
+    assert not list((finished / "export").iterdir())
 
 
 def test_a_deepspeed_config_that_says_what_the_preset_says(tmp_path):

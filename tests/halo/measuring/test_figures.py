@@ -74,7 +74,7 @@ def test_figures_that_cannot_be_written(folder: StageFolder) -> None:
     folder.path.parent.mkdir()
     folder.path.write_text("no folder")
     with (
-        pytest.raises(UserError, match=r"figures.json cannot be written: Not a directory"),
+        pytest.raises(UserError, match=r"niah/checkpoints: Not a directory; mend that"),
         measuring(folder, 1, "test") as measure,
     ):
         measure("one", 1, figure(1, []))
