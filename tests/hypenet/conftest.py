@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from hypenet import mixers
 from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.modeling_hypenet import HypeNetForCausalLM
-from tests.hypenet.sizes import MIXERS, SIZES, SMALL
+from tests.hypenet.sizes import EACH, MIXERS, SIZES, SMALL
 
 
 def _norms_off_one(model: PreTrainedModel) -> PreTrainedModel:
@@ -38,7 +37,7 @@ def make_hybrid() -> Callable[..., HypeNetForCausalLM]:
     return make
 
 
-@pytest.fixture(params=sorted(mixers.MIXERS))
+@pytest.fixture(params=EACH)
 def make_model(
     request: pytest.FixtureRequest, make_hybrid: Callable[..., HypeNetForCausalLM]
 ) -> Callable[..., HypeNetForCausalLM]:

@@ -1,6 +1,9 @@
 """The keys of the small models that these tests run."""
 
 import torch
+import transformers
+
+from hypenet import mixers
 
 SIZES = {
     "vocab_size": 61,
@@ -18,6 +21,8 @@ SIZES = {
 SMALL = {"swa": {"window": 5}, "gsa": {"slots": 6}}
 """Options of mixers that make a few tokens many."""
 MIXERS = ["lightning-attn", "attn", "lightning-attn", "attn"]
+EACH = sorted(mixers.MIXERS) if transformers.__version__ < "5" else ["attn", "gdn", "lightning-attn", "swa"]
+"""The mixers that stand for all: transformers 5 sees a cache, a state or a window, whatever is computed from it."""
 
 
 def two_rows(length: int) -> torch.Tensor:

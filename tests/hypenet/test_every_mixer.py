@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from hypenet.cache import StateLayer, WindowLayer
 from hypenet.mixers import MIXERS
-from tests.hypenet.sizes import SMALL, left_padded, two_rows
+from tests.hypenet.sizes import EACH, SMALL, left_padded, two_rows
 
 LENGTH, NEW = 27, 6
 
 
-@pytest.fixture(params=[*sorted(MIXERS), "all"])
+@pytest.fixture(params=[*EACH, "all"])
 def make_model(request, make_hybrid):
     """A function from keys of the configuration to a model."""
     types = sorted(MIXERS) if request.param == "all" else [request.param, "attn"] * 2
