@@ -15,6 +15,7 @@ AttentionName = Literal["auto", "sdpa", "cudnn", "flash_attention_2", "flash_att
 TOP_K = 64
 MIN_LR = 1e-5
 CACHE_GB = 64.0
+PROBE_SAMPLES = 16
 COMMON_SENSE = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "piqa", "lambada_openai", "mmlu")
 """The paper's tasks, by LM-Evaluation-Harness's names."""
 DEFAULT_MIXER = "lightning-attn"
@@ -176,9 +177,20 @@ class CheckpointedTraining(Training):
     """Layers that keep all activations all the same. -1: as many as fit in the GPU's memory."""
     activation_offload: bool = False
     """Keep these inputs in host memory until the backward pass. Needs activation_checkpointing."""
+    probe_every: bounds.CountOrNone = 0
+    """Steps between evaluations on `heldout` during training (docs/guide.md). The last step has one too. 0: none."""
+    probe_lengths: tuple[bounds.Tokens, ...] = ()
+    """Tokens of their needle samples. Empty: seq_len, and 2 and 4 times as many."""
+    probe_samples: bounds.Samples = PROBE_SAMPLES
+    """Their needle samples of each length and variant, and their windows of seq_len tokens of text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        lengths, probed = self.probe_lengths, self.probe_every > 0
+        _check(len(set(lengths)) == len(lengths), "probe_lengths", lengths, "without repeats")
+        _check(probed or not lengths, "probe_lengths", lengths, "empty without probe_every")
+        as_set = probed or self.probe_samples == PROBE_SAMPLES
+        _check(as_set, "probe_samples", self.probe_samples, f"left at {PROBE_SAMPLES} without probe_every")
         offloads = self.activation_offload and not self.activation_checkpointing
         _check(not offloads, "activation_offload", "true", "false without activation_checkpointing")
         kept = self.kept_layers == -1 or self.activation_checkpointing

@@ -19,6 +19,7 @@ FREE = (
     *("teacher_placement", "teacher_sharded", "teacher_ranks"),
     *("profile_from", "profile_steps"),
     *("keep_last", "keep_every", "max_skipped"),
+    *("probe_every", "probe_lengths", "probe_samples"),
     *("shards_cache", "shards_cache_gb"),
 )
 """Settings that change how a result is reached, not the result: they may change when a run resumes."""

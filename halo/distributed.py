@@ -25,6 +25,9 @@ launcher."""
 SLOW_LIMIT = timedelta(hours=1)
 """The same for the first step, which compiles, and for checkpoints."""
 
+_limits = [PATIENCE]
+"""Those in force, the innermost last."""
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -48,12 +51,15 @@ def barrier() -> None:
 
 @contextmanager
 def waits_of_at_most(limit: timedelta) -> Iterator[None]:
-    """Inside, a collective of any group fails if it waits longer than `limit` for a rank. Outside, PATIENCE counts."""
+    """Inside, a collective of any group fails if it waits longer than `limit` for a rank. Outside, PATIENCE counts, or
+    the limit of the block around."""
+    _limits.append(limit)
     _limit_waits(limit)
     try:
         yield
     finally:
-        _limit_waits(PATIENCE)
+        _limits.pop()
+        _limit_waits(_limits[-1])
 
 
 def _limit_waits(limit: timedelta) -> None:

@@ -19,16 +19,20 @@ CHARACTERS = 1 << 24
 
 
 class HeldOut:
-    """The first CHARACTERS of the held-out documents, as text and as token ids.
+    """The first held-out documents, as text and as token ids.
+
+    Args:
+        source: a folder or file of documents.
+        characters: documents are read until they have so many together.
 
     Raises:
         UserError: no source is set, or none of its documents is held out.
     """
 
-    def __init__(self, source: str, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerFast, characters: int = CHARACTERS):
         check_held_out(source)
         self.tokenizer = tokenizer
-        self.documents = list(_until(read_documents(source, "held_out"), CHARACTERS))
+        self.documents = list(_until(read_documents(source, "held_out"), characters))
         if not self.documents:
             raise UserError(f"{source} has too few documents to hold any out: set `heldout` to a larger source")
         self.prose = Prose(tokenizer, self.documents)

@@ -67,6 +67,7 @@ def needle_recall(
     *,
     batch: int,
     group: SequenceGroup = NOT_SHARED,
+    alike: bool = False,
     progress: ProgressCallback | None = None,
 ) -> float:
     """Exact-match recall: the share of samples in [0, 1] whose prompt the model continues greedily with the answer.
@@ -77,17 +78,19 @@ def needle_recall(
     Args:
         batch: samples in one forward.
         group: as passed to `share_sequences` for this model.
+        alike: whether every rank runs as many forwards, as a model must whose weights are spread over the ranks.
     """
     by_length = sorted(samples, key=lambda sample: len(sample.prompt_ids) + len(sample.answer_ids))
     hits = 0
     with _evaluating(model):
-        for rows in _shares(len(by_length), batch, progress, group):
-            share = by_length[rows]
+        for rows in _shares(len(by_length), batch, progress, group, alike):
+            counted = by_length[rows]
+            share = counted or by_length[-1:]
             logits, targets = _answer_logits(
                 model, [sample.prompt_ids for sample in share], [sample.answer_ids for sample in share], group
             )
             right = (logits.argmax(-1) == targets) | (targets == IGNORE)
-            hits += int(group.all_of(right.all(dim=1)).sum())
+            hits += int(group.all_of(right.all(dim=1))[: len(counted)].sum())
     return _total(hits) / group.degree / len(samples)
 
 
@@ -221,26 +224,33 @@ def build_questions(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without autograd, within the block. Then the model's mode is as before."""
+    """Evaluation mode without autograd, within the block. Then the model's mode is as before.
+
+    Not `inference_mode`: weights that ZeRO-3 gathers in it could not be trained.
+    """
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         model.train(training)
 
 
 def _shares(
-    count: int, batch: int, progress: ProgressCallback | None, group: SequenceGroup = NOT_SHARED
+    count: int, batch: int, progress: ProgressCallback | None, group: SequenceGroup = NOT_SHARED, alike: bool = False
 ) -> Iterator[slice]:
-    """This rank's batches of `count` samples, or its group's: the ranks, or groups, take turns."""
+    """This rank's batches of `count` samples, or its group's: the ranks, or groups, take turns.
+
+    Args:
+        alike: whether all have as many; the last may then be empty.
+    """
     if count == 0:
         raise ValueError("there is nothing to evaluate: no samples were given")
     stride = batch * (world_size() // group.degree)
     for first in range(0, count, stride):
         mine = first + batch * (rank() // group.degree)
-        if mine < count:
+        if mine < count or alike:
             yield slice(mine, mine + batch)
         if progress is not None:
             progress(min(stride, count - first))

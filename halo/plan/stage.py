@@ -16,7 +16,7 @@ from halo.plan.assumptions import BF16, CONTEXT, FRAGMENTATION, GIB, NCCL, OPTIM
 from halo.plan.cluster import Setup
 from halo.plan.load import Load, Models, load_of
 from halo.plan.memory import memory_by_moment
-from halo.plan.timing import step_time
+from halo.plan.timing import probe_time, step_time
 from halo.teacher.fp8 import check_fp8_widths
 from halo.training.engine import split_batch
 
@@ -36,6 +36,8 @@ class StagePlan:
     """Bytes on a GPU then, by part."""
     time: Mapping[str, float]
     """Seconds of a step, by part."""
+    probe: float
+    """Seconds of an evaluation amid training; 0: there is none."""
 
     @property
     def allocated(self) -> float:
@@ -78,7 +80,10 @@ class StagePlan:
 
     @property
     def gpu_hours(self) -> float:
-        return self.seconds * self.setup.training.steps * self.setup.cluster.ranks / 3600
+        training = self.setup.training
+        every = getattr(training, "probe_every", 0)
+        probes = -(-training.steps // every) if every else 0
+        return (self.seconds * training.steps + self.probe * probes) * self.setup.cluster.ranks / 3600
 
     @property
     def checkpoint(self) -> int:
@@ -119,6 +124,7 @@ def plan_stage(models: Models, stage: str, setup: Setup) -> StagePlan:
         moment=moment,
         memory=moments[moment],
         time=step_time(load, students, accumulation),
+        probe=probe_time(load, students, accumulation),
     )
 
 

@@ -59,6 +59,7 @@ def table(plan: StagePlan) -> str:
         ("tokens/s", f"{plan.tokens_per_second:,.0f}"),
         ("tokens/s a GPU", f"{plan.tokens_per_second / cluster.ranks:,.0f}"),
         ("MFU", f"{plan.mfu:.1%}"),
+        *([("an evaluation (probe_every), s", f"{plan.probe:.1f}")] if plan.probe else []),
         ("hours of the stage", f"{hours:,.1f}"),
         ("GPU hours of the stage", f"{plan.gpu_hours:,.0f}"),
         ("a checkpoint, GB", f"{plan.checkpoint / 1e9:,.1f}"),

@@ -6,6 +6,8 @@ computation does not hide it.
 
 import math
 
+from halo.config import CheckpointedTraining
+from halo.measuring.probe import PROBED, probed_lengths
 from halo.plan.assumptions import (
     BF16,
     CUT_LAYER,
@@ -68,6 +70,20 @@ def step_time(load: Load, setup: Setup, accumulation: int) -> dict[str, float]:
         own = sum(time.values()) - time["teacher"]
         time["teacher"] = max(0.0, asked * time["teacher"] - own)
     return time
+
+
+def probe_time(load: Load, setup: Setup, accumulation: int) -> float:
+    """Seconds of an evaluation amid training, as if a token of a longer sample took no longer than one of training."""
+    training = setup.training
+    if not isinstance(training, CheckpointedTraining) or not training.probe_every:
+        return 0.0
+    forward = sum(
+        layer.count * share * setup.cluster.seconds(cost.forward)
+        for layer in load.layers
+        for share, cost in load.costs(layer)
+    )
+    tokens = training.probe_samples * (training.seq_len + len(PROBED) * sum(probed_lengths(training)))
+    return accumulation * forward * tokens / (training.batch * training.seq_len)
 
 
 def _is_recorded(load: Load, setup: Setup, accumulation: int) -> bool:

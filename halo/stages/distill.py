@@ -16,6 +16,7 @@ from halo.context import Context
 from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
 from halo.errors import UserError
+from halo.measuring.probe import check_probe, probe_of
 from halo.models.attention_functions import use_attention
 from halo.models.build import build_student, empty_teacher
 from halo.models.loading import load_model_config
@@ -37,9 +38,10 @@ HYBRID = "hybrid"
 
 def check(context: Context) -> None:
     """Raises:
-    UserError: as `check_data`, `logits_form` and `check_fp8`.
+    UserError: as `check_data`, `check_probe`, `logits_form` and `check_fp8`.
     """
     check_data(context, "distill")
+    check_probe(context, "distill")
     logits_form(context.config.distill, load_model_config(context.teacher).vocab_size)
     if context.config.distill.teacher_fp8:
         check_fp8(empty_teacher(context.teacher).model.layers)
@@ -70,7 +72,8 @@ def run(context: Context) -> None:
             cross_entropy=training.cross_entropy,
             **options_of(training),
         )
-        result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
+        probe = probe_of(context, "distill", objective)
+        result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config, probe=probe)
     on_rank0(save_hybrid, folder, student, result)
 
 

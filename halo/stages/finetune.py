@@ -3,6 +3,7 @@
 from halo.context import Context
 from halo.data.stage_shards import check_data, shards_for
 from halo.distributed import on_rank0
+from halo.measuring.probe import check_probe, probe_of
 from halo.models.attention_functions import use_attention
 from halo.models.build import build_hybrid
 from halo.models.tokenizer import load_tokenizer, separator_id
@@ -14,9 +15,10 @@ from halo.training.trainer import train
 
 def check(context: Context) -> None:
     """Raises:
-    UserError: as `check_data`.
+    UserError: as `check_data` and `check_probe`.
     """
     check_data(context, "finetune")
+    check_probe(context, "finetune")
 
 
 def run(context: Context) -> None:
@@ -29,5 +31,6 @@ def run(context: Context) -> None:
         separator=separator_id(load_tokenizer(context.teacher)) if training.mask_documents else None,
         **options_of(training),
     )
-    result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config)
+    probe = probe_of(context, "finetune", objective)
+    result = train(objective, training, shards=shards, folder=folder, ds_config=context.ds_config, probe=probe)
     on_rank0(save_hybrid, folder, student, result)

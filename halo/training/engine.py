@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -40,6 +40,8 @@ from halo.training.gathering import fill_gathering
 from halo.training.gradients import Gradients, by_layer
 from halo.training.pickles import without_code
 from halo.training.recording import Minimised, worth_recording
+
+T = TypeVar("T")
 
 deepspeed_logger.setLevel(logging.WARNING)
 # On a CPU, DeepSpeed would compile a collective of its own at the first start. Gloo has it, and needs no compiler.
@@ -256,6 +258,21 @@ class Engine:
         minimised, loss, metrics = self._engine(batch)
         self._engine.backward(minimised, scale_wrt_gas=False)
         return loss, metrics
+
+    def measure(self, function: Callable[[], T]) -> T:
+        """Call `function`, which may run the module or parts of it, in evaluation mode and without gradients.
+
+        It stands in the place of the module's forward, so that ZeRO-3 gathers what it uses: every rank must run the
+        same parts in the same order.
+        """
+        forward, self.module.forward = self.module.forward, function
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                return self.module()
+        finally:
+            self.module.train()
+            self.module.forward = forward
 
     def step(self, lr: float) -> None:
         """Make the optimizer's step if this micro-batch completes the batch.

@@ -10,6 +10,7 @@ A line has the values that the trainer gives (the loss and its parts, the learni
     data_wait_s, ...        seconds of the step in `waiting("data")`, ...: of the rank that waited longest
     peak_gib                most memory allocated so far: of the GPU, else of the process; of the fullest rank
     reserved_gib            most memory that torch's allocator has held so far; of the fullest GPU
+    probe/kl, ...           after the step, on held-out text (halo/measuring/probe.py)
     checkpoint_s, ...       seconds in `pause("checkpoint")`, ... since the step before
     checkpoint_write_s      seconds of writing a checkpoint beside training, if one was published since the step before
 """
@@ -37,6 +38,9 @@ from halo.errors import UserError
 from halo.progress import progress_bar
 from halo.run import atomic
 from halo.training.gpus import gpu_of_device
+
+PROBE = "probe/"
+"""Begins the names of what a probe measured."""
 
 
 def mean_over_ranks(values: dict[str, torch.Tensor], flags: dict[str, bool]) -> Callable[[], dict[str, float]]:
@@ -123,6 +127,8 @@ class Metrics:
         self._profiled = range(profile_from, profile_from + profile_steps)
         self._waits: dict[str, list[Callable[[], float]]] = defaultdict(list)
         self._pauses: dict[str, float] = defaultdict(float)
+        self._probed: dict[str, float] = {}
+        """What was last probed: the bar shows it until the next."""
         self._writer: SummaryWriter | None = None
         self._lines: TextIO | None = None
         self._trace: _Trace | None = None
@@ -236,8 +242,9 @@ class Metrics:
         values |= max_over_ranks(waits | memory()) | self._pauses
         self._waits.clear()
         self._pauses.clear()
+        self._probed = {name: value for name, value in values.items() if name.startswith(PROBE)} or self._probed
         self._bar.update()
-        self._bar.set_postfix_str(_in_short(values), refresh=False)
+        self._bar.set_postfix_str(_in_short(self._probed | values), refresh=False)
         self._guarded(partial(self._record, step, values))
 
     def _record(self, step: int, values: dict[str, float]) -> None:
@@ -330,6 +337,10 @@ def _in_short(values: dict[str, float]) -> str:
         parts[1] = f"tokens/s={values['tokens_per_s']:,.0f}"
     if "mfu" in values:
         parts.append(f"MFU={values['mfu']:.1%}")
+    if probed := {name.removeprefix(PROBE): value for name, value in values.items() if name.startswith(PROBE)}:
+        main = "kl" if "kl" in probed else "cross_entropy"
+        recall = [f"{value:.0%}" for name, value in probed.items() if "/" in name]
+        parts.append(f"held-out {main}={probed[main]:.4f}, recall={'/'.join(recall)}")
     return ", ".join(parts)
 
 

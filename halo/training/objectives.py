@@ -118,7 +118,7 @@ class _Made(torch.autograd.Function):
         return None, None, *handed_out(ctx, grad)
 
 
-class _Headed(Objective):
+class Headed(Objective):
     """A causal language model whose loss applies the head, chunk by chunk.
 
     Args:
@@ -158,6 +158,17 @@ class _Headed(Objective):
     def flops_per_token(self, seq_len: int) -> float:
         return next_token_flops(self.student, seq_len)
 
+    @property
+    def head(self) -> Tensor:
+        """[V, D]. Without gradient where none is wanted: the losses make theirs in forward."""
+        weight = self.student.lm_head.weight
+        return weight if torch.is_grad_enabled() else weight.detach()
+
+    def held_out(self, batch: Batch) -> dict[str, Tensor]:
+        """What training logs, of a batch that it does not train on: means, the `cross_entropy` (nats) among them."""
+        loss, values = type(self).forward(self, batch)  # that of the instance is the engine's
+        return {"cross_entropy": loss} | values
+
     def states_and_labels(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
         """What the loss needs of the N tokens of this rank's chunk.
 
@@ -172,7 +183,7 @@ class _Headed(Objective):
         return hidden.flatten(0, 1), rows.of_chunk(batch.labels).flatten(), count
 
 
-class Distillation(_Headed):
+class Distillation(Headed):
     """Stage 2 (Sec. 4.4): the hybrid learns the teacher's distribution over every next token.
 
     Args:
@@ -202,11 +213,10 @@ class Distillation(_Headed):
         """Logs the KL, the teacher's entropy, top-1 agreement and the student's cross entropy; the others in nats."""
         assert batch.teacher_logits is not None
         hidden, labels, count = self.states_and_labels(batch)
-        head = self.student.lm_head.weight
-        return linear_kl(hidden, head, batch.teacher_logits, labels=labels, label_count=count, **self._terms)
+        return linear_kl(hidden, self.head, batch.teacher_logits, labels=labels, label_count=count, **self._terms)
 
 
-class NextToken(_Headed):
+class NextToken(Headed):
     """Stage 3 (Sec. 4.5) and training from scratch: next-token cross entropy.
 
     Every target has the same weight, whatever its sequence, chunk or micro-batch: the sum is divided by the number of
@@ -223,4 +233,4 @@ class NextToken(_Headed):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, labels, count = self.states_and_labels(batch)
-        return linear_cross_entropy(hidden, self.student.lm_head.weight, labels, count=count), {}
+        return linear_cross_entropy(hidden, self.head, labels, count=count), {}

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from halo.accelerator import on_gpu
 from halo.config import Training
 from halo.data.storage import cache_in
 from halo.data.stream import TokenStream
@@ -28,7 +29,7 @@ from halo.teacher.colocated import TeacherSource
 from halo.training.checkpoint import Checkpoints, TrainingState
 from halo.training.engine import Engine, split_batch, whole_size
 from halo.training.look_ahead import LookAhead
-from halo.training.metrics import Metrics, mean_over_ranks
+from halo.training.metrics import PROBE, Metrics, mean_over_ranks
 from halo.training.tuning import report_tuning
 
 MAX_RETURNS = 3
@@ -75,6 +76,16 @@ class Objective(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """An evaluation amid training, which changes nothing of it."""
+
+    every: int
+    """Steps between two of them. The last step has one too."""
+    measure: Callable[[], dict[str, float]]
+    """Measures the objective's model on held-out text, on all ranks; the same scalars on each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """The outcome of a stage's training, and its cost."""
 
@@ -112,16 +123,25 @@ def learning_rate(training: Training, step: int) -> float:
 
 
 def train(
-    objective: Objective, training: Training, *, shards: str | Path, folder: StageFolder, ds_config: dict[str, Any]
+    objective: Objective,
+    training: Training,
+    *,
+    shards: str | Path,
+    folder: StageFolder,
+    ds_config: dict[str, Any],
+    probe: Probe | None = None,
 ) -> Result:
     """Train `objective` on the samples in `shards`, from the latest checkpoint in `folder`, or else from the start.
+
+    Args:
+        probe: measures the model now and then. None: nothing does.
 
     Raises:
         UserError: settings that do not fit the ranks or the data; a checkpoint that cannot be read or written; metrics
             that cannot be written; losses or gradients that are not finite, again and again.
         Stopped: a signal asked for it (halo/stop.py), and the state is saved.
     """
-    loop = _Loop(objective, training, shards=shards, folder=folder, ds_config=ds_config)
+    loop = _Loop(objective, training, shards=shards, folder=folder, ds_config=ds_config, probe=probe)
     try:
         with stop_requests() as stop_requested:
             while not loop.is_done():
@@ -180,8 +200,10 @@ class _Loop:
         shards: str | Path,
         folder: StageFolder,
         ds_config: dict[str, Any],
+        probe: Probe | None,
     ):
         self._training, self._name, self._folder = training, folder.name, folder.path
+        self._probe = probe
         micro_batch, self._accumulation = split_batch(training)
         degree = training.sequence_parallel  # ranks that share a sequence read the same samples
         stream = TokenStream(
@@ -245,7 +267,7 @@ class _Loop:
             )
             if self._kept_layers is not None:
                 self._kept_layers.adapt()
-            means |= {"lr": lr, "skipped": self.state.skipped} | self._engine.gradient_norms()
+            means |= {"lr": lr, "skipped": self.state.skipped} | self._engine.gradient_norms() | self._probed()
             tokens = self._training.batch * self._training.seq_len
             self._metrics.log(self.state.step - 1, means, tokens=tokens)
             if self._limit == SLOW_LIMIT:
@@ -275,6 +297,15 @@ class _Loop:
             self._engine.step(lr)
         assert means is not None
         return means()
+
+    def _probed(self) -> dict[str, float]:
+        """What the probe measures after this step; nothing if it is not due."""
+        if self._probe is None or not (self.state.step % self._probe.every == 0 or self.is_done()):
+            return {}
+        with self._metrics.pause("probe"), waits_of_at_most(SLOW_LIMIT):
+            if on_gpu():
+                torch.cuda.synchronize()  # a teacher in another stream may use the same buffers, and has its own time
+            return {PROBE + name: value for name, value in self._engine.measure(self._probe.measure).items()}
 
     def publish_checkpoint(self) -> None:
         """Wait until the last checkpoint is written, if it is not published yet, and publish it."""

@@ -12,15 +12,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from halo.config import Distill, Training
+from halo.data.needle import NeedleSample
 from halo.distributed import on_rank0, rank
 from halo.errors import Stopped, UserError
+from halo.measuring.probe import ProbeText, measure_of
 from halo.models.build import build_hybrid, build_mixers, build_student, build_teacher
 from halo.models.loading import load_model_config
+from halo.parallel.sequence import SequenceGroup
 from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.stages.align import new_mixers
@@ -33,7 +37,7 @@ from halo.training.background import Files, Writing
 from halo.training.checkpoint import Checkpoints
 from halo.training.engine import Engine, placement, read_ds_config, split_batch
 from halo.training.objectives import Alignment, Distillation, NextToken
-from halo.training.trainer import Objective, Result, train
+from halo.training.trainer import Objective, Probe, Result, train
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -96,8 +100,24 @@ def training(**changes: Any) -> Distill:
 
 
 def run(objective: Objective, settings: Training, shards: Path, folder: Path, zero: str) -> Result:
-    stage = StageFolder(folder, {"lr": settings.lr})
-    return train(objective, settings, shards=shards, folder=stage, ds_config=read_ds_config(DS_CONFIGS / zero))
+    stage, ds_config = StageFolder(folder, {"lr": settings.lr}), read_ds_config(DS_CONFIGS / zero)
+    every = getattr(settings, "probe_every", 0)
+    probe = Probe(every=every, measure=measure_of(objective, settings, probe_text())) if every else None
+    return train(objective, settings, shards=shards, folder=stage, ds_config=ds_config, probe=probe)
+
+
+def probe_text() -> ProbeText:
+    """Seven windows, and eleven needles of each of two lengths, with answers of one or two tokens."""
+    rng = np.random.default_rng(1)
+    needles: dict[str, list[NeedleSample]] = {}
+    for length in (16, 40):
+        rows = rng.integers(0, 8, (11, length)).tolist()
+        cut = [length - 1 - row % 2 for row in range(11)]
+        needles[f"niah_single_1/{length}"] = [
+            NeedleSample(variant="niah_single_1", prompt_ids=row[:at], answer_ids=row[at:], answer="", depth=0.5)
+            for row, at in zip(rows, cut, strict=True)
+        ]
+    return ProbeText(windows=torch.from_numpy(rng.integers(0, 64, (7, 16))), needles=needles)
 
 
 def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool = True) -> Result:
@@ -107,7 +127,12 @@ def distill(shards: Path, folder: Path, zero: str, settings: Distill, tied: bool
     teacher = teacher_model(made / "teacher", **where)
     objective = Distillation(
         student_of(made, zero, settings),
-        Teacher(teacher, logits_form(settings, SHAPE["vocab_size"])),
+        Teacher(
+            teacher,
+            logits_form(settings, SHAPE["vocab_size"]),
+            SequenceGroup(settings.sequence_parallel, apart=True),
+        ),
+        sequence=SequenceGroup(settings.sequence_parallel),
         temperature=settings.temperature,
         activation_checkpointing=settings.activation_checkpointing,
         kept_layers=settings.kept_layers,

@@ -1,5 +1,8 @@
 """Forward and backward as one CUDA graph: the losses, gradients and weights are those of the kernels one by one."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,3 +73,16 @@ def test_gradients_of_every_mixer(mixer, recorded):
             assert error < 0.01, (name, tokens, error)
             p.grad = None
     assert len(recorded) == (0 if mixer in NOT_RECORDED else 3)
+
+
+def test_a_probe_between_recorded_steps(one_rank, tmp_path, shards, recorded):  # noqa: F811
+    """The step after it is the same graph, and figures and losses are those without one."""
+    settings = jobs.training(micro_batch=8, steps=8)
+    probed = replace(settings, probe_every=1)
+    found = [jobs.distill(shards, tmp_path / name, "zero1.json", s) for name, s in (("a", settings), ("b", probed))]
+    assert recorded == [1, 1]
+    assert jobs.losses(tmp_path / "a") == pytest.approx(jobs.losses(tmp_path / "b"), rel=1e-3)
+    for name, weight in found[0].weights.items():
+        torch.testing.assert_close(weight, found[1].weights[name], rtol=2**-6, atol=2e-3, msg=name)
+    kl = [json.loads(line)["probe/kl"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert kl[-1] < kl[0]

@@ -23,6 +23,8 @@ SMALL = [
     "--align.steps", "2", "--align.batch", "4", "--align.warmup", "1", "--align.corpus.samples", "16",
     "--selection.needles", "2", "--selection.questions", "4",
     "--distill.steps", "2", "--distill.batch", "4", "--distill.warmup", "1", "--distill.corpus.samples", "16",
+    "--distill.probe_every", "1", "--distill.probe_samples", "2", "--distill.probe_lengths", "[256]",
+    "--finetune.probe_every", "2", "--finetune.probe_samples", "2", "--finetune.probe_lengths", "[256]",
     "--finetune.steps", "2", "--finetune.batch", "2", "--finetune.seq_len", "256", "--finetune.corpus.samples", "16",
     "--scaling.candidates", "[128, 512]", "--scaling.seq_len", "512", "--scaling.documents", "2",
     "--niah.lengths", "[256, 512]", "--niah.samples", "[2, 2]",

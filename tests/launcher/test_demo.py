@@ -73,6 +73,10 @@ def test_training_is_watched(demo):
         assert [line["step"] for line in lines] == [0, 1]
         assert all(line["loss"] > 0 and line["gradient_norm"] > 0 and line["tokens_per_s"] > 0 for line in lines)
         assert list((run / stage / "tensorboard").glob("events.*"))
+        probed = [{name for name in line if name.startswith("probe")} for line in lines]
+        figures = {"probe_s", "probe/cross_entropy", "probe/niah_single_1/256", "probe/niah_single_2/256"}
+        of_stage_2 = figures | {"probe/kl", "probe/agreement", "probe/teacher_entropy"}
+        assert probed == {"align": [set()] * 2, "distill": [of_stage_2] * 2, "finetune": [set(), figures]}[stage]
 
 
 def test_the_table_has_all_rows_and_variants(demo):

@@ -203,6 +203,12 @@ def test_time_tokens_and_hours_agree(nine):
     assert p.seconds == sum(p.time.values())
     assert p.tokens_per_second == pytest.approx(96 * 512 / p.seconds)
     assert p.gpu_hours == pytest.approx(20_000 * p.seconds * 16 / 3600)
+    assert p.probe == 0
+    assert "probe" not in table(p)
+    probed = plan(nine, nodes=2, probe_every=3000, probe_lengths=(512,), probe_samples=32)  # as many tokens as a step
+    assert 0 < probed.probe < p.time["layers"] / 2
+    assert probed.gpu_hours == pytest.approx(p.gpu_hours + 7 * probed.probe * 16 / 3600)
+    assert "an evaluation (probe_every), s" in table(probed)
     assert p.mfu == pytest.approx(p.tokens_per_second * p.load.flops_per_token / 16 / 989e12)
     assert 0.1 < p.mfu < 0.7
 

@@ -120,6 +120,22 @@ def test_the_bar_shows_loss_and_speed(tmp_path, capsys):
     assert "distill" in shown
     assert "loss=0.0000, tokens/s=" in shown
     assert "MFU" not in shown
+    assert "held-out" not in shown
+
+
+def test_the_bar_shows_what_was_last_probed(tmp_path, capsys):
+    metrics = Metrics(tmp_path, name="distill", steps=2)
+    probed = {
+        "probe/kl": 0.25,
+        "probe/cross_entropy": 2.0,
+        "probe/niah_single_1/256": 1.0,
+        "probe/niah_single_1/512": 0.5,
+    }
+    metrics.log(0, {"loss": 1.0} | probed, tokens=1)
+    metrics.log(1, {"loss": 0.5}, tokens=1)
+    metrics.close()
+    assert "loss=0.5000" in (shown := capsys.readouterr().err)
+    assert shown.rpartition("loss=0.5000")[2].count("held-out kl=0.2500, recall=100%/50%") == 1
 
 
 def test_a_gpu_is_known_by_the_name_of_its_driver_or_not_at_all():
