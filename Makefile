@@ -24,11 +24,14 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
+# DeepSpeed's launcher would take 29500, where another command of it may wait.
+FREE_PORT = $$($(BIN)/python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
 demo: install ## convert the embedded teacher, all stages, and show what the hybrid remembers
-	$(WITH_PATH) deepspeed --quiet --num_gpus 1 launcher/demo.py
+	$(WITH_PATH) deepspeed --quiet --num_gpus 1 --master_port $(FREE_PORT) launcher/demo.py
 
 teacher: install ## remake the embedded teacher from its preset
-	$(WITH_PATH) deepspeed launcher/pretrain.py --preset tiny --run runs/tiny-teacher
+	$(WITH_PATH) deepspeed --master_port $(FREE_PORT) launcher/pretrain.py --preset tiny --run runs/tiny-teacher
 
 test: install ## run the tests
 	$(WITH_PATH) OMP_NUM_THREADS=1 python -m pytest -n 2

@@ -1,7 +1,8 @@
 """From a command line to finished stages: check everything on rank 0, then run what is missing, in order."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import ModuleType
 
 from halo.config import Training
 from halo.context import Context
+from halo.data.locks import RunLock
 from halo.distributed import on_rank0, rank, world_size
 from halo.errors import UserError
 from halo.graph import STAGES, stages_to
@@ -21,7 +23,7 @@ from halo.models.loading import check_architecture, find_teacher, load_model_con
 from halo.models.rehearsal import rehearse
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
 from halo.parallel.checks import check_sequence_parallel
-from halo.run import claim, recorded_config, teacher_fingerprint
+from halo.run import StageFolder, claim, recorded_config, teacher_fingerprint
 from halo.tables import suggest
 from halo.taking import take, with_taken
 from halo.training.engine import complete_ds_config, read_ds_config
@@ -33,13 +35,16 @@ def run_stage(job: Job, stage: str) -> Context:
     """Run `stage`; with `job.prepare`, first every stage before it that is missing.
 
     Raises:
-        UserError: bad settings, teacher or folder, or a missing predecessor; on every rank, before anything is written.
+        UserError: bad settings, teacher or folder, a missing predecessor, or another command that works on the run; on
+            every rank, before anything is written.
     """
     names = stages_to(stage, job.prepare)
     context = on_rank0(_open, job, stage, names)
-    with recorded_config(job.run, job.config):
+    idle = on_rank0(_is_done, context, names)
+    with nullcontext() if idle else _alone(job.run), recorded_config(job.run, job.config):
         if job.remembered:
             say(job.remembered)
+        on_rank0(_remove_leftovers, context)
         taken = context.taken
         # The store in `split` is each rank's own.
         context = replace(on_rank0(take, context), split=job.split)
@@ -68,6 +73,28 @@ def stage_module(name: str) -> ModuleType:
     `check(context)`, on rank 0 before the first stage runs: it raises a UserError where `run` would fail.
     """
     return import_module(f"halo.stages.{name}")
+
+
+def _is_done(context: Context, names: Sequence[str]) -> bool:
+    """Whether there is nothing to do: then a run may be in a folder that is read-only, or in use."""
+    return not context.taken and all(context.is_complete(name) for name in names)
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Keep other commands out of a run's folder within the block. Every rank must call it."""
+    lock = RunLock(run)
+    on_rank0(lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(context: Context) -> None:
+    """Remove what a command left behind that was killed as a stage ended."""
+    for name in context.verified - context.taken.keys():
+        StageFolder(context.run / name, {}).remove_checkpoints()
 
 
 def say(line: str) -> None:

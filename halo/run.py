@@ -31,9 +31,10 @@ IDENTITY = ("name", "teacher")
 decides: it refuses those that it sees (halo/graph.py)."""
 JOBS = "slurm"
 """The subfolder in which slurm/common.sh keeps its jobs' logs. It may be there before the run's first stage."""
-MAY_BE_THERE = (JOBS, f"{RUN_CONFIG}.partial")
-"""What a folder may hold and yet be free: the second is left by a command that was killed while it wrote its first
-file."""
+RUN_LOCK = ".lock"
+"""In a run's folder while a command works on it (halo/data/locks.py)."""
+MAY_BE_THERE = (JOBS, RUN_LOCK, f"{RUN_CONFIG}.partial")
+"""What a folder may hold and yet be free: a command that was killed at its start leaves the last two."""
 
 
 @contextmanager
@@ -193,6 +194,10 @@ class StageFolder:
             name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)} for name in files
         }
         self.save_json(STAGE_RECORD, {"made_from": self.made_from, "files": listed, "summary": summary})
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
+        """Of a finished stage. A kill may come before `complete` has done so: then the next command does."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def take(self, source: "StageFolder") -> None:
@@ -257,7 +262,7 @@ def recorded_config(folder: Path, config: Config) -> Iterator[None]:
             if before is not None:
                 with atomic(path) as partial:
                     partial.write_bytes(before)
-            elif all(other.name in (RUN_CONFIG, JOBS) for other in folder.iterdir()):
+            elif all(other.name in (RUN_CONFIG, *MAY_BE_THERE) for other in folder.iterdir()):
                 path.unlink()
         raise
 

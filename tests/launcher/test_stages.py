@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from halo.preset import load_config
 from halo.run import sha256
 from halo.status import status_text
 from tests.distributed.ranks import run_ranks
+from tests.halo.data.test_locks import HOLD
 from tests.launcher.conftest import ROOT, SMALL
 
 TEACHER = Path(load_config("tiny").teacher)
@@ -94,6 +96,33 @@ def test_the_inputs_of_a_made_up_evaluation_are_checked(demo, tmp_path, measured
     with pytest.raises(UserError, match=r"perplexity needs .*/export, which is missing: run launcher/export\.py first"):
         run_in(run, "perplexity")
     assert measured == []
+
+
+# Who works on a run, and what was killed
+
+
+def test_a_run_that_another_command_works_on(demo, tmp_path):
+    """What is finished is not refused: nothing is written for it."""
+    run = shutil.copytree(demo[0], tmp_path / "run")
+    shutil.rmtree(run / "export")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = [sys.executable, "-c", HOLD, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match=rf"another process works on {run} \(process {other.pid} on "):
+            run_in(run, "export")
+        run_in(run, "distill")
+        other.kill()
+    (run / ".lock").unlink()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_a_killed_command_did_not_remove(demo, tmp_path):
+    run = shutil.copytree(demo[0], tmp_path / "run")
+    for stage in ("align", "distill"):
+        (run / stage / "checkpoints" / "step-000000002").mkdir(parents=True)
+    run_in(run, "distill")
+    assert not list(run.rglob("checkpoints"))
 
 
 # Stages of another run
