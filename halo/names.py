@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 
@@ -25,3 +26,14 @@ def inner_path(name: str) -> str:
 InnerPath = Annotated[str, AfterValidator(inner_path)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256."""
+
+
+class FileRecord(TypedDict):
+    """How a file was when it was written."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Digest
+
+
+Files = dict[InnerPath, FileRecord]
+"""The files of a folder by their names in it."""

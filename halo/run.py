@@ -24,6 +24,8 @@ from halo.config import Config
 from halo.distributed import on_rank0, rank
 from halo.errors import UserError, naming
 from halo.graph import RUN_CONFIG, STAGE_RECORD
+from halo.json_files import read_json
+from halo.names import Files
 from halo.tables import config_table, read_toml, to_toml
 
 IDENTITY = ("name", "teacher")
@@ -82,8 +84,7 @@ class Record:
 
     made_from: dict[str, Any]
     """The teacher's fingerprint, the settings that the stage sees, and the digests of its inputs."""
-    files: dict[str, dict[str, Any]]
-    """File name -> {"bytes", "sha256"}."""
+    files: Files
     summary: dict[str, Any]
     """Tokens, trained parameters, seconds, and the stage's own results."""
     taken_from: str | None = None
@@ -149,14 +150,7 @@ class StageFolder:
         """Raises:
         UserError: stage.json cannot be read.
         """
-        try:
-            record = Record(**json.loads(self.record_path.read_text()))
-            _ = [(file["bytes"], file["sha256"]) for file in record.files.values()], record.made_from.items()
-            return record
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{self.record_path} cannot be read ({error}): remove {self.path} to make it again"
-            ) from error
+        return read_json(self.record_path, Record, f"remove {self.path} to make it again")
 
     def digest(self) -> str:
         """SHA-256 of what a finished stage was made from and hands on. The cost and a taking do not change it."""
@@ -178,8 +172,11 @@ class StageFolder:
     def save_json(self, name: str, value: Any) -> None:
         self.save_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
 
-    def load_json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text())
+    def load_json(self, name: str, kind: Any) -> Any:
+        """Raises:
+        UserError: as `read_json`.
+        """
+        return read_json(self.path / name, kind, f"remove {self.path} to make it again")
 
     def files_in(self, name: str) -> list[str]:
         """The files of a subfolder, for `complete`."""

@@ -1,6 +1,5 @@
 """The progress of a run, read from its folder and from Slurm's queue. Answers at once: it imports no torch."""
 
-import json
 import os
 import re
 import shlex
@@ -8,14 +7,18 @@ import shutil
 import statistics
 import subprocess
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
 
+from typing_extensions import TypedDict
+
+from halo.config import Config
 from halo.errors import UserError
 from halo.graph import RUN_CONFIG, SIZES, STAGE_RECORD, STAGES, Stage
+from halo.json_files import parse_json, read_json
+from halo.tables import build, read_toml
 
 RECENT = 20
 """Speed is the median over this many steps."""
@@ -71,6 +74,33 @@ class StageStatus:
         return self.record.name
 
 
+class _Summary(TypedDict, total=False):
+    loss: float
+    seconds: float
+
+
+class _Written(TypedDict):
+    """What is read of a stage.json."""
+
+    summary: _Summary
+    taken_from: NotRequired[str | None]
+
+
+class _Step(TypedDict):
+    """What is read of a line of metrics.jsonl."""
+
+    step: int
+    loss: NotRequired[float | None]
+    tokens_per_s: float
+    step_s: float
+
+
+class _SavedState(TypedDict):
+    """What is read of a checkpoint's state.json."""
+
+    zero_stage: int
+
+
 def stages_in(run: Path, jobs: Sequence[SlurmJob] | None) -> list[StageStatus]:
     """Every stage of a conversion, and pretraining if the run has it.
 
@@ -85,7 +115,7 @@ def stages_in(run: Path, jobs: Sequence[SlurmJob] | None) -> list[StageStatus]:
     for record in STAGES.values():
         if record.conversion or (run / record.name).is_dir():
             ready = all(stages[before].state == "complete" for before in record.inputs)
-            steps = config.get(record.name, {}).get("steps", 0) if record.trains else 0
+            steps = getattr(getattr(config, record.name), "steps", 0) if record.trains else 0
             stages[record.name] = _status(run, record, steps, ready, jobs)
     return list(stages.values())
 
@@ -122,7 +152,7 @@ def next_command(run: Path, stages: Sequence[StageStatus]) -> str:
         if stage.state in ("running", "queued"):
             log = _log(run, stage)
             return f"nothing: {stage.name} is {stage.state}" + (f"; tail -f {log}" if log else "")
-        preset = _config(run)["name"]
+        preset = _config(run).name
         options = f"--preset {shlex.quote(preset)} --run {shlex.quote(str(run))}"
         size = next((size for size, of in SIZES.items() if of == preset), None)
         if size and stage.record.script and shutil.which("sbatch"):
@@ -144,7 +174,7 @@ def status_text(run: Path) -> str:
         waiting = [f"  {job.script:<20} {job}" for job in jobs]
         return "\n".join([f"{run}: not begun", *waiting, "next: nothing: its jobs are in the queue"]) + "\n"
     config = _config(run)
-    lines.insert(0, f"{run}: {config['name']}, from {config['teacher']}")
+    lines.insert(0, f"{run}: {config.name}, from {config.teacher}")
     lines += [f"  {'data':<23} {job}" for job in jobs or () if job.script == DATA_SCRIPT]
     by_slurm = jobs or (run / "slurm").is_dir()
     stages = stages_in(run, jobs if by_slurm else None)
@@ -187,10 +217,10 @@ def _status(run: Path, record: Stage, steps: int, ready: bool, all_jobs: Sequenc
     folder = run / record.name
     jobs = tuple(job for job in all_jobs or () if _runs(job.script, record))
     lines = _last_steps(folder / "metrics.jsonl") if steps else []
-    last = lines[-1] if lines else {}
+    last = lines[-1] if lines else None
     speed = statistics.median(line["tokens_per_s"] for line in lines) if lines else None
     if (folder / STAGE_RECORD).is_file():
-        written = _read_json(folder / STAGE_RECORD)
+        written = read_json(folder / STAGE_RECORD, _Written, f"remove {folder} to make it again")
         return StageStatus(
             record=record,
             state="complete",
@@ -217,7 +247,7 @@ def _status(run: Path, record: Stage, steps: int, ready: bool, all_jobs: Sequenc
         step=step,
         steps=steps,
         checkpoint=checkpoint,
-        loss=last.get("loss"),
+        loss=last.get("loss") if last else None,
         tokens_per_s=speed,
         seconds=(steps - (step if state == "running" else checkpoint or 0)) * step_s if lines else None,
         age=age,
@@ -250,27 +280,21 @@ def _log(run: Path, stage: StageStatus) -> Path | None:
     return None
 
 
-def _config(run: Path) -> dict[str, Any]:
+def _config(run: Path) -> Config:
     path = run / RUN_CONFIG
     if not path.is_file():
         raise UserError(f"no run in {run} (no config.toml): give the folder that a launcher's --run names")
-    try:
-        return tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    return build(Config, read_toml(path), where=str(path))
 
 
-def _last_steps(path: Path) -> list[dict[str, Any]]:
+def _last_steps(path: Path) -> list[_Step]:
     """The last RECENT lines of a metrics.jsonl. A last line that is half-written is left out."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         whole = [line for line in file.read().split(b"\n")[-RECENT - 1 : -1] if line.startswith(b"{")]
-    try:
-        return [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} has a line that is not JSON ({error}): the stage's next start repairs it") from error
+    return [parse_json(line, _Step, f"a line of {path}", "the stage's next start repairs it") for line in whole]
 
 
 def _checkpoint(folder: Path) -> tuple[int | None, int | None]:
@@ -278,12 +302,9 @@ def _checkpoint(folder: Path) -> tuple[int | None, int | None]:
     pointer = folder / "latest"
     if not pointer.is_file():
         return None, None
-    name = pointer.read_text().strip()
-    return int(name.removeprefix("step-")), _read_json(folder / name / "state.json").get("zero_stage")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
+    name = pointer.read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-[0-9]{9,}", name):
+        raise UserError(f"{pointer} names no checkpoint: remove it to resume from the newest one")
+    checkpoint = folder / name
+    state = read_json(checkpoint / "state.json", _SavedState, f"remove {checkpoint} to resume from another")
+    return int(name.removeprefix("step-")), state["zero_stage"]

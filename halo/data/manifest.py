@@ -4,14 +4,14 @@ A dtype other than those of token ids would let the reader follow addresses; a n
 let it read and write there.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from halo.errors import UserError
+from halo.json_files import parse_json
 from halo.names import Digest, InnerPath
 
 SampleCount = Annotated[int, Field(strict=True, ge=1, le=10**13)]
@@ -56,17 +56,16 @@ class ShardIndex(BaseModel, extra="ignore"):
     shards: Annotated[list[ShardEntry], Field(min_length=1)]
 
 
-def checked_manifest(content: bytes) -> dict[str, Any]:
+def checked_manifest(where: str, content: bytes, then: str) -> dict[str, Any]:
     """A manifest from its file.
 
+    Args:
+        where, then: the file, and what to do if it is damaged.
+
     Raises:
-        ValueError: it is no manifest of token shards; the message says where, in one line.
+        UserError: it is no manifest of token shards.
     """
-    try:
-        Manifest.model_validate_json(content)
-    except ValidationError as error:
-        raise ValueError(_first(error)) from None
-    return json.loads(content)
+    return parse_json(content, Manifest, where, then).model_dump()
 
 
 def checked_index(source: str | Path, content: bytes, manifest: Mapping[str, Any]) -> list[ShardEntry]:
@@ -76,10 +75,7 @@ def checked_index(source: str | Path, content: bytes, manifest: Mapping[str, Any
         UserError: they are not, or the index is damaged.
     """
     anew = f"remove {source} and prepare it anew"
-    try:
-        shards = ShardIndex.model_validate_json(content).shards
-    except ValidationError as error:
-        raise UserError(f"the index of the shards in {source} is damaged ({_first(error)}): {anew}") from None
+    shards = parse_json(content, ShardIndex, f"the index of the shards in {source}", anew).shards
     seq_len, dtype = manifest["seq_len"], manifest["dtype"]
     encoding = [f"ndarray:{dtype}:{seq_len}"]
     for shard in shards:
@@ -96,10 +92,3 @@ def checked_index(source: str | Path, content: bytes, manifest: Mapping[str, Any
     if count != manifest["samples"]:
         raise UserError(f"the index of the shards in {source} has {count} samples, not {manifest['samples']}: {anew}")
     return shards
-
-
-def _first(error: ValidationError) -> str:
-    """The first fault of a document, in one line."""
-    fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"])
-    return f"{place}: {fault['msg']}" if place else str(fault["msg"])

@@ -33,9 +33,10 @@ from halo import __version__
 from halo.data.corpus import HELD_OUT_MARK, Piece, cut, text_files
 from halo.data.locks import TaskLock, exclusive, try_lock
 from halo.data.packing import HELD_OUT, Packing, Part, cut_samples, token_dtype
-from halo.data.shards import INDEX, SHARDS_MANIFEST, write_samples
-from halo.data.worker import WORK, record_path, worker_pool, write_in_worker
+from halo.data.shards import INDEX, SHARDS_MANIFEST, open_manifest, write_samples
+from halo.data.worker import WORK, HeldOutRecord, PartRecord, record_path, worker_pool, write_in_worker
 from halo.errors import UserError, in_one_line, naming
+from halo.json_files import read_json
 from halo.models.tokenizer import separator_id, tokenizer_hash
 from halo.progress import progress_bar
 from halo.run import atomic, difference, sha256
@@ -233,7 +234,11 @@ class _Pieces:
         _write_manifest(folder, SHARDS_MANIFEST, manifest)
 
     def _record(self, number: int) -> dict[str, Any]:
-        record = json.loads(record_path(self._folder, number).read_text())
+        path, anew = record_path(self._folder, number), f"remove {self._folder} to prepare it anew"
+        record: dict[str, Any] = read_json(path, dict[str, PartRecord | HeldOutRecord | int], anew)
+        for name in (*self._packing.parts, HELD_OUT):
+            if not isinstance(record.get(name), dict):
+                raise UserError(f"{path} lacks {name}: {anew}")
         for name in self._packing.parts:
             record[name]["rest"] = np.array(record[name]["rest"], self._packing.dtype)
         return record
@@ -292,7 +297,7 @@ def _is_claimed(folder: Path, settings: Mapping[str, Any]) -> bool:
         if names - {LOCK, WORK, PLAN, f"{PLAN}.partial"}:  # another task may just be writing the plan
             raise UserError(f"{folder} holds other files: choose another folder")
         return False
-    before = json.loads(plan.read_text())
+    before = read_json(plan, dict[str, Any], f"remove {folder} to prepare it anew")
     if before != settings:
         raise UserError(
             f"{folder} was prepared from another {difference(before, dict(settings))}: remove it to prepare it "
@@ -318,7 +323,7 @@ def _is_complete(folder: Path, names: Iterable[str]) -> bool:
 
 
 def _manifests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    return {name: json.loads((folder / name / SHARDS_MANIFEST).read_text()) for name in names}
+    return {name: open_manifest(folder / name) for name in names}
 
 
 def _all_finished(folder: Path, task: int, tasks: int) -> bool:

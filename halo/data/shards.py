@@ -23,6 +23,7 @@ from halo.data.packing import TEXTS_PER_CALL, pack_documents, token_dtype
 from halo.data.storage import is_remote, read_bytes
 from halo.errors import UserError
 from halo.graph import NEEDLE_RECIPE
+from halo.json_files import read_json
 from halo.models.tokenizer import separator_id
 from halo.models.tokenizer import tokenizer_hash as hash_of
 from halo.run import atomic_folder, sha256
@@ -142,7 +143,7 @@ def write_samples(folder: Path, name: str, samples: np.ndarray, compression: str
             for sample in samples:
                 writer.write({_COLUMN: sample})
         index = partial / INDEX
-        shards = json.loads(index.read_text())["shards"]
+        shards = read_json(index, dict[str, Any], f"remove {folder}")["shards"]
         index.unlink()
     for shard in shards:
         for file in (shard["raw_data"], shard["zip_data"]):
@@ -163,16 +164,10 @@ def open_manifest(source: str | Path) -> dict[str, Any]:
         UserError: there is no manifest, or it is damaged.
     """
     try:
-        manifest = checked_manifest(read_bytes(source, SHARDS_MANIFEST))
+        content = read_bytes(source, SHARDS_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{source} holds no token shards (it has no {SHARDS_MANIFEST}); prepare them first") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{source}/{SHARDS_MANIFEST} is damaged ({error}); remove {source} and prepare it anew"
-        ) from error
-    return manifest
+    return checked_manifest(f"{source}/{SHARDS_MANIFEST}", content, f"remove {source} and prepare it anew")
 
 
 def verify_shards(source: str | Path, tokenizer_hash: str, seq_len: int) -> dict[str, Any]:

@@ -93,9 +93,9 @@ class TokenStream(Iterator[torch.Tensor]):
             UserError: the state was saved with another seed or another amount of data.
         """
         for name, here in (("seed", self._seed), ("samples", self._samples)):
-            if state[name] != here:
+            if state.get(name) != here:
                 raise UserError(
-                    f"the data stream's saved state is of another run: its {name} is {state[name]}, not {here}"
+                    f"the data stream's saved state is of another run: its {name} is {state.get(name)}, not {here}"
                 )
         self._consumed = state["consumed"]
 

@@ -16,11 +16,33 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
+from typing_extensions import TypedDict
 
 from halo.data.corpus import Piece, read_piece
 from halo.data.packing import HELD_OUT, TEXTS_PER_CALL, Packing, cut_samples, join_documents
 from halo.data.shards import write_samples
+from halo.names import Digest, InnerPath
 from halo.run import atomic, sha256
+
+
+class PartRecord(TypedDict):
+    """What a piece became for a stage."""
+
+    documents: int
+    tokens: int
+    samples: int
+    shards: list[Any]
+    """Entries of an MDS index."""
+    rest: list[int]
+    """The tokens left over, fewer than a sample."""
+
+
+class HeldOutRecord(TypedDict):
+    """What a piece became as held-out text."""
+
+    documents: int
+    sha256: dict[InnerPath, Digest]
+
 
 WORK = "preparation"
 """The subfolder for files that are needed only until a preparation is complete."""
@@ -69,9 +91,7 @@ def record_path(folder: Path, number: int) -> Path:
 def write_piece(folder: Path, number: int, piece: Piece, tokenizer: Tokenizer, packing: Packing) -> None:
     """Write a piece's samples for each part, and last its record. Each file is complete when it appears.
 
-    The record has `skipped` (how many documents have no text); for each stage's part: `documents`, `tokens`, `samples`,
-    `shards` (entries of an MDS index), and `rest` (the tokens left over, fewer than a sample); for held-out text:
-    `documents`, and `sha256` (name -> digest).
+    The record has a PartRecord for each stage, a HeldOutRecord, and `skipped`: how many documents have no text.
     """
     texts: dict[str, list[str]] = {name: [] for name in (HELD_OUT, *packing.parts)}
     skipped = 0

@@ -9,6 +9,7 @@ For stages that only measure. The checkpoints of training are in halo/training/c
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from halo.distributed import all_sum, on_rank0
 from halo.errors import Stopped, UserError
+from halo.json_files import read_json
 from halo.progress import progress_bar
 from halo.run import StageFolder, difference
 from halo.stop import stop_requests
@@ -78,22 +80,25 @@ def measuring(folder: StageFolder, samples: int | None, label: str) -> Iterator[
         yield Measure(folder, bar, asked_to_stop)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    made_from: dict[str, Any]
+    figures: dict[str, float]
+    seconds: float
+
+
 def _load_figures(folder: StageFolder) -> tuple[dict[str, float], float]:
     """The saved figures, and the seconds spent on measuring them."""
     path = folder.path / FIGURES
     if not path.is_file():
         return {}, 0.0
-    try:
-        saved = folder.load_json(FIGURES)
-        made_from, figures, seconds = saved["made_from"], dict(saved["figures"]), float(saved["seconds"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it to measure anew") from error
-    if made_from != folder.made_from:
+    saved: _Saved = read_json(path, _Saved, "remove it to measure anew")
+    if saved.made_from != folder.made_from:
         raise UserError(
-            f"{path} was measured with another {difference(made_from, folder.made_from)}: remove it to measure "
+            f"{path} was measured with another {difference(saved.made_from, folder.made_from)}: remove it to measure "
             "anew, or choose another --run"
         )
-    return figures, seconds
+    return saved.figures, saved.seconds
 
 
 def _save_figures(folder: StageFolder, saved: dict[str, Any]) -> None:

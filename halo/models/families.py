@@ -2,10 +2,49 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from halo import bounds
 from halo.errors import UserError
+from halo.json_files import read_json
+from halo.models.folders import keys_of
 from hypenet.transfer import FAMILIES, TEACHERS
+
+
+class ModelKeys(TypedDict, total=False):
+    """The keys of a teacher's configuration that decide its shapes. Only these are checked: transformers has others."""
+
+    architectures: list[str] | None
+    model_type: str
+    hidden_size: bounds.Width
+    intermediate_size: bounds.Width
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    num_hidden_layers: bounds.Layers
+    num_attention_heads: bounds.Width
+    num_key_value_heads: bounds.Width | None
+    head_dim: bounds.Width | None
+    max_position_embeddings: Annotated[int, Field(ge=1)]
+    rms_norm_eps: float
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    use_sliding_window: bool
+    sliding_window: int | None
+    layer_types: list[str] | None
+    quantization_config: dict[str, Any] | None
+
+
+def model_keys(file: Path) -> dict[str, Any]:
+    """All keys of a teacher's configuration.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    read_json(file, ModelKeys, "copy it again")
+    return keys_of(file)
 
 
 def check_family(model_type: str | None, teacher: str | Path) -> None:

@@ -4,26 +4,34 @@ Folders on the hub also hold the same weights in other forms (consolidated.safet
 and code, which is never run.
 """
 
-import codecs
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from pydantic import Field
 
 from halo.errors import UserError, first_line
-from halo.names import inner_path
+from halo.json_files import read_json
+from halo.names import InnerPath
 from halo.pointers import check_no_pointer
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Configurations, and all that tokenizers consist of: vocabularies, merges, added tokens, chat templates.
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model")
 _DEEPER = tuple(f"*/{pattern}" for pattern in _SMALL if pattern != "*.jinja")
 """Of other forms of the model. Only chat templates are in a subfolder, additional_chat_templates/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """What model.safetensors.index.json says."""
+
+    weight_map: Annotated[dict[str, InnerPath], Field(min_length=1)]
+    """A weight's name -> the name of its file."""
 
 
 def fetch_small_files(name: str) -> Path:
@@ -67,33 +75,17 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file() or not index.is_file():
         return [folder / WEIGHTS]
-    names = keys_of(index)
-    try:
-        return [folder / inner_path(name) for name in sorted(set(names["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not the index of a model's weights: {error!r}") from error
+    names = set(read_json(index, _Index, "copy it again").weight_map.values())
+    return [folder / name for name in sorted(names)]
 
 
 def keys_of(file: Path) -> dict[str, Any]:
     """The table in a file of JSON.
 
     Raises:
-        UserError: it is none, or cut off, or a page of a website, or in another encoding.
+        UserError: as `read_json`.
     """
-    content = file.read_bytes()
-    if content.startswith(_BYTE_ORDER_MARKS):
-        raise UserError(f"{file} begins with a byte-order mark: save it as UTF-8 without one")
-    if not content.strip():
-        raise UserError(f"{file} is empty: copy it again")
-    if content.lstrip().startswith(b"<"):
-        raise UserError(f"{file} is a page of a website, not JSON: download the file itself")
-    try:
-        keys = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON, or cut off: {first_line(error)}") from error
-    if not isinstance(keys, dict):
-        raise UserError(f"{file} is not valid: its JSON is no table of keys")
-    return keys
+    return read_json(file, dict[str, Any], "copy it again")
 
 
 def _fetch(name: str, allowed: Sequence[str], *, ignored: Sequence[str] = (), revision: str | None = None) -> Path:

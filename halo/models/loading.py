@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
-from halo.models.families import check_family, family_keys, window_of
-from halo.models.folders import fetch_small_files, fetch_weights, keys_of
+from halo.models.families import check_family, family_keys, model_keys, window_of
+from halo.models.folders import fetch_small_files, fetch_weights
 from halo.models.gguf import check_gguf, is_gguf, unpacked_folder, where
 from halo.models.tokenizer import load_tokenizer
 from halo.tables import build
@@ -86,7 +86,7 @@ def _unpacked(file: Path) -> Path:
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"the teacher's folder {folder} has no config.json: name a Hugging Face model folder")
-    keys = keys_of(folder / "config.json")
+    keys = model_keys(folder / "config.json")
     architectures = keys.get("architectures") or ["none named"]
     if not architectures[0].endswith("ForCausalLM"):
         raise UserError(f"the teacher at {folder} is no causal language model (its architecture is {architectures[0]})")
@@ -109,7 +109,7 @@ def load_model_config(teacher: Path) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(**where(teacher))
             check_family(config.model_type, teacher)
             return config
-        keys = keys_of(teacher / "config.json")
+        keys = model_keys(teacher / "config.json")
         check_family(keys.get("model_type"), teacher)
         keys = family_keys(installed_rope(keys))
         config = CONFIG_MAPPING[keys["model_type"]].from_dict(keys)
@@ -138,6 +138,9 @@ def check_architecture(teacher: Path, config: Config) -> None:
         mixer_from_attention(layer.self_attn, hybrid, 0)
     except ValueError as error:
         raise UserError(f"no hybrid of this architecture from {teacher}: {first_line(error)}") from error
+    except Exception as error:  # whatever torch and transformers make of sizes that do not fit together
+        kind = type(error).__name__
+        raise UserError(f"no hybrid of this architecture from {teacher}: {kind}: {first_line(error)}") from error
 
 
 def unpadded(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:

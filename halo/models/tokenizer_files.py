@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import transformers
+from pydantic import Field
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from typing_extensions import TypedDict
 
 from halo.errors import UserError
+from halo.json_files import read_json
 from halo.models.folders import keys_of
 
 FAST, SENTENCEPIECE, CLASS = "tokenizer.json", "tokenizer.model", "tokenizer_class"
@@ -86,6 +89,13 @@ def _classes(folder: Path, settings: dict[str, dict[str, Any]]) -> tuple[Any, ..
     return (PreTrainedTokenizerFast,) if generic else (AutoTokenizer, PreTrainedTokenizerFast)
 
 
+class _TokenizerKeys(TypedDict, total=False):
+    """The settings that transformers uses without looking at their type."""
+
+    model_max_length: Annotated[float, Field(ge=1)] | None
+    model_input_names: list[str]
+
+
 def _only_sentencepiece(folder: Path) -> bool:
     return (folder / SENTENCEPIECE).is_file() and not (folder / FAST).is_file()
 
@@ -93,6 +103,8 @@ def _only_sentencepiece(folder: Path) -> bool:
 def _settings(folder: Path) -> dict[str, dict[str, Any]]:
     """The tables beside the vocabulary by the names of their files, checked: all can be read, and the class exists."""
     found = {name: keys_of(folder / name) for name in SETTINGS if (folder / name).is_file()}
+    if SETTINGS[0] in found:
+        read_json(folder / SETTINGS[0], _TokenizerKeys, "copy it again")
     first = found.get(SETTINGS[0], {})
     name = first.get(CLASS)
     if name is not None and not isinstance(name, str):

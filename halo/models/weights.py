@@ -84,8 +84,8 @@ def check_shapes(tensors: Mapping[str, Tensor], model: PreTrainedModel, whose: s
         whose: names the model in the error, e.g. "the teacher at /models/qwen3".
 
     Raises:
-        UserError: a weight is missing, unknown or of another shape; the model ties its head to its embedding, but
-            they are two.
+        UserError: a weight is missing, unknown, quantized or of another shape; the model ties its head to its
+            embedding, but they are two.
     """
     expected = {name: weight.shape for name, weight in model.state_dict().items()}
     unknown = {name for name in tensors.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq")}
@@ -105,3 +105,5 @@ def check_shapes(tensors: Mapping[str, Tensor], model: PreTrainedModel, whose: s
             raise UserError(
                 f"{whose} has a {name} of {list(tensors[name].shape)}, but its configuration says {list(shape)}"
             )
+        if (dtype := tensors[name].dtype) not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise UserError(f"{whose} is quantized ({name} is {dtype}): take the model that it was made from")

@@ -24,6 +24,7 @@ from halo.parallel.sequence import SequenceGroup
 from halo.ranks import RankLayout
 from halo.run import StageFolder, atomic_folder
 from halo.stages.align import MIXERS_FILE
+from halo.stages.selection import SCORES, Kept
 from halo.teacher.colocated import Teacher, TeacherSource, teacher_model
 from halo.teacher.dedicated import DedicatedTeacher, Order
 from halo.teacher.fp8 import check_fp8
@@ -51,7 +52,7 @@ def run(context: Context) -> None:
     folder, training = context.folder("distill"), context.config.distill
     shards = shards_for(context, "distill")
     shapes = load_model_config(context.teacher)
-    kept = context.folder("selection").load_json("scores.json")["attention_layers"]
+    kept = context.folder("selection").load_json(SCORES, Kept)["attention_layers"]
     config = hybrid_config(
         shapes,
         attention_layers=kept,

@@ -8,7 +8,7 @@ from halo.models.loading import load_hybrid
 from halo.models.tokenizer import load_tokenizer
 from halo.run import atomic_folder
 from halo.stages.distill import HYBRID
-from halo.stages.scaling import SCALING
+from halo.stages.scaling import SCALING, Scaled
 from hypenet.export import export_pretrained
 
 MODEL = "model"
@@ -21,7 +21,7 @@ def run(context: Context) -> None:
 def _export(context: Context) -> None:
     began = time.perf_counter()
     folder = context.folder("export")
-    scaling = context.folder("scaling").load_json(SCALING)["attn_logits_scaling"]
+    scaling = context.folder("scaling").load_json(SCALING, Scaled)["attn_logits_scaling"]
     with atomic_folder(folder.path / MODEL) as partial:
         export_pretrained(
             load_hybrid(context.run / "finetune" / HYBRID),

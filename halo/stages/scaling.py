@@ -5,6 +5,8 @@ Writes `scaling.json`: the chosen `attn_logits_scaling`, and every candidate's l
 
 from functools import partial
 
+from typing_extensions import TypedDict
+
 from halo.context import Context
 from halo.data.held_out import HeldOut, check_held_out
 from halo.distributed import device, on_rank0
@@ -18,6 +20,12 @@ from halo.stages.distill import HYBRID
 from hypenet.configuration_hypenet import hype_scaling
 
 SCALING = "scaling.json"
+
+
+class Scaled(TypedDict):
+    """What other stages read of it."""
+
+    attn_logits_scaling: str | float
 
 
 def check(context: Context) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from halo.context import Context
 from halo.data.held_out import HeldOut, check_held_out
@@ -27,6 +28,12 @@ from halo.models.tokenizer import load_tokenizer
 from halo.stages.align import load_mixers, new_mixers
 
 SCORES = "scores.json"
+
+
+class Kept(TypedDict):
+    """What other stages read of it."""
+
+    attention_layers: list[int]
 
 
 def check(context: Context) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-Files = dict[str, dict[str, Any]]
-"""File name -> {"bytes", "sha256"}."""
+from halo.names import FileRecord, Files
 
 
 def on_host(value: Any) -> Any:
@@ -94,7 +93,7 @@ class Writing:
         self._seconds = time.perf_counter() - began
 
 
-def write_tensors(content: Any, path: Path) -> dict[str, Any]:
+def write_tensors(content: Any, path: Path) -> FileRecord:
     """torch.save to the disk. Returns the file's {"bytes", "sha256"}, hashed while it is written.
 
     Raises:

@@ -23,15 +23,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from halo.config import Training
 from halo.distributed import barrier, device, on_every_rank, on_rank0, rank, world_size
 from halo.errors import UserError, first_line
+from halo.json_files import read_json
+from halo.names import FileRecord, Files
 from halo.run import atomic, difference, sha256
-from halo.training.background import Files, Writing
+from halo.training.background import Writing
 from halo.training.engine import CHECKPOINT_TYPES, Engine
 from halo.training.pickles import foreign_types
 
@@ -44,7 +47,7 @@ VERIFYING_THREADS = 4
 class TrainingState:
     """How far a run is: all that the next step depends on, beside the engine's state and the random states."""
 
-    step: int = 0
+    step: Annotated[int, Field(ge=0)] = 0
     """Steps done, including skipped ones."""
     seconds: float = 0.0
     loss: float = float("nan")
@@ -52,7 +55,7 @@ class TrainingState:
     skipped: int = 0
     """How many steps had a loss or gradient that was not finite."""
     skipped_in_a_row: int = 0
-    stream: dict[str, Any] = field(default_factory=dict)
+    stream: dict[str, Annotated[int, Field(ge=0)]] = field(default_factory=dict)
     """The data stream's position."""
 
     def after_step(self, *, loss: float, skipped: bool, seconds: float, stream: dict[str, Any]) -> "TrainingState":
@@ -68,13 +71,24 @@ class TrainingState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _State:
+    """What state.json holds."""
+
+    made_from: dict[str, Any]
+    ranks: Annotated[int, Field(ge=1)]
+    """How many wrote the checkpoint."""
+    zero_stage: int
+    progress: TrainingState
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Pending:
     """A checkpoint whose files are being written."""
 
     step: int
     partial: Path
     """Its folder until it is published."""
-    state: dict[str, Any]
+    state: _State
     writing: Writing
 
 
@@ -122,11 +136,10 @@ class Checkpoints:
         on_rank0(self._make_folder, state.step, partial)
         contents = engine.snapshot(partial / ENGINE)
         contents[partial / _random_file(rank())] = _random_states()
-        made = {"made_from": self.made_from, "ranks": world_size(), "zero_stage": engine.zero_stage}
         self._pending = _Pending(
             step=state.step,
             partial=partial,
-            state=made | {"progress": asdict(state)},
+            state=_State(made_from=self.made_from, ranks=world_size(), zero_stage=engine.zero_stage, progress=state),
             writing=Writing(partial, contents),
         )
 
@@ -187,7 +200,7 @@ class Checkpoints:
 
     def _make_latest(self, pending: _Pending, files: Files) -> None:
         with self._writing(pending.step):
-            files = {STATE: _write_json(pending.partial / STATE, pending.state)} | files
+            files = {STATE: _write_json(pending.partial / STATE, asdict(pending.state))} | files
             _write_json(pending.partial / FILE_LIST, files)
             final = pending.partial.with_suffix("")
             shutil.rmtree(final, ignore_errors=True)  # the run may have resumed from an earlier checkpoint
@@ -225,25 +238,22 @@ class Checkpoints:
         checkpoint = self.latest()
         if checkpoint is None:
             return None
-        try:
-            files: Files = json.loads((checkpoint / FILE_LIST).read_text())
-            self._verify(checkpoint, {STATE: files[STATE]})
-            state = json.loads((checkpoint / STATE).read_text())
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(checkpoint, f"{FILE_LIST} cannot be read") from error
+        onward = f"remove {checkpoint} to {self._onward(checkpoint)}"
+        files: Files = read_json(checkpoint / FILE_LIST, Files, onward)
+        if STATE not in files:
+            raise self._damaged(checkpoint, f"{FILE_LIST} does not name {STATE}")
+        self._verify(checkpoint, {STATE: files[STATE]})
+        state: _State = read_json(checkpoint / STATE, _State, onward)
         for old, new in [
-            (state["made_from"], self.made_from),
-            ({"ZeRO stage": state["zero_stage"]}, {"ZeRO stage": zero_stage}),
+            (state.made_from, self.made_from),
+            ({"ZeRO stage": state.zero_stage}, {"ZeRO stage": zero_stage}),
         ]:
             if old != new:
                 raise UserError(
                     f"{checkpoint} was made with another {difference(old, new)}: resume with the same, "
                     f"or remove {self.folder} to start the stage again"
                 )
-        progress = TrainingState(**state["progress"])
-        return _Chosen(folder=checkpoint, files=files, ranks=state["ranks"], state=progress)
+        return _Chosen(folder=checkpoint, files=files, ranks=state.ranks, state=state.progress)
 
     def _verify(self, checkpoint: Path, files: Files) -> None:
         def verify(name: str) -> None:
@@ -273,9 +283,12 @@ class Checkpoints:
             )
 
     def _damaged(self, checkpoint: Path, what: str) -> UserError:
+        return UserError(f"{checkpoint} is damaged ({what}): remove it to {self._onward(checkpoint)}")
+
+    def _onward(self, checkpoint: Path) -> str:
+        """What happens without this checkpoint."""
         earlier = [path.name for path in self._whole() if path.name < checkpoint.name]
-        then = f"resume from {earlier[-1]}" if earlier else "start the stage again"
-        return UserError(f"{checkpoint} is damaged ({what}): remove it to {then}")
+        return f"resume from {earlier[-1]}" if earlier else "start the stage again"
 
     def _load(self, engine: Engine, checkpoint: Path, folder: Path, *, converted: bool = False) -> None:
         try:
@@ -324,7 +337,7 @@ def _set_random_states(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _write_json(path: Path, value: Any) -> dict[str, Any]:
+def _write_json(path: Path, value: Any) -> FileRecord:
     """To the disk. Returns the file's {"bytes", "sha256"}."""
     content = json.dumps(value, indent=2).encode()
     with open(path, "wb") as file:

@@ -4,7 +4,6 @@ The JSON file says how ZeRO, offload and communication work, and nothing else. B
 from the preset; a JSON file that contradicts it is refused.
 """
 
-import json
 import logging
 import multiprocessing
 import subprocess
@@ -18,6 +17,7 @@ import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import all_gather_dp_groups
@@ -32,6 +32,7 @@ from halo.accelerator import on_gpu
 from halo.config import Training
 from halo.distributed import broadcast, device, rank, world_size
 from halo.errors import UserError
+from halo.json_files import mismatch, read_json
 from halo.tables import suggest
 from halo.teacher.batch import Batch
 from halo.training.background import on_host
@@ -50,13 +51,17 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 PRESET_KEYS = ("optimizer", "scheduler", "fp16", "amp", "activation_checkpointing", "tensorboard")
 """Keys that a JSON file must not have: the preset decides them."""
 
-OWN_KEYS = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16"),
-    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "timers"),
-    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger"),
-    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"),
-)
-"""Keys that it may have. DeepSpeed takes any other without a word, a misspelt one too."""
+Switches = dict[str, bool | int | float | str | None]
+OWN_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), int | str),
+    **dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), float | str),
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients"), bool),
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), bool),
+    **dict.fromkeys(("bf16", "aio", "flops_profiler"), Switches),
+    **{"zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig, "timers": dict[str, Switches]},
+    **{"communication_data_type": str | None, "steps_per_print": int | None},
+}
+"""Keys that it may have, and their types. DeepSpeed takes any other without a word, a misspelt one too."""
 ZERO_KEYS = {key for name, field in DeepSpeedZeroConfig.model_fields.items() for key in (name, field.alias) if key}
 
 CHECKPOINT_TYPES = [ZeroStageEnum, LossScaler, fragment_address]
@@ -73,30 +78,26 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing, is no JSON object, has an unknown key or one that the preset decides, or no ZeRO
             stage that can skip a step.
     """
-    try:
-        config = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"no DeepSpeed config at {path}") from error
-    except OSError as error:
-        raise UserError(f"the DeepSpeed config {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or no text at all
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"{path} is no DeepSpeed config: it and its zero_optimization must be JSON objects")
+    if not Path(path).exists():
+        raise UserError(f"no DeepSpeed config at {path}")
+    config: dict[str, Any] = read_json(Path(path), dict[str, Any], "correct it, or take one of ds_configs/")
     for key in PRESET_KEYS:
         if key in config:
             raise UserError(f"{path} sets '{key}', which HALO's preset decides: remove it")
     zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"{path} is no DeepSpeed config: its zero_optimization must be a JSON object")
     for keys, known, where in ((config, OWN_KEYS, path), (zero, ZERO_KEYS, f"zero_optimization in {path}")):
         for key in keys:
             if key not in known:
                 raise UserError(f"{where} has the key '{key}', which means nothing here{suggest(key, list(known))}")
-    if zero.get("stage") not in (1, 2, 3):
+    for key, value in config.items():
+        if problem := mismatch(value, OWN_KEYS[key]):
+            raise UserError(f"{path}: {key}.{problem}" if isinstance(value, dict) else f"{path}: {key} is {value!r}")
+    if type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
         raise UserError(f"{path} has no zero_optimization with stage 1, 2 or 3: set one, also for a single GPU")
     if not zero.get("compute_grad_norm", True):
-        raise UserError(
-            f"{path} sets compute_grad_norm = false, but the norm tells a step that must be skipped: remove it"
-        )
+        raise UserError(f"{path} sets compute_grad_norm = false, but it tells a step that must be skipped: remove it")
     return config
 
 

@@ -158,7 +158,7 @@ class Metrics:
         tensorboard = self._folder / "tensorboard"
         tensorboard.mkdir(parents=True, exist_ok=True)
         path = self._folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
         before = [line for line in lines if _step_of(line) < step]
         with atomic(path) as partial:
             partial.write_text("".join(before))
@@ -271,10 +271,10 @@ def _all_but_tensorboard(failed: threading.ExceptHookArgs) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line in metrics.jsonl; infinity if a power cut left half of the line."""
+    """The step of a line in metrics.jsonl; infinity if the line is damaged: a power cut leaves half of one."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
 
 

@@ -172,7 +172,7 @@ def test_no_run_and_damaged_files_are_one_line(run, tmp_path):
         with pytest.raises(UserError, match=r"no run in .*: give the folder that a launcher's --run names"):
             status_text(folder)
     (run / "align" / "stage.json").write_text("{")
-    with pytest.raises(UserError, match=r"align/stage\.json cannot be read"):
+    with pytest.raises(UserError, match=r"align/stage\.json is not valid JSON"):
         status_text(run)
 
 

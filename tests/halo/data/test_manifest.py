@@ -44,7 +44,7 @@ def read_all(folder: Path, cache: Path | None = None) -> None:
 @pytest.mark.parametrize("dtype", ["object", "bool", "uint8", "int64", "O", ">u2", None, 7, ["uint16"]])
 def test_only_the_dtypes_of_tokens_are_read(shards, dtype):
     change(shards, "dtype", to=dtype)
-    with pytest.raises(UserError, match=r"manifest\.json is damaged \(dtype"):
+    with pytest.raises(UserError, match=r"manifest\.json is not valid: dtype"):
         read_all(shards)
 
 
@@ -63,14 +63,14 @@ def test_a_name_stays_in_its_folder(shards, tmp_path, name):
         inner_path(name)
     change(shards, "shards", 0, "raw_data", "basename", to=name, file=INDEX)
     for cache in (None, tmp_path / "cache"):
-        with pytest.raises(UserError, match=r"the index of the shards in .* is damaged"):
+        with pytest.raises(UserError, match=r"the index of the shards in .* is not valid"):
             read_all(shards, cache)
 
 
 @pytest.mark.parametrize("digest", ["../../x/own", "", "0" * 63, "Z" * 64, 5, None])
 def test_a_digest_is_one(shards, tmp_path, digest):
     change(shards, "sha256", "shard.00000.mds", to=digest)
-    with pytest.raises(UserError, match=r"manifest\.json is damaged \(sha256"):
+    with pytest.raises(UserError, match=r"manifest\.json is not valid: sha256"):
         read_all(shards, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -79,13 +79,13 @@ def test_a_digest_is_one(shards, tmp_path, digest):
     ("keys", "value", "said"),
     [
         (("shards", 0, "samples"), 10**9, "too small for 1000000000 samples"),
-        (("shards", 0, "samples"), -1, "is damaged"),
+        (("shards", 0, "samples"), -1, "is not valid"),
         (("shards", 0, "samples"), 59, "has 59 samples, not 60"),
-        (("shards",), [], "is damaged"),
-        (("shards",), {"a": 1}, "is damaged"),
-        (("shards", 0), None, "is damaged"),
-        (("shards", 0, "raw_data"), [], "is damaged"),
-        (("shards", 0, "raw_data", "bytes"), 2**60, "is damaged"),
+        (("shards",), [], "is not valid"),
+        (("shards",), {"a": 1}, "is not valid"),
+        (("shards", 0), None, "is not valid"),
+        (("shards", 0, "raw_data"), [], "is not valid"),
+        (("shards", 0, "raw_data", "bytes"), 2**60, "is not valid"),
         (("shards", 0, "raw_data", "basename"), "other.mds", "has no hash in the manifest"),
     ],
 )
@@ -101,9 +101,9 @@ def test_an_index_that_lies_is_refused_in_one_line(shards, keys, value, said):
 )
 def test_a_file_of_another_shape_is_refused(shards, content):
     (shards / SHARDS_MANIFEST).write_bytes(content)
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest\.json (is (not valid|empty)|begins with)"):
         open_manifest(shards)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"is (not valid|empty)|begins with"):
         checked_index(shards, content, {"seq_len": 16, "dtype": "uint16", "samples": 60, "sha256": {}})
 
 
@@ -126,4 +126,4 @@ def test_a_cached_file_that_changed_is_made_anew(shards, tmp_path):
 
 
 def test_what_we_write_is_taken(shards):
-    assert checked_manifest((shards / SHARDS_MANIFEST).read_bytes())["samples"] == 60
+    assert checked_manifest("x", (shards / SHARDS_MANIFEST).read_bytes(), "y")["samples"] == 60

@@ -105,8 +105,8 @@ def test_an_altered_shard_is_found_when_it_is_read(shards: Path) -> None:
         (lambda folder: (folder / "shard.00000.mds").unlink(), "shard.00000.mds is missing"),
         (lambda folder: (folder / "index.json").unlink(), "index.json is missing"),
         (lambda folder: (folder / SHARDS_MANIFEST).unlink(), "holds no token shards"),
-        (lambda folder: (folder / SHARDS_MANIFEST).write_text("{"), "manifest.json is damaged"),
-        (_edit_manifest, "manifest.json is damaged"),
+        (lambda folder: (folder / SHARDS_MANIFEST).write_text("{"), "manifest.json is not valid"),
+        (_edit_manifest, "manifest.json is not valid"),
     ],
 )
 def test_damage_is_found(shards: Path, damage: Callable[[Path], None], message: str) -> None:

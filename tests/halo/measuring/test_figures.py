@@ -66,7 +66,7 @@ def test_figures_of_other_settings_are_refused(folder: StageFolder) -> None:
         measuring(other, 1, "test").__enter__()
     for damaged in ("{", "[]", '{"figures": 3}'):
         (folder.path / FIGURES).write_text(damaged)
-        with pytest.raises(UserError, match=r"figures.json cannot be read .*: remove it to measure anew"):
+        with pytest.raises(UserError, match=r"figures.json is not valid.*: remove it to measure anew"):
             measuring(folder, 1, "test").__enter__()
 
 

@@ -119,7 +119,11 @@ def test_weights_that_do_not_fit(made, which):
             {"model.norm.weight": norm, "model.norm.bias": norm + 1},
             "weights that its .* model.norm.bias among",
         ),
-        ({"model.norm.bias": None, "lm_head.weight": None}, "lacks weights, lm_head.weight among them"),
+        (
+            {"model.norm.bias": None, "model.norm.weight": norm.to(torch.int8)},
+            r"is quantized \(model.norm.weight is",
+        ),
+        ({"model.norm.weight": norm, "lm_head.weight": None}, "lacks weights, lm_head.weight among them"),
     ]:
         change(folder, **tensors)
         with pytest.raises(UserError, match=f"^the {which} at {folder} .*{message}"):
@@ -141,7 +145,7 @@ def test_files_that_are_not_whole(made):
     with pytest.raises(UserError, match=f"^{weights} cannot be read: "):
         check_teacher(folder)
     (folder / INDEX).write_text("{}")
-    with pytest.raises(UserError, match=f"^{folder / INDEX} is not the index"):
+    with pytest.raises(UserError, match=f"^{folder / INDEX} is not valid: weight_map: "):
         check_teacher(folder)
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
