@@ -14,9 +14,10 @@ from halo.errors import UserError
 from halo.json_files import parse_json
 from halo.names import Digest, InnerPath
 
-SampleCount = Annotated[int, Field(strict=True, ge=1, le=10**13)]
-Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]
-"""Bytes of a file."""
+SampleCount = Annotated[int, Field(strict=True, ge=1, le=2**28)]
+"""A process holds the order of all samples of an epoch: 2 GiB for the most."""
+Size = Annotated[int, Field(strict=True, ge=0, le=2**32)]
+"""Bytes of a shard, in which places are numbers of 32 bits."""
 
 TOKEN_SIZES = {"uint16": 2, "uint32": 4}
 """The dtypes of token ids, and their bytes."""

@@ -7,6 +7,7 @@ from functools import partial
 
 from typing_extensions import TypedDict
 
+from halo.config import Scaling
 from halo.context import Context
 from halo.data.held_out import HeldOut, check_held_out
 from halo.distributed import device, on_rank0
@@ -35,11 +36,21 @@ def check(context: Context) -> None:
     check_held_out(context.config.heldout)
 
 
+def lacking(windows: int, settings: Scaling) -> str:
+    """What is measured where held-out text has fewer windows than `documents`; empty where it has them all."""
+    if windows == settings.documents:
+        return ""
+    return (
+        f"`heldout` has {windows} windows of {settings.seq_len:,} tokens, not {settings.documents}: it measures these"
+    )
+
+
 def run(context: Context) -> None:
     settings = context.config.scaling
-    samples = HeldOut(context.config.heldout, load_tokenizer(context.teacher)).windows(
-        settings.seq_len, settings.documents
-    )
+    held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher))
+    samples = held_out.windows(settings.seq_len, settings.documents)
+    if fewer := lacking(len(samples), settings):
+        on_rank0(print, f"scaling: {fewer}", flush=True)
     hybrid = load_hybrid(context.run / "finetune" / HYBRID).to(device())
     use_attention(hybrid, context.attention["scaling"]["student"])
     group = SequenceGroup(settings.sequence_parallel)

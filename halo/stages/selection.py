@@ -41,12 +41,15 @@ def check(context: Context) -> None:
     UserError: the teacher has no such layers, or as `check_held_out`.
     """
     settings, layers = context.config.selection, load_model_config(context.teacher).num_hidden_layers
-    if not 1 <= (settings.attention_layers or default_k(layers)) <= layers:
+    if not 1 <= (settings.attention_layers or default_k(layers)) < layers:
         raise UserError(
-            f"selection.attention_layers = {settings.attention_layers}, but the teacher has {layers} layers"
+            f"selection.attention_layers = {settings.attention_layers}, but the teacher has {layers} layers, of which "
+            "at least one must be kept and one converted"
         )
     if not set(settings.layers) <= set(range(layers)):
         raise UserError(f"selection.layers = {list(settings.layers)}, but the teacher's layers are 0 to {layers - 1}")
+    if len(settings.layers) == layers:
+        raise UserError("selection.layers names all layers of the teacher: nothing would be converted")
     if not settings.layers:
         check_held_out(context.config.heldout)
 

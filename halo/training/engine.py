@@ -97,7 +97,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     if type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
         raise UserError(f"{path} has no zero_optimization with stage 1, 2 or 3: set one, also for a single GPU")
     if not zero.get("compute_grad_norm", True):
-        raise UserError(f"{path} sets compute_grad_norm = false, but it tells a step that must be skipped: remove it")
+        raise UserError(f"{path} sets compute_grad_norm = false, but the norm tells which step to skip: remove it")
     return config
 
 

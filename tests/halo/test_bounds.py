@@ -8,6 +8,7 @@ from halo import cli
 from halo.errors import EXIT_USER_ERROR, UserError
 from halo.options import settings, type_name
 from halo.preset import load_config, preset_table, remembered
+from halo.stages.scaling import lacking
 from halo.tables import config_table, to_toml
 
 KEYS = [setting.key for setting in settings()] + ["architecture.mixer_options.gla.use_rope"]
@@ -102,6 +103,14 @@ def test_settings_that_an_earlier_command_left_are_said(tmp_path):
         "architecture.mixer_options = {'gla': {'use_rope': False}}, align.lr = 0.5, scaling.candidates = [50.0, 60.0]"
     )
     assert "mixer_options" not in remembered("tiny", ["--architecture.mixer_options.gla.use_rope", "true"], recorded)
+
+
+def test_windows_that_are_not_there_are_said():
+    settings = load_config("tiny").scaling
+    assert lacking(settings.documents, settings) == ""
+    assert lacking(1, settings) == (
+        f"`heldout` has 1 windows of {settings.seq_len:,} tokens, not {settings.documents}: measured on these"
+    )
 
 
 @pytest.mark.parametrize(

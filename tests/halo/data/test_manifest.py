@@ -78,7 +78,7 @@ def test_a_digest_is_one(shards, tmp_path, digest):
 @pytest.mark.parametrize(
     ("keys", "value", "said"),
     [
-        (("shards", 0, "samples"), 10**9, "too small for 1000000000 samples"),
+        (("shards", 0, "samples"), 10**8, "too small for 100000000 samples"),
         (("shards", 0, "samples"), -1, "is not valid"),
         (("shards", 0, "samples"), 59, "has 59 samples, not 60"),
         (("shards",), [], "is not valid"),
@@ -86,6 +86,8 @@ def test_a_digest_is_one(shards, tmp_path, digest):
         (("shards", 0), None, "is not valid"),
         (("shards", 0, "raw_data"), [], "is not valid"),
         (("shards", 0, "raw_data", "bytes"), 2**60, "is not valid"),
+        (("shards", 0, "raw_data", "bytes"), 2**33, "is not valid"),
+        (("shards", 0, "samples"), 2**28 + 1, "is not valid"),
         (("shards", 0, "raw_data", "basename"), "other.mds", "has no hash in the manifest"),
     ],
 )
