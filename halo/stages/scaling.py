@@ -40,9 +40,8 @@ def lacking(windows: int, settings: Scaling) -> str:
     """What is measured where held-out text has fewer windows than `documents`; empty where it has them all."""
     if windows == settings.documents:
         return ""
-    return (
-        f"`heldout` has {windows} windows of {settings.seq_len:,} tokens, not {settings.documents}: it measures these"
-    )
+    found = f"{windows} windows of {settings.seq_len:,} tokens"
+    return f"`heldout` has {found}, not {settings.documents}: measured on these"
 
 
 def run(context: Context) -> None:
