@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml
 FREE_PORT = $$($(BIN)/python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 demo: install ## convert the embedded teacher, all stages, and show what the hybrid remembers
-	$(WITH_PATH) deepspeed --quiet --num_gpus 1 --master_port $(FREE_PORT) launcher/demo.py
+	$(WITH_PATH) deepspeed --quiet --num_gpus 1 --master_port $(FREE_PORT) launcher/convert.py --until niah
 
 teacher: install ## remake the embedded teacher from its preset
 	$(WITH_PATH) deepspeed --master_port $(FREE_PORT) launcher/pretrain.py --preset tiny --run runs/tiny-teacher

@@ -1,6 +1,7 @@
 """The command line of every launcher: its options, the settings, `--help` and `--version`.
 
     main("distill", description=__doc__)     # a launcher of a stage
+    main(None, description=__doc__)          # of all stages of a conversion
 
 Imports nothing heavy: `--help` and a misspelt key are answered before torch, transformers and DeepSpeed are imported.
 """
@@ -9,7 +10,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -30,38 +30,30 @@ VERSIONS = ("torch", "deepspeed", "transformers")
 """The packages whose versions `--version` gives beside this one's."""
 
 
-def main(stage: str, *, description: str, tables: Sequence[str] | None = None) -> None:
-    """The whole work of a stage's launcher: read the command line, run the stage on all ranks, end them together.
-
-    Args:
-        tables: as `command` takes them.
-    """
-    command(partial(_run_stage, stage), stage=stage, tables=tables, description=description)
-
-
-def command(
-    work: Callable[[Job], object],
+def main(
+    stage: str | None,
     *,
     description: str,
-    stage: str | None = None,
     tables: Sequence[str] | None = None,
-    prepare: bool | None = None,
+    work: Callable[[Job], object] | None = None,
 ) -> None:
-    """Read the command line and call `work` with it on all ranks. A single process reports a mistake at once.
+    """The whole work of a launcher: read the command line, run the stages on all ranks, end them together.
+
+    A single process reports a mistake at once.
 
     Args:
-        stage: the stage of a conversion that `work` runs, or the last one. None: it runs none.
-        tables: the tables whose settings `--help` lists. None: the stage's and the general ones.
-        prepare: whether to run missing earlier stages, instead of what the command line says.
+        stage: the stage that it runs. None: all stages of a conversion, or those up to `--until`.
+        tables: the tables whose settings `--help` lists. None: those of its stages, and the general ones.
+        work: what it does, on all ranks. None: it runs the stages.
     """
     with exit_on_user_error():
         _check_rank_variables()
-    parser = _stage_parser(description, may_take=stage is not None and STAGES[stage].conversion)
-    shown = (*GENERAL, stage or "") if tables is None else tables
+    parser = _job_parser(description, stage)
+    shown = (*GENERAL, *([stage] if stage else _conversion())) if tables is None else tables
     job: Job | UserError
     try:
         with in_one_line():
-            job = _read_job(parser, shown, prepare)
+            job = _read_job(parser, shown, stage)
     except UserError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             print(f"error: {error}", file=sys.stderr)
@@ -69,12 +61,11 @@ def command(
         job = error
     from halo.launch import run_job  # only now: it imports torch, and takes seconds
 
-    run_job(work, job, stage=stage)
+    run_job(work or _run, job)
 
 
-def tables_to(stage: str) -> tuple[str, ...]:
-    """The tables of a command that runs all stages up to `stage`, as `command` takes them."""
-    return (*GENERAL, *stages_to(stage, prepare=True))
+def _conversion() -> list[str]:
+    return [stage.name for stage in conversion()]
 
 
 def new_parser(description: str) -> OneLineParser:
@@ -126,7 +117,8 @@ def version_line() -> str:
     return f"hypenet-halo {__version__} ({others})\n"
 
 
-def _stage_parser(description: str, may_take: bool) -> OneLineParser:
+def _job_parser(description: str, stage: str | None) -> OneLineParser:
+    """The options of a launcher of this stage, or of all of a conversion, beside the settings."""
     parser = new_parser(description)
     parser.add_argument(
         "--preset",
@@ -137,12 +129,18 @@ def _stage_parser(description: str, may_take: bool) -> OneLineParser:
     parser.add_argument(
         "--ds_config", metavar="FILE", default=str(DS_CONFIG), help="DeepSpeed JSON (default: ds_configs/zero1.json)"
     )
-    parser.add_argument(
-        "--prepare",
-        action="store_true",
-        help="first run the earlier stages that are missing (always so without --preset)",
-    )
-    if may_take:
+    if stage is None:
+        parser.add_argument("--until", metavar="STAGE", help="the last stage to run (default: all stages)")
+        parser.add_argument(
+            "--text", metavar="PATH", help="sets heldout, and corpus.source of all stages, to this folder or file"
+        )
+    else:
+        parser.add_argument(
+            "--prepare",
+            action="store_true",
+            help="first run the earlier stages that are missing (always so without --preset)",
+        )
+    if stage is None or STAGES[stage].conversion:
         parser.add_argument(
             "--from",
             dest="taken",
@@ -156,25 +154,45 @@ def _stage_parser(description: str, may_take: bool) -> OneLineParser:
     return parser
 
 
-def _read_job(parser: OneLineParser, shown: Sequence[str], prepare: bool | None) -> Job:
+def _read_job(parser: OneLineParser, shown: Sequence[str], stage: str | None) -> Job:
     """Raises:
     UserError: what is wrong with the command line, the preset or the run's recorded settings.
     """
     arguments, overrides = read(parser, shown=shown)
     preset = arguments.preset or DEFAULT_PRESET
+    if stage is None:
+        stages = _stages_until(arguments.until)
+        overrides = [*_text_settings(arguments.text), *overrides]
+    else:
+        stages = stages_to(stage, arguments.prepare or arguments.preset is None)
     run = Path(arguments.run) if arguments.run else default_run(preset, overrides)
-    if prepare is None:
-        prepare = arguments.prepare or arguments.preset is None
     taken_from, taken_stages = _taken(getattr(arguments, "taken", []))
     return Job(
         config=load_config(preset, overrides, recorded=run / RUN_CONFIG),
         remembered=remembered(preset, overrides, run / RUN_CONFIG),
         run=run,
         ds_config=Path(arguments.ds_config),
-        prepare=prepare,
+        stages=tuple(stages),
         taken_from=taken_from,
         taken_stages=taken_stages,
     )
+
+
+def _stages_until(last: str | None) -> list[str]:
+    """All stages of a conversion; if `last` is given, itself and those that it needs."""
+    if last is None:
+        return _conversion()
+    if last not in _conversion():
+        raise UserError(f"--until: no stage '{last}'{suggest(last, _conversion())}; stages: {', '.join(_conversion())}")
+    return stages_to(last, prepare=True)
+
+
+def _text_settings(text: str | None) -> list[str]:
+    """The settings that `--text` stands for, as words of a command line."""
+    if text is None:
+        return []
+    sources = [f"{stage.name}.corpus.source" for stage in conversion() if stage.trains]
+    return [word for key in ("heldout", *sources) for word in (f"--{key}", text)]
 
 
 def _taken(given: Sequence[Sequence[str]]) -> tuple[Path | None, tuple[str, ...]]:
@@ -184,7 +202,7 @@ def _taken(given: Sequence[Sequence[str]]) -> tuple[Path | None, tuple[str, ...]
     if len(given) > 1:
         raise UserError("--from is given twice: name one run, and all stages of it after one --from")
     run, *stages = given[0]
-    known = [stage.name for stage in conversion()]
+    known = _conversion()
     if not run:
         raise UserError("--from '' names no run: write --from RUN STAGE ...")
     if not stages:
@@ -211,10 +229,10 @@ def _check_rank_variables() -> None:
         raise UserError(f"RANK = {os.environ['RANK']} of WORLD_SIZE = {os.environ['WORLD_SIZE']}: ranks count from 0")
 
 
-def _run_stage(stage: str, job: Job) -> None:
-    from halo.pipeline import run_stage  # not before the command line is read
+def _run(job: Job) -> None:
+    from halo.pipeline import run_stages  # not before the command line is read
 
-    run_stage(job, stage)
+    run_stages(job)
 
 
 def _help(parser: OneLineParser, shown: Sequence[str], words: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ class Job:
     config: Config
     run: Path
     ds_config: Path
-    prepare: bool
-    """Whether to run the stages before this one where they are missing."""
+    stages: tuple[str, ...]
+    """The stages to run, in order. Those that are finished are left as they are."""
     remembered: str = ""
     """The run's recorded settings that differ from the preset's, in words. Empty: there are none."""
     taken_from: Path | None = None

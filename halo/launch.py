@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from halo.accelerator import check_gpu
 from halo.errors import EXIT_USER_ERROR, Stopped, UserError, in_one_line
-from halo.graph import stages_to
 from halo.job import Job
 from halo.ranks import ERRORS, LEFT, split_ranks
 from halo.teacher.dedicated import serve
@@ -29,7 +28,7 @@ RENDEZVOUS = timedelta(minutes=30)
 """How long a rank waits for all others to start."""
 
 
-def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str | None = None) -> None:
+def run_job(work: Callable[[Job], object], job: Job | UserError) -> None:
     """Join the ranks, call `work(job)`, leave. Ranks of a dedicated teacher serve it instead.
 
     A UserError, or what the system refuses, ends every rank: the first rank to meet it prints one line, and each exits
@@ -38,7 +37,6 @@ def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str |
 
     Args:
         job: the command line; or what was wrong with it, for all ranks to end together.
-        stage: the stage of a conversion that `work` runs, or the last one. None: it runs none.
     """
     try:
         check_gpu()
@@ -52,8 +50,7 @@ def run_job(work: Callable[[Job], object], job: Job | UserError, *, stage: str |
         with in_one_line():
             if isinstance(job, UserError):
                 raise job
-            distills = stage is not None and "distill" in stages_to(stage, job.prepare)
-            split = split_ranks(store, rank, world_size, job.config.distill if distills else None)
+            split = split_ranks(store, rank, world_size, job.config.distill if "distill" in job.stages else None)
             split.join()
             tune_once()
             if split.is_teacher:

@@ -13,7 +13,7 @@ from halo.context import Context
 from halo.data.locks import RunLock
 from halo.distributed import on_rank0, rank, world_size
 from halo.errors import UserError
-from halo.graph import STAGES, stages_to
+from halo.graph import STAGES
 from halo.job import Job
 from halo.models.attention import attention_of_stage, check_attention, said_of
 from halo.models.build import check_teacher
@@ -31,16 +31,15 @@ from hypenet.configuration_hypenet import ATTENTION
 from hypenet.mixers import MIXERS
 
 
-def run_stage(job: Job, stage: str) -> Context:
-    """Run `stage`; with `job.prepare`, first every stage before it that is missing.
+def run_stages(job: Job) -> Context:
+    """Run those of `job.stages` that are missing, in their order and in one group of ranks.
 
     Raises:
         UserError: bad settings, teacher or folder, a missing predecessor, or another command that works on the run; on
             every rank, before anything is written.
     """
-    names = stages_to(stage, job.prepare)
-    context = on_rank0(_open, job, stage, names)
-    idle = on_rank0(_is_done, context, names)
+    context = on_rank0(_open, job)
+    idle = on_rank0(_is_done, context, job.stages)
     with nullcontext() if idle else _alone(job.run), recorded_config(job.run, job.config):
         if job.remembered:
             say(job.remembered)
@@ -51,12 +50,12 @@ def run_stage(job: Job, stage: str) -> Context:
         for name in taken:
             say(f"{name}: taken from {job.taken_from}")
         told = job.config.attention != "auto"
-        for name in names:
+        for name in job.stages:
             if on_rank0(context.is_complete, name):
                 say(on_rank0(_done, context, name))
                 continue
-            if name != stage:
-                say(f"{name}: missing, preparing it for {stage}")
+            if name != job.stages[-1]:
+                say(f"{name}: missing, running it before {job.stages[-1]}")
             if not told and context.attention:
                 say(said_of(context.attention))
                 told = True
@@ -108,11 +107,12 @@ def _done(context: Context, name: str) -> str:
     return f"{name}: done already, in {context.run / name}" + (f", taken from {other}" if other else "")
 
 
-def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
+def _open(job: Job) -> Context:
     """Every check that needs no model. Writes nothing but what is fetched from the hub."""
     ds_config = read_ds_config(job.ds_config)
     check_attention(job.config.attention)
-    converts = STAGES[stage].conversion
+    names = job.stages
+    converts = STAGES[names[0]].conversion
     if converts:
         _check_mixer(job.config.rnn_mixer)
     for name in names:
@@ -134,8 +134,7 @@ def _open(job: Job, stage: str, names: Sequence[str]) -> Context:
     )
     if job.taken_from is not None:
         context = with_taken(context, job.taken_from, job.taken_stages)
-    if not job.prepare:
-        context.require_inputs(stage)
+    context.require_inputs(names[0])
     unfinished = [name for name in names if not context.is_complete(name)]  # refuses what was made from something else
     for name in unfinished:
         getattr(stage_module(name), "check", _nothing)(context)

@@ -154,7 +154,7 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
         ("halo/training/trainer.py", "from halo.training.metrics import Metrics\nfrom halo.context import Context"),
         ("halo/plan/stage.py", "from halo.stages import align"),
         ("halo/pipeline.py", "from halo.launch import run_job"),
-        ("launcher/kd.py", "from halo.pipeline import run_stage"),
+        ("launcher/kd.py", "from halo.pipeline import run_stages"),
     ],
 )
 def test_what_is_allowed_passes(path: str, source: str) -> None:

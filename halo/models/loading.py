@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -15,7 +16,7 @@ from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
 from halo.models.families import check_family, family_keys, model_keys, window_of
-from halo.models.folders import fetch_small_files, fetch_weights
+from halo.models.folders import WEIGHTS, fetch_small_files, fetch_weights
 from halo.models.gguf import check_gguf, is_gguf, unpacked_folder, where
 from halo.models.tokenizer import load_tokenizer
 from halo.tables import build
@@ -72,7 +73,7 @@ def _unpacked(file: Path) -> Path:
     tokenizer = load_tokenizer(file)
     partial = folder.with_name(f"{folder.name}.{uuid4().hex}")  # another run may unpack the same file now
     try:
-        load_teacher(file).save_pretrained(partial)
+        _save_weights(load_teacher(file), load_model_config(file), partial)
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
     except OSError as error:
@@ -81,6 +82,16 @@ def _unpacked(file: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _save_weights(model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
+    """As `save_pretrained`, by which transformers 5 does not save what it read from a GGUF file."""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    config.save_pretrained(folder)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _check_folder(folder: Path) -> None:

@@ -132,7 +132,7 @@ def test_cpus_are_used_beside_gpus_only_where_they_are_asked_for(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPUs torch does not find")
-@pytest.mark.parametrize("script", ["kd.py", "demo.py"])
+@pytest.mark.parametrize("script", ["kd.py", "convert.py"])
 def test_a_launcher_refuses_before_anything_is_built(monkeypatch, tmp_path: Path, script: str):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)

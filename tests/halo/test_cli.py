@@ -21,7 +21,10 @@ from tests.launcher.conftest import ROOT
 EVERY = [(f"launcher/{stage.launcher}", ("", "architecture", stage.name)) for stage in conversion()]
 EVERY += [
     ("launcher/pretrain.py", ("pretrain",)),
-    ("launcher/demo.py", ("", "architecture", "align", "selection", "distill", "finetune", "scaling", "niah")),
+    (
+        "launcher/convert.py",
+        ("", "architecture", "align", "selection", "distill", "finetune", "scaling", "niah", "csr"),
+    ),
     ("launcher/plan.py", ("", "architecture", "pretrain", "align", "distill", "finetune")),
     ("data/prepare_fineweb_edu.py", ("", "align", "distill", "finetune")),
 ]
@@ -45,10 +48,10 @@ def light(script: str, *words: str) -> subprocess.CompletedProcess[str]:
 def typed(monkeypatch, tmp_path):
     """What a stage's launcher makes of words."""
 
-    def run(*words: str) -> Job:
+    def run(*words: str, stage: str | None = "distill") -> Job:
         monkeypatch.setattr(sys, "argv", ["kd.py", *words])
         monkeypatch.chdir(tmp_path)
-        return cli._read_job(cli._stage_parser("", may_take=True), cli.GENERAL, None)
+        return cli._read_job(cli._job_parser("", stage), cli.GENERAL, stage)
 
     return run
 
@@ -81,7 +84,7 @@ def test_help_shows_the_values_of_the_preset_and_of_the_run(tmp_path):
     assert f"The defaults are those of the run ({tmp_path / 'config.toml'})." in run.stdout
 
 
-@pytest.mark.parametrize("script", ["launcher/kd.py", "launcher/demo.py", "launcher/pretrain.py"])
+@pytest.mark.parametrize("script", ["launcher/kd.py", "launcher/convert.py", "launcher/pretrain.py"])
 def test_a_misspelt_key_is_told_before_anything_heavy_is_imported(script):
     done = light(script, "--distill.lrr", "1")
     assert (done.returncode, done.stdout) == (2, "")
@@ -124,12 +127,28 @@ def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path):
 
 def test_a_command_line_becomes_a_job(typed):
     job = typed()
-    assert (job.config, job.run, job.prepare) == (load_config("tiny"), Path("runs/tiny"), True)
+    assert (job.config, job.run) == (load_config("tiny"), Path("runs/tiny"))
+    assert job.stages == ("align", "selection", "distill")
     assert (job.taken_from, job.taken_stages) == (None, ())
     words = ["--preset", "hypenet-2b", "--from", "runs/x", "align", "selection", "--align.lr", "1", "--ds-config", "j"]
     job = typed(*words, "--name", "mine")
-    assert (job.config.align.lr, job.run, job.ds_config, job.prepare) == (1.0, Path("runs/mine"), Path("j"), False)
+    assert (job.config.align.lr, job.run, job.ds_config, job.stages) == (
+        1.0,
+        Path("runs/mine"),
+        Path("j"),
+        ("distill",),
+    )
     assert (job.taken_from, job.taken_stages) == (Path("runs/x"), ("align", "selection"))
+
+
+def test_a_command_for_all_stages_becomes_a_job(typed):
+    job = typed("--preset", "smollm2-135m", "--text", "books", "--finetune.corpus.source", "papers", stage=None)
+    assert job.stages == tuple(stage.name for stage in conversion())
+    sources = [getattr(job.config, stage).corpus.source for stage in ("align", "distill", "finetune")]
+    assert (job.config.heldout, sources) == ("books", ["books", "books", "papers"])
+    assert typed("--until", "selection", stage=None).stages == ("align", "selection")
+    with pytest.raises(UserError, match=r"^--until: no stage 'distil' \(did you mean 'distill'\?\); stages: align, "):
+        typed("--until", "distil", stage=None)
 
 
 def test_settings_of_other_stages_are_accepted(typed):

@@ -29,6 +29,7 @@ SMALL = [
     "--scaling.candidates", "[128, 512]", "--scaling.seq_len", "512", "--scaling.documents", "2",
     "--niah.lengths", "[256, 512]", "--niah.samples", "[2, 2]",
 ]
+ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 # fmt: on
 
 
@@ -98,6 +99,6 @@ def free_port() -> int:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run's folder, and what the demo printed."""
     run = tmp_path_factory.mktemp("runs") / "demo"
-    done = deepspeed("launcher/demo.py", "--run", str(run), "--ds_config", "ds_configs/zero3.json", *SMALL, ranks=2)
+    done = deepspeed("launcher/convert.py", "--until", "niah", "--run", str(run), *ZERO3, *SMALL, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return run, done.stdout

@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from halo.errors import EXIT_USER_ERROR, UserError
+from halo.graph import stages_to
 from halo.job import Job
-from halo.pipeline import run_stage
+from halo.pipeline import run_stages
 from halo.preset import load_config
 from halo.run import claim
 from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
@@ -23,8 +24,8 @@ def refusal(stage: str, run: Path, *overrides: str, ds_config: str = "zero3.json
     before = snapshot(run)
     with pytest.raises(UserError) as error:
         config = load_config("tiny", [*SMALL, *overrides])
-        job = Job(config=config, run=run, ds_config=ROOT / "ds_configs" / ds_config, prepare=prepare)
-        run_stage(job, stage)
+        stages = tuple(stages_to(stage, prepare))
+        run_stages(Job(config=config, run=run, ds_config=ROOT / "ds_configs" / ds_config, stages=stages))
     after = snapshot(run)
     assert {path: after.get(path) for path in before} == before
     assert "\n" not in str(error.value)

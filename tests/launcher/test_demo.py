@@ -16,7 +16,7 @@ from halo.launch import EXIT_SAVED
 from halo.preset import load_config
 from halo.run import sha256
 from tests.distributed.test_stopping import start
-from tests.launcher.conftest import SMALL, free_port
+from tests.launcher.conftest import SMALL, ZERO3, free_port
 
 TEACHER = Path(load_config("tiny").teacher)
 
@@ -132,7 +132,7 @@ def test_an_evaluation_that_was_stopped_goes_on(demo, launch, tmp_path):
 def test_a_second_start_finds_everything_done(demo, launch):
     run, _ = demo
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.toml"}
-    again = launch("launcher/demo.py", "--run", str(run), "--ds_config", "ds_configs/zero3.json", *SMALL)
+    again = launch("launcher/convert.py", "--until", "niah", "--run", str(run), *ZERO3, *SMALL)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done already") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -151,7 +151,7 @@ def test_kd_as_typed_prepares_what_is_missing(tmp_path, launch):
     run = tmp_path / "typed"
     done = launch("launcher/kd.py", "--ds_config", "ds_configs/zero3.json", "--run", str(run), *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "align: missing, preparing it for distill" in done.stdout
+    assert "align: missing, running it before distill" in done.stdout
     assert (run / "distill" / "hybrid" / "model.safetensors").is_file()
     assert not (run / "finetune").exists()
 

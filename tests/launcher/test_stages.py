@@ -17,7 +17,7 @@ from halo.context import Context
 from halo.errors import UserError
 from halo.graph import STAGES, Stage, jobs
 from halo.job import Job
-from halo.pipeline import run_stage
+from halo.pipeline import run_stages
 from halo.preset import load_config
 from halo.run import sha256
 from halo.status import status_text
@@ -33,8 +33,8 @@ def run_in(run: Path, stage: str, *overrides: str, other: Path | None = None, ta
     """Run a stage of the demo's preset in `run`, with the finished stages `taken` from the run in `other`."""
     config = load_config("tiny", [*SMALL, *overrides], recorded=run / "config.toml")
     ds_config = ROOT / "ds_configs" / "zero1.json"
-    job = Job(config=config, run=run, ds_config=ds_config, prepare=False, taken_from=other, taken_stages=tuple(taken))
-    run_stage(job, stage)
+    stages = {"stages": (stage,), "taken_from": other, "taken_stages": tuple(taken)}
+    run_stages(Job(config=config, run=run, ds_config=ds_config, **stages))
 
 
 def record(run: Path, stage: str) -> dict:
