@@ -319,7 +319,7 @@ class CommonSense:
     tasks: tuple[bounds.Word, ...] = COMMON_SENSE
     """Names of the harness's tasks, or of those in `task_folder`."""
     task_folder: bounds.Line = ""
-    """A folder with your own tasks, in the harness's YAML. Name them in `tasks`."""
+    """A folder with your own tasks, in the harness's YAML, and Python, which it runs. Name them in `tasks`."""
     samples: bounds.CountOrNone = 0
     """Evaluate only the first samples of each task, this many. 0: all."""
     batch_tokens: bounds.Count = 16_384

@@ -5,7 +5,6 @@ Works under `deepspeed`, torchrun, srun with torchrun, and as a plain `python la
 
 import contextlib
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,9 +41,12 @@ def run_job(work: Callable[[Job], object], job: Job | UserError) -> None:
         check_gpu()
     except UserError as error:
         job = job if isinstance(job, UserError) else error
-    _fill_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))
+    alone = "RANK" not in os.environ
+    _fill_environment()
+    store, rank, world_size = (
+        (dist.HashStore(), 0, 1) if alone else next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))
+    )
     status = 0
     try:
         with in_one_line():
@@ -76,13 +78,14 @@ def run_job(work: Callable[[Job], object], job: Job | UserError) -> None:
 
 
 def _fill_environment() -> None:
-    """Set the variables that are missing: a plain python sets none, DeepSpeed sets LOCAL_SIZE for LOCAL_WORLD_SIZE."""
+    """Set the variables that are missing: a plain python sets none, DeepSpeed sets LOCAL_SIZE for LOCAL_WORLD_SIZE.
+
+    A rank alone meets no others: what its libraries open all the same listens on this machine only.
+    """
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if sys.platform == "linux":
+            os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if "LOCAL_WORLD_SIZE" not in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
 

@@ -47,6 +47,17 @@ def fetch_small_files(name: str) -> Path:
     return folder
 
 
+def check_no_code(folder: Path) -> None:
+    """Refuse a folder with code that transformers runs from local folders, whatever `trust_remote_code` says.
+
+    Raises:
+        UserError: there is such code.
+    """
+    code = folder / "custom_generate" / "generate.py"
+    if code.exists():
+        raise UserError(f"{code} would be run when the model beside it is loaded: no code of a model is run; remove it")
+
+
 def fetch_weights(name: str, folder: Path) -> None:
     """Complete what `fetch_small_files(name)` returned by the model's weights.
 

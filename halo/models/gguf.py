@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halo.errors import UserError, first_line
 from halo.models.families import check_family
+from halo.models.folders import check_no_code
 from halo.run import teacher_fingerprint
 from hypenet.transfer import FAMILIES
 
@@ -24,15 +25,18 @@ NEEDED = ("gguf", "accelerate")
 def where(source: str | Path) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds `source`: a folder, a name on the hub, or a GGUF file.
 
+    With them it runs no code from there, and does not ask on a terminal whether it may.
+
     Raises:
-        UserError: it is a GGUF file, and a package that reads it is not installed.
+        UserError: it is a GGUF file, and a package that reads it is not installed; or as `check_no_code`.
     """
+    check_no_code(Path(source).parent if is_gguf(source) else Path(source))
     if not is_gguf(source):
-        return {"pretrained_model_name_or_path": source}
+        return {"pretrained_model_name_or_path": source, "trust_remote_code": False}
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise UserError(f"{source} needs packages that are not installed: pip install {' '.join(missing)}")
     file = Path(source)
-    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
 
 
 def is_gguf(source: str | Path) -> bool:

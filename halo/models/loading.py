@@ -16,7 +16,7 @@ from halo.accelerator import on_gpu
 from halo.config import Config
 from halo.errors import UserError, first_line
 from halo.models.families import check_family, family_keys, model_keys, window_of
-from halo.models.folders import WEIGHTS, fetch_small_files, fetch_weights
+from halo.models.folders import WEIGHTS, check_no_code, fetch_small_files, fetch_weights
 from halo.models.gguf import check_gguf, is_gguf, unpacked_folder, where
 from halo.models.tokenizer import load_tokenizer
 from halo.tables import build
@@ -102,6 +102,7 @@ def _check_folder(folder: Path) -> None:
     if not architectures[0].endswith("ForCausalLM"):
         raise UserError(f"the teacher at {folder} is no causal language model (its architecture is {architectures[0]})")
     check_family(keys.get("model_type"), folder)
+    check_no_code(folder)
     if keys.get("quantization_config"):
         raise UserError(f"the teacher at {folder} is quantized: take the model that it was made from")
 
@@ -226,7 +227,10 @@ def load_teacher(teacher: Path) -> PreTrainedModel:
 
 
 def load_hybrid(folder: Path) -> HypeNetForCausalLM:
-    return HypeNetForCausalLM.from_pretrained(folder, dtype=training_dtype())
+    """Raises:
+    UserError: as `check_no_code`.
+    """
+    return HypeNetForCausalLM.from_pretrained(**where(folder), dtype=training_dtype())
 
 
 def apply_yarn(teacher: PreTrainedModel, length: int, original: int) -> None:

@@ -1,6 +1,7 @@
 """A teacher's config.json means the same on each transformers, whichever wrote it; what does not is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from halo.errors import UserError
 from halo.models.build import build_teacher
-from halo.models.loading import load_model_config, load_teacher
+from halo.models.gguf import where
+from halo.models.loading import find_teacher, load_hybrid, load_model_config, load_teacher
+from halo.models.tokenizer import load_tokenizer
 from halo.plan.shapes import teacher_shapes
+from halo.preset import load_config
 from hypenet import HypeNetConfig, hybrid_config, hybrid_from_teacher
 from hypenet.rope import ORIGINAL, ROPE_TYPES, read_rope
 from hypenet.transfer import TEACHERS
@@ -159,3 +163,28 @@ def test_heads_without_a_width_are_a_part_of_the_hidden_size(folders, tmp_path, 
     config = load_model_config(tmp_path)
     assert config.head_dim == config.hidden_size // config.num_attention_heads
     assert AutoModelForCausalLM.from_config(config).model.rotary_emb.rope_type == "yarn"
+
+
+def test_code_beside_a_teacher_is_not_run(tmp_path, monkeypatch):
+    """Nor does a terminal ask whether it may."""
+    teacher = shutil.copytree(load_config("tiny").teacher, tmp_path / "teacher")
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    for name in ("evil.py", "custom_generate/generate.py"):
+        (teacher / name).parent.mkdir(exist_ok=True)
+        (teacher / name).write_text(code)
+    keys = json.loads((teacher / "config.json").read_text())
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    (teacher / "config.json").write_text(json.dumps(keys | {"auto_map": {name: "evil.Evil" for name in names}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    for load in (find_teacher, load_teacher, load_hybrid):  # transformers would run it in spite of trust_remote_code
+        with pytest.raises(UserError, match=r"custom_generate/generate.py would be run .*: no code of a model is run"):
+            load(teacher)
+    shutil.rmtree(teacher / "custom_generate")
+    assert find_teacher(str(teacher)) == teacher
+    assert load_teacher(teacher).config.model_type == "qwen3"
+    load_tokenizer(teacher)
+    (teacher / "config.json").write_text((teacher / "config.json").read_text().replace('"qwen3"', '"evil"'))
+    with pytest.raises(UserError, match="is a 'evil'; supported: "):
+        find_teacher(str(teacher))
+    assert where(teacher)["trust_remote_code"] is False
+    assert not (tmp_path / "ran").exists()
