@@ -14,6 +14,7 @@ CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
 """0 stands for none, or for a choice of the code's."""
 Samples = Annotated[int, Field(ge=1, le=10**6)]
 """What fits in a step, or is measured in one go."""
+SamplesOrNone = Annotated[int, Field(ge=0, le=10**6)]
 Tokens = Annotated[int, Field(ge=1, le=2**22)]
 """Of a sequence: 16 times the longest of the paper, and as many as the held-out text that is read."""
 Window = Annotated[int, Field(ge=2, le=2**22)]

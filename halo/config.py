@@ -269,24 +269,32 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """The choice of the attention logits scaling (Eq. 11), by loss on held-out documents."""
+    """The choice of the attention logits scaling (Eq. 11), by needle recall and loss on held-out text."""
 
     form: Literal["hype", "constant"] = "hype"
     """The meaning of `candidates`: bases a of s_t = log_a(t + a), or constants s_t (Figure 8)."""
     candidates: tuple[bounds.Scale, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
-    """The values to compare."""
-    seq_len: bounds.Window = 65_536
-    """Tokens of a window of held-out text."""
+    """The values to compare, with each other and with no scaling."""
+    allow_none: bool = True
+    """Whether no scaling may be chosen. False: it is only measured."""
+    lengths: tuple[bounds.Window, ...] = (16_384, 65_536)
+    """The context lengths, in tokens."""
+    needles: bounds.SamplesOrNone = 32
+    """The number of needle samples of each variant at each length. 0: the loss alone decides, as in the paper."""
     documents: bounds.Samples = 32
-    """The number of windows."""
+    """The number of windows of held-out text at each length, whose loss is measured; long documents come first."""
     sequence_parallel: bounds.Ranks = 1
-    """The number of ranks that share a window, each with a part of its tokens."""
+    """The number of ranks that share a sample, each with a part of its tokens."""
+    seed: bounds.Seed = 0
+    """The seed of the needle samples."""
 
     def __post_init__(self) -> None:
         names = {f"{candidate:g}" for candidate in self.candidates}
         _check(len(names) == len(self.candidates) > 0, "candidates", self.candidates, "of 6 different digits")
         small = self.form == "hype" or max(self.candidates) <= 10
         _check(small, "candidates", self.candidates, "at most 10 where they are constants")
+        distinct = len(set(self.lengths)) == len(self.lengths) > 0
+        _check(distinct, "lengths", self.lengths, "one number or more, without repeats")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ STAGES: dict[str, Stage] = {
             inputs=("finetune",),
             launcher="scaling.py",
             script="export.sh",
-            sees=("heldout",),
+            sees=("heldout", "needles"),
             models=("student",),
             costed=True,
         ),

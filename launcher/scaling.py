@@ -1,4 +1,4 @@
-"""Choose the base of the attention logits scaling, by loss on held-out documents.
+"""Choose the attention logits scaling, by needle recall and loss at several lengths.
 
 deepspeed launcher/scaling.py --preset hypenet-2b
 """

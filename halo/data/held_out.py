@@ -1,6 +1,8 @@
 """The held-out text of a run. Selection, the choice of the base a (Eq. 11), and evaluation measure on it."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +53,34 @@ class HeldOut:
 
     def token_ids(self) -> Sequence[np.ndarray]:
         """The token ids of each document, int64 [tokens]."""
-        ids = self.tokenizer(self.documents, add_special_tokens=False)["input_ids"]
-        return [np.asarray(document) for document in ids]
+        return self._token_ids
 
-    def windows(self, length: int, count: int) -> Tensor:
-        """The first `count` windows of the documents, or as many as there are: int64 [count, length].
+    @cached_property
+    def _token_ids(self) -> list[np.ndarray]:
+        ids = self.tokenizer(self.documents, add_special_tokens=False)["input_ids"]
+        return [np.asarray(document, np.int64) for document in ids]
+
+    def windows(self, length: int, count: int) -> tuple[Tensor, int]:
+        """`count` windows of text, or as many as there are.
+
+        Those within one document come first, where only long context helps: the first of each document, then the second
+        of each, and so on. What is missing is cut from all other documents, joined.
+
+        Returns:
+            Int64 [count, length], and how many of them lie within one document.
 
         Raises:
             UserError: the documents are too short for one window.
         """
-        tokens = join_documents(self.token_ids(), separator_id(self.tokenizer), np.dtype(np.int64))
-        samples, _ = cut_samples(tokens, length)
-        if len(samples) == 0:
+        long = [cut_samples(ids, length)[0] for ids in self._token_ids]
+        turns = zip_longest(*long)
+        within = list(islice((window for turn in turns for window in turn if window is not None), count))
+        short = [ids for ids in self._token_ids if len(ids) < length]
+        tokens = join_documents(short, separator_id(self.tokenizer), np.dtype(np.int64))
+        windows = [*within, *cut_samples(tokens, length)[0][: count - len(within)]]
+        if not windows:
             raise UserError(f"`heldout` has {len(tokens)} held-out tokens, fewer than one window of {length}")
-        return torch.from_numpy(samples[:count])
+        return torch.from_numpy(np.stack(windows)), len(within)
 
 
 def check_held_out(source: str) -> None:

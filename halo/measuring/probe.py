@@ -76,7 +76,7 @@ def _text(context: Context, training: CheckpointedTraining) -> ProbeText:
     tokens = max(*lengths, training.seq_len * count)
     held_out = HeldOut(context.config.heldout, load_tokenizer(context.teacher), tokens * CHARACTERS_PER_TOKEN)
     needles = {f"{v}/{n}": held_out.needles(v, n, count, training.seed) for v in PROBED for n in lengths}
-    return ProbeText(windows=held_out.windows(training.seq_len, count), needles=needles)
+    return ProbeText(windows=held_out.windows(training.seq_len, count)[0], needles=needles)
 
 
 def measure_of(objective: Headed, training: CheckpointedTraining, text: ProbeText) -> Callable[[], dict[str, float]]:

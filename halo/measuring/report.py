@@ -1,4 +1,4 @@
-"""The results of a conversion: recall over length (Table 2), CSR, the cost of each stage, and layer selection.
+"""The results of a conversion: recall over length (Table 2), CSR, the cost of each stage, selection and scaling.
 
 Pure functions from results to Markdown, JSON and PNG. The caller writes the files.
 """
@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from halo.measuring.scales import Scales
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +24,8 @@ TASKS = {
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Markers and dashes differ too.
 LINES = [("#000000", "o", "-"), ("#E69F00", "s", "--"), ("#56B4E9", "^", "-."), ("#D55E00", "D", "-")]
+
+RECALL = "needle recall, %"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +189,44 @@ def selection_png(recall: Sequence[float], csr: Sequence[float], kept: Sequence[
     return _png(figure)
 
 
+def scaling_markdown(scales: Scales) -> str:
+    """The table of the choice of the scaling: a row for each candidate, the chosen one in bold."""
+    recall = scales.lengths if scales.candidates[0].recall else []
+    header = ["Scaling", *(f"recall, {_short(n)}, %" for n in recall), *(f"loss, {_short(n)}" for n in scales.lengths)]
+    rows = [[*header, *(["recall, %"] if recall else []), "loss"]]
+    for candidate in scales.candidates:
+        figures = [_percent(candidate.recall_at(length)) for length in recall]
+        figures += [f"{candidate.loss[length]:.4f}" for length in scales.lengths]
+        figures += [*([_percent(candidate.mean_recall)] if recall else []), f"{candidate.mean_loss:.4f}"]
+        row = [candidate.name, *figures]
+        rows.append([f"**{cell}**" for cell in row] if candidate is scales.chosen else row)
+    return _table(rows)
+
+
+def scaling_png(scales: Scales) -> bytes:
+    """Recall and loss over the candidates, a line for each length. The chosen one is marked."""
+    figure = _figure(9, 3.2)
+    recall = [(RECALL, lambda c, n: 100 * c.recall_at(n))] if scales.candidates[0].recall else []
+    drawn = [*recall, ("loss, nats", lambda c, n: c.loss[n])]
+    names = [candidate.name for candidate in scales.candidates]
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for panel, (label, value) in zip(panels, drawn, strict=True):
+        chosen = names.index(scales.chosen.name)
+        panel.axvspan(chosen - 0.3, chosen + 0.3, color="0.88", label="chosen")
+        for length, (color, marker, linestyle) in zip(scales.lengths, itertools.cycle(LINES), strict=False):
+            values = [value(candidate, length) for candidate in scales.candidates]
+            panel.plot(values, color=color, marker=marker, linestyle=linestyle, label=f"{_short(length)} tokens")
+        panel.set_xticks(range(len(names)), names)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.set_xlabel("scaling of the attention logits")
+        panel.set_ylabel(label)
+        _tidy(panel, percent=label == RECALL)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9
+    )
+    return _png(figure)
+
+
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # imported only here: most commands draw nothing
 
@@ -206,8 +248,9 @@ def _draw(panel: "Axes", results: Results, variant: str) -> None:
     _tidy(panel)
 
 
-def _tidy(panel: "Axes") -> None:
-    panel.set_ylim(-3, 103)
+def _tidy(panel: "Axes", percent: bool = True) -> None:
+    if percent:
+        panel.set_ylim(-3, 103)
     panel.grid(color="0.9")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

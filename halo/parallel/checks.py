@@ -35,8 +35,10 @@ def check_sequence_parallel(teacher: Path, config: Config, stage: str, ranks: in
             for kept in ([], [0])
         ]
         layers = AutoModelForCausalLM.from_config(shape).model.layers
-    longest = max(settings.lengths) if stage == "niah" else settings.seq_len
-    length = 0 if stage == "niah" else longest  # evaluation pads to a multiple of the ranks
+    lengths = getattr(settings, "lengths", None) or (settings.seq_len,)
+    longest = max(lengths)
+    cut = [length for length in lengths if length % degree] if stage != "niah" else []  # needles are padded
+    length = cut[0] if cut else 0
     check_degree(name, degree, seq_len=length, ranks=ranks, mixers=mixers)
     rope = rope_type(shape)
     if rope in ROPE_BY_LENGTH:

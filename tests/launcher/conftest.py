@@ -26,7 +26,8 @@ SMALL = [
     "--distill.probe_every", "1", "--distill.probe_samples", "2", "--distill.probe_lengths", "[256]",
     "--finetune.probe_every", "2", "--finetune.probe_samples", "2", "--finetune.probe_lengths", "[256]",
     "--finetune.steps", "2", "--finetune.batch", "2", "--finetune.seq_len", "256", "--finetune.corpus.samples", "16",
-    "--scaling.candidates", "[128, 512]", "--scaling.seq_len", "512", "--scaling.documents", "2",
+    "--scaling.candidates", "[128, 512]", "--scaling.lengths", "[256, 512]",
+    "--scaling.needles", "1", "--scaling.documents", "2",
     "--niah.lengths", "[256, 512]", "--niah.samples", "[2, 2]",
 ]
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]

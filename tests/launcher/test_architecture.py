@@ -23,7 +23,8 @@ def test_a_llama_from_gguf_with_everything_switched(tmp_path: Path, launch: Laun
         "--architecture.attn_use_rope", "true", "--architecture.attn_use_output_gate", "false",
         "--architecture.expand_kv_proj", "false", "--architecture.lightning_use_rope", "false",
         "--architecture.lightning_use_qk_norm", "false", "--architecture.lightning_use_output_gate", "false",
-        "--scaling.form", "constant", "--scaling.candidates", "[1.5]", "--selection.attention_layers", "1",
+        "--scaling.form", "constant", "--scaling.candidates", "[1.5]", "--scaling.allow_none", "false",
+        "--selection.attention_layers", "1",
     ]
     # fmt: on
     run = tmp_path / "run"

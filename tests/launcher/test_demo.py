@@ -58,12 +58,24 @@ def test_the_export_generates_with_its_base_set(demo):
     run, _ = demo
     folder = run / "export" / "model"
     chosen = json.loads((run / "scaling" / "scaling.json").read_text())["attn_logits_scaling"]
-    assert chosen in ("hype 128", "hype 512")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     assert model.config.attn_logits_scaling == chosen
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("It is a truth universally acknowledged", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_the_scaling_is_chosen_from_the_whole_curve(demo):
+    found = json.loads((demo[0] / "scaling" / "scaling.json").read_text())
+    assert [c["attn_logits_scaling"] for c in found["candidates"]] == [None, "hype 128", "hype 512"]
+    (chosen,) = (c for c in found["candidates"] if c["name"] == found["chosen"])
+    assert chosen["attn_logits_scaling"] == found["attn_logits_scaling"]
+    for candidate in found["candidates"]:
+        assert candidate["loss"].keys() == candidate["recall"].keys() == {"256", "512"}
+        assert all(len(recall) == 3 for recall in candidate["recall"].values())
+    assert found["documents"]["512"] == {"windows": 2, "within_one": 2}
+    assert f"| **{found['chosen']}** |" in (demo[0] / "scaling" / "scaling.md").read_text()
+    assert (demo[0] / "scaling" / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_training_is_watched(demo):
