@@ -24,7 +24,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     """The line with which a launcher refuses these words; empty if it takes them."""
     monkeypatch.setattr(sys, "argv", ["kd.py", "--preset", "tiny", *words])
     try:
-        cli._read_job(cli._stage_parser("", may_take=True), cli.GENERAL, None)
+        cli._read_job(cli._job_parser("", "distill"), cli.GENERAL, "distill")
     except UserError as error:
         return str(error)
     return ""
@@ -86,7 +86,7 @@ def test_a_preset_cannot_name_a_run_elsewhere(monkeypatch, tmp_path):
     preset.write_text('base = "tiny"\nname = "../../x"\n')
     monkeypatch.setattr(sys, "argv", ["kd.py", "--preset", str(preset)])
     with pytest.raises(UserError, match=r"mine.toml: name must be the name of a folder"):
-        cli._read_job(cli._stage_parser("", may_take=True), cli.GENERAL, None)
+        cli._read_job(cli._job_parser("", "distill"), cli.GENERAL, "distill")
 
 
 def test_settings_that_an_earlier_command_left_are_said(tmp_path):
