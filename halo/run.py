@@ -179,8 +179,9 @@ class StageFolder:
         return read_json(self.path / name, kind, f"remove {self.path} to make it again")
 
     def files_in(self, name: str) -> list[str]:
-        """The files of a subfolder, for `complete`."""
-        return sorted(f"{name}/{path.name}" for path in (self.path / name).iterdir())
+        """The files of a subfolder, also those in folders of it, for `complete`."""
+        files = (path for path in (self.path / name).rglob("*") if path.is_file())
+        return sorted(path.relative_to(self.path).as_posix() for path in files)
 
     def complete(self, files: list[str], summary: dict[str, Any]) -> None:
         """Finish the stage: record the files that it hands on. The last thing a stage does, on rank 0.
