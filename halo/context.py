@@ -7,7 +7,7 @@ from typing import Any
 
 from halo.config import Config
 from halo.errors import UserError
-from halo.graph import NEEDLE_RECIPE, STAGES, Model, Seen, stages_to
+from halo.graph import HELD_OUT_TEXT, NEEDLE_RECIPE, STAGES, TRAINING_DATA, Model, Seen, Stage, stages_to
 from halo.ranks import RankLayout
 from halo.run import StageFolder
 from halo.tables import config_table
@@ -32,7 +32,9 @@ class Context:
     teacher: Path
     """The teacher's local folder. Pretraining has no teacher: it makes one."""
     fingerprint: str = ""
-    """The teacher's (`teacher_fingerprint`)."""
+    """The teacher's digest."""
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """What is behind the paths of the settings (halo/data/contents.py)."""
     ds_config: dict[str, Any]
     split: RankLayout | None = None
     """Which ranks serve a dedicated teacher. None: all ranks train."""
@@ -59,7 +61,18 @@ class Context:
             made_from |= {key: value for key, value in config_table(settings).items() if key not in FREE}
         for before in record.inputs:
             made_from[before] = self.folder(before).digest()
-        return StageFolder(self.taken.get(stage, self.run / stage), made_from)
+        folder = StageFolder(self.taken.get(stage, self.run / stage), made_from)
+        made_from |= self._contents(record, folder)
+        return folder
+
+    def _contents(self, record: Stage, folder: StageFolder) -> dict[str, str]:
+        """Digests of the text that a stage reads. Where it is gone since, that of the finished stage stands."""
+        found = {TRAINING_DATA: self.contents.get(record.name)} if record.trains else {}
+        if "heldout" in record.sees:
+            found[HELD_OUT_TEXT] = self.contents.get(HELD_OUT_TEXT)
+        recorded = folder.record().made_from if None in found.values() and folder.record_path.is_file() else {}
+        found = {key: value or recorded.get(key) for key, value in found.items()}
+        return {key: value for key, value in found.items() if value}
 
     def _seen(self, part: Seen) -> dict[str, Any]:
         """The settings behind a name in a stage's `sees`."""

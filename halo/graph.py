@@ -21,6 +21,8 @@ RUN_CONFIG = "config.toml"
 STAGE_RECORD = "stage.json"
 """In a stage's folder, once it is finished (halo/run.py)."""
 
+TRAINING_DATA, HELD_OUT_TEXT = "training data", "held-out text"
+"""In stage.json: the keys of the digests of what a stage read."""
 NEEDLE_RECIPE = 2
 """The number of the way in which needle samples are made (halo/data/needle.py). Raised when it changes, so that what
 was made or measured in another way is not taken for today's."""

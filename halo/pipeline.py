@@ -10,6 +10,7 @@ from types import ModuleType
 
 from halo.config import Training
 from halo.context import Context
+from halo.data.contents import contents_of
 from halo.data.locks import RunLock
 from halo.distributed import on_rank0, rank, world_size
 from halo.errors import UserError
@@ -18,12 +19,13 @@ from halo.job import Job
 from halo.models.attention import attention_of_stage, check_attention, said_of
 from halo.models.build import check_teacher
 from halo.models.folders import weight_files
+from halo.models.generation import GENERATION
 from halo.models.gguf import is_gguf
 from halo.models.loading import check_architecture, find_teacher, load_model_config
 from halo.models.rehearsal import rehearse
-from halo.models.tokenizer import load_tokenizer, tokenizer_hash
+from halo.models.tokenizer import load_tokenizer, tokenizer_digest
 from halo.parallel.checks import check_sequence_parallel
-from halo.run import StageFolder, claim, recorded_config, teacher_fingerprint
+from halo.run import StageFolder, claim, content_digest, recorded_config
 from halo.tables import suggest
 from halo.taking import take, with_taken
 from halo.training.engine import complete_ds_config, read_ds_config
@@ -129,6 +131,7 @@ def _open(job: Job) -> Context:
         run=job.run,
         teacher=teacher,
         fingerprint=_fingerprint(job.config.teacher, teacher) if converts else "",
+        contents=contents_of(job),
         ds_config=ds_config,
         attention={n: attention_of_stage(job.config, n, model_config) for n in names if STAGES[n].models},
     )
@@ -144,9 +147,12 @@ def _open(job: Job) -> Context:
 
 
 def _fingerprint(name: str, folder: Path) -> str:
-    """That of the GGUF file of this name, however it was unpacked into `folder`; else of the folder."""
-    files = [Path(name)] if is_gguf(name) else [folder / "config.json", *weight_files(folder)]
-    return teacher_fingerprint(files, tokenizer_hash(load_tokenizer(folder)))
+    """That of the GGUF file of this name, however it was unpacked into `folder`; else of the folder's configurations
+    and weights. And of its tokenizer.
+    """
+    small = [path for known in ("config.json", GENERATION) if (path := folder / known).is_file()]
+    files = [Path(name)] if is_gguf(name) else [*small, *weight_files(folder)]
+    return content_digest({path.name: path for path in files}, tokenizer_digest(load_tokenizer(folder)))
 
 
 def _check_mixer(mixer: str) -> None:

@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ IDENTITY = ("name", "teacher")
 decides: it refuses those that it sees (halo/graph.py)."""
 JOBS = "slurm"
 """The subfolder in which slurm/common.sh keeps its jobs' logs. It may be there before the run's first stage."""
+_PIECE = 1 << 28
+"""Bytes of a file that one core hashes."""
 RUN_LOCK = ".lock"
 """In a run's folder while a command works on it (halo/data/locks.py)."""
 MAY_BE_THERE = (JOBS, RUN_LOCK, f"{RUN_CONFIG}.partial")
@@ -283,18 +287,33 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "version"
 
 
-def teacher_fingerprint(files: Iterable[Path], tokenizer: str) -> str:
-    """A digest of a teacher: name, size, first and last MiB of its files.
+def content_digest(files: Mapping[str, Path], beside: str = "") -> str:
+    """A digest of files: of their names, which are the keys, and of all that is in them.
+
+    Cores share the work: it takes seconds for the weights of a large model.
 
     Args:
-        files: its GGUF file, or its configuration and its weights.
-        tokenizer: the digest of its tokenizer (`tokenizer_hash`).
+        beside: something else that belongs to it.
     """
-    digest = hashlib.sha256(tokenizer.encode())
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
+    pieces = []
+    for name, path in sorted(files.items()):
+        about = path.stat()
+        for begin in range(0, max(about.st_size, 1), _PIECE):
+            pieces.append((name, path, begin, about.st_size, about.st_mtime_ns))
+    digest = hashlib.sha256(beside.encode())
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for (name, _, begin, *_), found in zip(pieces, threads.map(_piece_digest, pieces), strict=True):
+            digest.update(f"{name} {begin} {found}\n".encode())
+    return digest.hexdigest()
+
+
+@cache  # a command asks several times
+def _piece_digest(piece: tuple[str, Path, int, int, int]) -> str:
+    _, path, begin, *_ = piece
+    digest, left = hashlib.sha256(), _PIECE
+    with open(path, "rb") as file:
+        file.seek(begin)
+        while left and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
     return digest.hexdigest()

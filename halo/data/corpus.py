@@ -14,6 +14,7 @@ from typing import Literal
 from halo.data.formats import FORMATS, Span, format_of, read_span
 from halo.errors import UserError
 from halo.pointers import check_no_pointer
+from halo.run import content_digest
 
 TextSplit = Literal["train", "held_out"]
 
@@ -75,6 +76,17 @@ def read_piece(piece: Piece) -> Iterator[str]:
     """
     for span in piece:
         yield from read_span(span)
+
+
+def text_digest(source: str | Path) -> str:
+    """A digest of a text source: of its files' names and all that is in them, and of which split it is.
+
+    Raises:
+        UserError: as `text_files`.
+    """
+    source = Path(source)
+    files = {path.relative_to(source).as_posix(): path for path in text_files(source)}
+    return content_digest(files, HELD_OUT_MARK if (source / HELD_OUT_MARK).is_file() else "")
 
 
 def text_files(source: Path) -> list[Path]:

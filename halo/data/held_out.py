@@ -1,5 +1,6 @@
 """The held-out text of a run. Selection, the choice of the base a (Eq. 11), and evaluation measure on it."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -94,6 +95,19 @@ def check_held_out(source: str) -> None:
             "the preset's `heldout` is empty: set it to a folder of text, whose held-out documents are then used"
         )
     text_files(Path(source))
+
+
+def held_out_digest(source: str) -> str:
+    """A digest of the documents that `HeldOut` reads for the measuring stages.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    digest = hashlib.sha256()
+    for document in _until(read_documents(source, "held_out"), CHARACTERS):
+        content = document.encode(errors="surrogatepass")
+        digest.update(f"{len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def _until(documents: Iterable[str], characters: int) -> Iterator[str]:

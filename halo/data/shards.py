@@ -16,7 +16,7 @@ from streaming import MDSWriter
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from halo.data.corpus import read_documents
+from halo.data.corpus import read_documents, text_digest
 from halo.data.manifest import checked_index, checked_manifest
 from halo.data.needle import TRAIN_KEYS, VARIANTS, Prose, build_needle
 from halo.data.packing import TEXTS_PER_CALL, pack_documents, token_dtype
@@ -67,6 +67,7 @@ def prepare_shards(
     order_rng, needle_rng = np.random.default_rng(seed).spawn(2)
     meta: dict[str, Any] = {
         "source": str(source),
+        "source_digest": text_digest(source),
         "part": "train",
         "tokenizer": hash_of(tokenizer),
         "separator": separator_id(tokenizer),

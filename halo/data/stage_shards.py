@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halo.config import Training
 from halo.context import Context
-from halo.data.corpus import text_files
+from halo.data.corpus import text_digest, text_files
 from halo.data.shards import prepare_shards, verify_shards
 from halo.distributed import on_rank0
 from halo.errors import UserError
@@ -79,6 +79,10 @@ def ensure_shards(training: Training, stage: str, own: Path, tokenizer: PreTrain
                 raise UserError(
                     f"{folder} was prepared with {key} = {found!r}, now {value!r}: remove it to prepare it anew"
                 )
+        if Path(corpus.source).exists() and manifest.get("source_digest") != text_digest(corpus.source):
+            raise UserError(
+                f"{folder} was not prepared from the text that {corpus.source} holds now: remove it to prepare it anew"
+            )
     if manifest["samples"] < training.batch:
         raise UserError(
             f"{folder} holds {manifest['samples']} samples, fewer than one batch of {training.batch}: prepare more text"

@@ -7,6 +7,8 @@ from transformers import GenerationConfig
 from halo.errors import UserError
 from hypenet.transfer import savable_generation
 
+GENERATION = "generation_config.json"
+
 
 def read_generation(source: Path) -> tuple[GenerationConfig | None, list[str]]:
     """What `generation_config.json` beside a model says, and the settings in it that have no effect and are left out.
@@ -22,7 +24,7 @@ def read_generation(source: Path) -> tuple[GenerationConfig | None, list[str]]:
     Raises:
         UserError: it cannot be read, or a value is not valid.
     """
-    path = source / "generation_config.json"
+    path = source / GENERATION
     if not path.is_file():
         return None, []
     try:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from halo.errors import UserError, first_line
 from halo.models.families import check_family
 from halo.models.folders import check_no_code
-from halo.run import teacher_fingerprint
+from halo.run import content_digest
 from hypenet.transfer import FAMILIES
 
 NEEDED = ("gguf", "accelerate")
@@ -72,7 +72,7 @@ def unpacked_folder(file: Path, dtype: str) -> Path:
 
     Another file, dtype or version of transformers has another folder.
     """
-    key = teacher_fingerprint([file], f"{dtype} {transformers.__version__}")
+    key = content_digest({"": file}, f"{dtype} {transformers.__version__}")
     return Path(constants.HF_HOME) / "halo" / f"{file.stem}-{key[:16]}"
 
 

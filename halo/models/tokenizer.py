@@ -103,6 +103,12 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that an export takes over: also of special tokens and the chat template."""
+    whole = [tokenizer_hash(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of everything that decides the ids of a text; the same before and after saving."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -72,7 +72,7 @@ def test_a_made_up_evaluation_is_one_record_and_one_module(demo, tmp_path, measu
 
     run_in(run, "perplexity")
     assert measured == [run]
-    assert record(run, "perplexity")["made_from"].keys() == {"teacher", "heldout", "export"}
+    assert record(run, "perplexity")["made_from"].keys() == {"teacher", "heldout", "held-out text", "export"}
     assert "perplexity complete     3 s\n" in status_text(run)
 
     run_in(run, "perplexity")

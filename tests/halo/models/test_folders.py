@@ -164,6 +164,22 @@ def test_second_copies_of_the_weights_are_not_the_teacher(published: Path) -> No
     assert _fingerprint(str(model), model) != before
 
 
+def test_a_fingerprint_is_of_all_that_a_hybrid_has_from_its_teacher(published: Path) -> None:
+    """The middle of a file too, of its pieces, and what decides no token's id."""
+    model = published / "someone" / "teacher"
+    seen = {_fingerprint(str(model), model)}
+    weights = bytearray(3 << 20)
+    for at in (0, 3 << 19, (3 << 20) - 1):
+        weights[at] = 1
+        (model / "model.safetensors").write_bytes(weights)
+        seen.add(_fingerprint(str(model), model))
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    seen.add(_fingerprint(str(model), model))
+    (model / "generation_config.json").write_text('{"temperature": 0.5}')
+    seen.add(_fingerprint(str(model), model))
+    assert len(seen) == 6
+
+
 def test_a_local_folder_without_all_its_weights(published: Path) -> None:
     model = published / "someone" / "teacher"
     (model / "model.safetensors").unlink()

@@ -11,7 +11,7 @@ from halo.errors import UserError
 from halo.models.loading import check_architecture, find_teacher, load_teacher
 from halo.models.tokenizer import load_tokenizer, tokenizer_hash
 from halo.preset import load_config
-from halo.run import teacher_fingerprint
+from halo.run import content_digest
 from hypenet.transfer import hybrid_config, hybrid_from_teacher
 
 pytest.importorskip("gguf")
@@ -81,9 +81,9 @@ def test_the_tokenizer_ends_texts_as_the_file_says(file, tokenizer, tmp_path):
 
 def test_the_fingerprint_is_the_files(file, llama, tokenizer, tmp_path):
     same = write_gguf(tmp_path / "llama.gguf", llama, tokenizer)
-    assert teacher_fingerprint([file], "") == teacher_fingerprint([same], "")
+    assert content_digest({"": file}) == content_digest({"": same})
     other = write_gguf(tmp_path / "other.gguf", make_llama(tokenizer, num_hidden_layers=1), tokenizer)
-    assert teacher_fingerprint([file], "") != teacher_fingerprint([other], "")
+    assert content_digest({"": file}) != content_digest({"": other})
 
 
 def test_no_file_and_no_gguf(tmp_path):
