@@ -8,6 +8,7 @@ Imports nothing heavy: `--help` and a misspelt key are answered before torch, tr
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -59,6 +60,7 @@ def main(
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
         job = error
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # where nothing is to be saved, Ctrl-C ends it without a traceback
     from halo.launch import run_job  # only now: it imports torch, and takes seconds
 
     run_job(work or _run, job)

@@ -15,6 +15,10 @@ EXIT_USER_ERROR = 2
 """The status of a process that a user's mistake ended."""
 
 
+EXIT_INTERRUPTED = 130
+"""The status of one that Ctrl-C ended, as shells have it."""
+
+
 class UserError(ValueError):
     """What was wrong, where, and what to do, in one line. Launchers print it alone, without a traceback."""
 
@@ -67,7 +71,7 @@ def _of_system(error: Exception) -> OSError | None:
 def exit_on_user_error() -> Iterator[None]:
     """For a command in one process: a UserError inside prints its line and ends the process with EXIT_USER_ERROR.
 
-    So does what the system refuses.
+    So does what the system refuses. Ctrl-C ends it without a traceback.
     """
     try:
         with in_one_line():
@@ -75,3 +79,5 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

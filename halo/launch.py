@@ -18,6 +18,7 @@ from halo.accelerator import check_gpu
 from halo.errors import EXIT_USER_ERROR, Stopped, UserError, in_one_line
 from halo.job import Job
 from halo.ranks import ERRORS, LEFT, split_ranks
+from halo.stop import watch_launcher
 from halo.teacher.dedicated import serve
 from halo.training.tuning import report_tuning, tune_once
 
@@ -43,6 +44,8 @@ def run_job(work: Callable[[Job], object], job: Job | UserError) -> None:
         job = job if isinstance(job, UserError) else error
     warnings.filterwarnings("ignore", category=FutureWarning)
     alone = "RANK" not in os.environ
+    if not alone:
+        watch_launcher()
     _fill_environment()
     store, rank, world_size = (
         (dist.HashStore(), 0, 1) if alone else next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))

@@ -62,10 +62,12 @@ def test_ranks_that_are_asked_to_stop_or_killed(tmp_path, started):
     ranks = start_ranks(run)
     started += ranks
     wait_for_steps(run, 2, ranks[0])
-    ranks[1].send_signal(signal.SIGTERM)
+    for rank in ranks:  # as Ctrl-C does
+        rank.send_signal(signal.SIGINT)
     told = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_SAVED] * 2, told
     done = saved(run)
+    assert "Traceback" not in "".join(told)
     assert f"align: stopped after {done} of 1000000 steps, and saved: the same command resumes" in told[0]
 
     ranks = start_ranks(run)
@@ -87,3 +89,35 @@ def test_the_deepspeed_launcher_passes_the_status_on(tmp_path, started):
     told = command.communicate()[0]
     assert command.returncode == EXIT_SAVED, told
     assert saved(run) >= 2
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path, started):
+    """Killed alone, DeepSpeed's launcher leaves the process that started the ranks, which knows nothing of it."""
+    run = tmp_path / "run"
+    command = start(BIN / "deepspeed", "--num_gpus", 1, "launcher/align.py", "--run", run, *ENDLESS)
+    started.append(command)
+    wait_for_steps(run, 2, command)
+    family = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    _, alive = psutil.wait_procs(family, timeout=SECONDS_TO_END)
+    assert not alive
+    assert saved(run) >= 2
+
+
+def test_a_second_interrupt_ends_a_rank_at_once():
+    code = (
+        "import os, signal, time\n"
+        "from halo.stop import stop_requests\n"
+        "with stop_requests() as asked:\n"
+        "    assert not asked()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"  # torchrun's, of the same key
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # DeepSpeed's
+        "    assert asked()\n"
+        "    time.sleep(1.1)\n"
+        "    print('saving', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('saved')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "saving\n", "")
