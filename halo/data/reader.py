@@ -123,7 +123,7 @@ class _Files:
 
     def _copy(self, info: ShardEntry, partial: Path) -> None:
         fetched = partial.with_suffix(".partial-fetched") if info.zip_data else partial
-        fetch(self._source, info.stored.basename, fetched)
+        fetch(self._source, info.stored.basename, fetched, info.stored.bytes)
         self._verify(fetched, info.stored.basename)
         if info.zip_data:
             partial.write_bytes(decompress(info.compression, fetched.read_bytes()))

@@ -23,6 +23,12 @@ from halo.run import atomic, sha256
 TRIES = 3
 TIMEOUT = 120.0
 """Seconds to wait for an answer."""
+SLOWEST = 10_000
+"""Bytes in a second, of a whole file: what comes slower is given up."""
+PART = 1 << 20
+"""Bytes that are read at a time."""
+SMALL_FILE = 1 << 28
+"""Bytes of a small file at most: a manifest of two million shards has fewer."""
 HASH_BYTES = 64
 """The size of a file with the hash of another."""
 
@@ -36,20 +42,25 @@ def read_bytes(source: str | Path, name: str) -> bytes:
 
     Raises:
         FileNotFoundError, NotADirectoryError: a folder has no such file.
-        UserError: it cannot be downloaded.
+        UserError: it cannot be downloaded, or is no small file.
     """
     if not is_remote(source):
+        if (size := Path(source, name).stat().st_size) > SMALL_FILE:
+            raise UserError(f"{source}/{name} has {size:,} bytes, more than the {SMALL_FILE:,} that are read")
         return Path(source, name).read_bytes()
     with tempfile.TemporaryDirectory() as scratch:
-        fetch(source, name, Path(scratch, "file"))
+        fetch(source, name, Path(scratch, "file"), SMALL_FILE)
         return Path(scratch, "file").read_bytes()
 
 
-def fetch(source: str | Path, name: str, path: Path) -> None:
+def fetch(source: str | Path, name: str, path: Path, most: int) -> None:
     """Copy a file of a folder or URL to `path`, which must not exist.
 
+    Args:
+        most: the most bytes that it may have.
+
     Raises:
-        UserError: the file cannot be fetched, after TRIES attempts.
+        UserError: the file cannot be fetched, after TRIES attempts: one that is cut off counts, too. Or it is larger.
     """
     url = f"{source}/{name}"
     for attempt in range(1, TRIES + 1):
@@ -57,18 +68,42 @@ def fetch(source: str | Path, name: str, path: Path) -> None:
             if not is_remote(source):
                 shutil.copyfile(url, path)
             elif url.startswith(("http://", "https://")):
-                with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
-                    shutil.copyfileobj(answer, file)
+                _download(url, path, most)
             else:
                 downloader = CloudDownloader.get(url)
                 downloader.download(url, str(path), TIMEOUT)
                 downloader.clean_up()
+            if path.stat().st_size > most:
+                raise UserError(f"{url} has more than the {most:,} bytes that it may have")
             return
+        except UserError:
+            path.unlink(missing_ok=True)
+            raise
         except Exception as error:  # every client raises its own
             path.unlink(missing_ok=True)
             if attempt == TRIES:
                 raise UserError(f"{url} cannot be fetched: {error}") from error
             time.sleep(attempt)
+
+
+def _download(url: str, path: Path, most: int) -> None:
+    """One attempt over HTTP.
+
+    Raises:
+        OSError: it was cut off, or takes too long; or as urlopen.
+    """
+    began, count = time.monotonic(), 0
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
+        while part := answer.read1(PART):
+            file.write(part)
+            count += len(part)
+            if count > most:
+                return
+            if time.monotonic() - began > TIMEOUT + count / SLOWEST:
+                raise TimeoutError(f"slower than {SLOWEST:,} bytes a second")
+        length = answer.headers["Content-Length"]
+    if length is not None and count != int(length):
+        raise ConnectionError(f"cut off after {count:,} of {length} bytes")
 
 
 def cache_in(folder: str, gigabytes: float) -> "Cache | None":

@@ -4,9 +4,11 @@ import http.server
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -54,6 +56,22 @@ def _write(folder: Path, compression: str = "") -> Path:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; sends what a test puts into `first`, and then closes, in place of the first files."""
+
+    first: ClassVar[list[bytes]] = []
+
+    def do_GET(self) -> None:
+        if not self.first:
+            super().do_GET()
+            return
+        content = self.first.pop(0)
+        self.send_response(200)
+        self.send_header("Content-Length", str(60_000))
+        self.end_headers()
+        for byte in content:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.02)
+
     def log_message(self, *args: object) -> None:
         pass
 
@@ -159,6 +177,31 @@ def test_damage_is_found_on_the_way(shards: Path, url: str, tmp_path: Path) -> N
         _draw(_stream(url, _cache(tmp_path)), 25)
     with pytest.raises(UserError, match=r"000007/shard.00000.mds is missing"):
         _draw(_stream(shards), 25)
+
+
+def test_transfers_that_are_cut_are_tried_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "first", [b"cut"])
+    with pytest.raises(UserError, match=r"manifest.json cannot be fetched: cut off after 3 of 60000 bytes"):
+        verify_shards(url, "mine", T)
+    monkeypatch.setattr(storage, "TRIES", 2)
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    monkeypatch.setattr(Handler, "first", [b"cut"])
+    assert verify_shards(url, "mine", T)["samples"] == SAMPLES
+
+
+def test_transfers_end(shards: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow they are, and however much is sent."""
+    monkeypatch.setattr(storage, "TIMEOUT", 0.2)
+    monkeypatch.setattr(Handler, "first", [b"slow" * 1000])
+    with pytest.raises(UserError, match=r"manifest.json cannot be fetched: slower than 10,000 bytes a second"):
+        verify_shards(url, "mine", T)
+    monkeypatch.setattr(storage, "SMALL_FILE", 100)
+    for source in (url, shards):
+        with pytest.raises(UserError, match=r"manifest.json has .* bytes"):
+            verify_shards(source, "mine", T)
+    with pytest.raises(UserError, match=r"manifest.json has more than the 10 bytes that it may have"):
+        storage.fetch(url, "manifest.json", tmp_path / "file", 10)
+    assert not (tmp_path / "file").exists()
 
 
 def test_what_cannot_be(shards: Path, url: str, tmp_path: Path) -> None:
