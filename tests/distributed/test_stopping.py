@@ -38,6 +38,10 @@ def start_ranks(run: Path) -> list[subprocess.Popen[str]]:
     return [start(*command, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
 
 
+def start_deepspeed(ranks: int, *command: object) -> subprocess.Popen[str]:
+    return start(BIN / "deepspeed", "--num_gpus", ranks, "--master_port", free_port(), *command)
+
+
 def steps(run: Path) -> int:
     metrics = run / "align" / "metrics.jsonl"
     return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
@@ -80,7 +84,7 @@ def test_ranks_that_are_asked_to_stop_or_killed(tmp_path, started):
 
 def test_the_deepspeed_launcher_passes_the_status_on(tmp_path, started):
     run = tmp_path / "run"
-    command = start(BIN / "deepspeed", "--num_gpus", 2, "launcher/align.py", "--run", run, *ENDLESS)
+    command = start_deepspeed(2, "launcher/align.py", "--run", run, *ENDLESS)
     started.append(command)
     wait_for_steps(run, 2, command)
     family = psutil.Process(command.pid).children(recursive=True)
@@ -94,7 +98,7 @@ def test_the_deepspeed_launcher_passes_the_status_on(tmp_path, started):
 def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path, started):
     """Killed alone, DeepSpeed's launcher leaves the process that started the ranks, which knows nothing of it."""
     run = tmp_path / "run"
-    command = start(BIN / "deepspeed", "--num_gpus", 1, "launcher/align.py", "--run", run, *ENDLESS)
+    command = start_deepspeed(1, "launcher/align.py", "--run", run, *ENDLESS)
     started.append(command)
     wait_for_steps(run, 2, command)
     family = psutil.Process(command.pid).children(recursive=True)
