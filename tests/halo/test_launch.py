@@ -25,7 +25,7 @@ def alone(sender: Connection) -> None:
         open_now = psutil.Process().net_connections(kind="inet")
         sender.send((rank(), world_size(), total, [c.laddr.ip for c in open_now if c.status == psutil.CONN_LISTEN]))
 
-    run_job(work, Job(config=load_config("tiny"), run=Path("none"), ds_config=Path("none"), prepare=False))
+    run_job(work, Job(config=load_config("tiny"), run=Path("none"), ds_config=Path("none"), stages=()))
 
 
 def test_a_rank_alone_listens_to_this_machine_only() -> None:
