@@ -386,4 +386,5 @@ class _Loop:
         try:
             self._metrics.close()
         finally:
+            self._checkpoints.close()
             self._engine.close()
