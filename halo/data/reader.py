@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 from streaming.base.compression import decompress
@@ -45,9 +44,8 @@ class ShardReader:
         self._ends = np.cumsum(self.samples).tolist()
         self._open: dict[int, Future[np.ndarray]] = {}
         self._queue: SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | None] = SimpleQueue()
-        thread = threading.Thread(target=_open_all, args=(self._queue, files.open), daemon=True)
-        thread.start()
-        weakref.finalize(self, _end, self._queue, thread)  # at the interpreter's end at the latest
+        threading.Thread(target=_open_all, args=(self._queue, files.open), daemon=True).start()
+        weakref.finalize(self, self._queue.put, None)
 
     def __len__(self) -> int:
         return int(self.samples.sum())
@@ -73,13 +71,6 @@ class ShardReader:
         if shard not in self._open:
             self.prepare([*self._open, shard])
         return self._open[shard].result()[number - self._ends[shard]]  # a negative index, from the end
-
-
-def _end(queue: SimpleQueue[Any], thread: threading.Thread) -> None:
-    """End a thread of `_open_all`: no thread may be at work when the interpreter ends."""
-    queue.put(None)
-    if thread is not threading.current_thread():
-        thread.join()
 
 
 def _open_all(queue: "SimpleQueue[tuple[int, weakref.ref[Future[np.ndarray]]] | None]", opener: Opener) -> None:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import torch
@@ -48,8 +48,7 @@ def _state_tensors(value: Any) -> Iterator[torch.Tensor]:
 class Writing:
     """A thread that writes one rank's files of a checkpoint. It starts at once.
 
-    A rank that ends with an error abandons it: its files are of no use then. It must not be at work when the
-    interpreter ends: a thread that is taken down inside torch.save takes the process with it (SIGABRT).
+    A rank that ends with an error does not wait for it: its files are of no use then.
 
     Args:
         folder: the checkpoint's folder. The folders of all files exist.
@@ -62,7 +61,6 @@ class Writing:
         self._files: Files = {}
         self._seconds = 0.0
         self._failure: Exception | None = None
-        self._abandoned = Event()
         self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -84,33 +82,25 @@ class Writing:
             raise self._failure
         return self._files, self._seconds
 
-    def abandon(self) -> None:
-        """End it at the next write, and wait for that. Files are left half-written."""
-        self._abandoned.set()
-        self._thread.join()
-
     def _run(self) -> None:
         began = time.perf_counter()
         try:
             while self._contents:
                 path, content = self._contents.popitem()
-                self._files[path.relative_to(self._folder).as_posix()] = write_tensors(content, path, self._abandoned)
+                self._files[path.relative_to(self._folder).as_posix()] = write_tensors(content, path)
         except Exception as failure:  # `wait` raises it in the main thread, which can end the run
             self._failure = failure
         self._seconds = time.perf_counter() - began
 
 
-def write_tensors(content: Any, path: Path, abandoned: Event | None = None) -> FileRecord:
+def write_tensors(content: Any, path: Path) -> FileRecord:
     """torch.save to the disk. Returns the file's {"bytes", "sha256"}, hashed while it is written.
-
-    Args:
-        abandoned: ends it with an InterruptedError once it is set.
 
     Raises:
         OSError: the file system's own error (torch's error names a position in the zip file instead).
     """
     try:
-        with _HashedFile(path, abandoned) as file:
+        with _HashedFile(path) as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
@@ -122,13 +112,10 @@ def write_tensors(content: Any, path: Path, abandoned: Event | None = None) -> F
 
 
 class _HashedFile(io.BufferedWriter):
-    def __init__(self, path: Path, abandoned: Event | None):
+    def __init__(self, path: Path):
         super().__init__(io.FileIO(path, "w"))
-        self._abandoned = abandoned
         self.digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        if self._abandoned is not None and self._abandoned.is_set():
-            raise InterruptedError("the run ends")
         self.digest.update(data)
         return super().write(data)

@@ -169,11 +169,6 @@ class Checkpoints:
             raise
         return max(seconds for _, seconds in parts)
 
-    def close(self) -> None:
-        """Abandon what is not published."""
-        if self._pending is not None:
-            self._pending.writing.abandon()
-
     def resume(self, engine: Engine) -> TrainingState | None:
         """Load the latest checkpoint into `engine`; any number of ranks may have written it. None: there is none.
 

@@ -386,5 +386,4 @@ class _Loop:
         try:
             self._metrics.close()
         finally:
-            self._checkpoints.close()
             self._engine.close()
