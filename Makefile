@@ -42,7 +42,7 @@ test: install ## run the tests
 OLDEST5 := 5.0.0
 THEIRS := transformers huggingface-hub tokenizers
 OF_THE_MODEL := cache common_forward common_weights configuration every_mixer export modeling peers published trainers \
-	transfer
+	transfer transfer_whole
 
 compat: install ## run the model's tests on transformers 5, the oldest and the newest there is
 	@newest=$$($(BIN)/python -m pip index versions transformers 2>/dev/null | sed -n '1s/.*(\(.*\))/\1/p') && \

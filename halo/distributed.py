@@ -44,6 +44,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def say(line: str) -> None:
+    """One line of plain words, from rank 0."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

@@ -13,8 +13,6 @@ from pathlib import Path
 
 EXIT_USER_ERROR = 2
 """The status of a process that a user's mistake ended."""
-
-
 EXIT_INTERRUPTED = 130
 """The status of one that Ctrl-C ended, as shells have it."""
 

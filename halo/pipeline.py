@@ -12,7 +12,7 @@ from halo.config import Training
 from halo.context import Context
 from halo.data.contents import contents_of
 from halo.data.locks import RunLock
-from halo.distributed import on_rank0, rank, world_size
+from halo.distributed import on_rank0, say, world_size
 from halo.errors import UserError
 from halo.graph import STAGES
 from halo.job import Job
@@ -96,12 +96,6 @@ def _remove_leftovers(context: Context) -> None:
     """Remove what a command left behind that was killed as a stage ended."""
     for name in context.verified - context.taken.keys():
         StageFolder(context.run / name, {}).remove_checkpoints()
-
-
-def say(line: str) -> None:
-    """One line of plain words, from rank 0."""
-    if rank() == 0:
-        print(line, flush=True)
 
 
 def _done(context: Context, name: str) -> str:

@@ -12,7 +12,8 @@ TABLES = {"niah": "niah.md", "csr": "csr.md"}
 
 
 def convert(job: Job) -> None:
-    from halo.pipeline import run_stages, say  # not before the command line is read
+    from halo.distributed import say  # not before the command line is read
+    from halo.pipeline import run_stages
 
     run = run_stages(job).run
     for stage, table in TABLES.items():

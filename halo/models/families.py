@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from halo import bounds
 from halo.errors import UserError
 from halo.json_files import read_json
-from halo.models.folders import keys_of
 from hypenet.transfer import FAMILIES, TEACHERS
 
 
+@with_config(ConfigDict(extra="allow"))
 class ModelKeys(TypedDict, total=False):
     """The keys of a teacher's configuration that decide its shapes. Only these are checked: transformers has others."""
 
@@ -43,8 +43,8 @@ def model_keys(file: Path) -> dict[str, Any]:
     Raises:
         UserError: as `read_json`.
     """
-    read_json(file, ModelKeys, "copy it again")
-    return keys_of(file)
+    keys: dict[str, Any] = read_json(file, ModelKeys, "copy it again")
+    return keys
 
 
 def check_family(model_type: str | None, teacher: str | Path) -> None:

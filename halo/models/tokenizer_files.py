@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import transformers
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -89,6 +89,7 @@ def _classes(folder: Path, settings: dict[str, dict[str, Any]]) -> tuple[Any, ..
     return (PreTrainedTokenizerFast,) if generic else (AutoTokenizer, PreTrainedTokenizerFast)
 
 
+@with_config(ConfigDict(extra="allow"))
 class _TokenizerKeys(TypedDict, total=False):
     """The settings that transformers uses without looking at their type."""
 
@@ -102,9 +103,9 @@ def _only_sentencepiece(folder: Path) -> bool:
 
 def _settings(folder: Path) -> dict[str, dict[str, Any]]:
     """The tables beside the vocabulary by the names of their files, checked: all can be read, and the class exists."""
-    found = {name: keys_of(folder / name) for name in SETTINGS if (folder / name).is_file()}
-    if SETTINGS[0] in found:
-        read_json(folder / SETTINGS[0], _TokenizerKeys, "copy it again")
+    kinds = {SETTINGS[0]: _TokenizerKeys}
+    there = [name for name in SETTINGS if (folder / name).is_file()]
+    found = {name: read_json(folder / name, kinds.get(name, dict[str, Any]), "copy it again") for name in there}
     first = found.get(SETTINGS[0], {})
     name = first.get(CLASS)
     if name is not None and not isinstance(name, str):

@@ -11,7 +11,7 @@ from halo.config import Scaling
 from halo.context import Context
 from halo.data.held_out import HeldOut, check_held_out
 from halo.data.needle import VARIANTS
-from halo.distributed import device, on_rank0
+from halo.distributed import device, on_rank0, say
 from halo.measuring.evaluation import loss_at_length, needle_recall, share_sequences
 from halo.measuring.figures import measuring
 from halo.measuring.report import scaling_markdown, scaling_png
@@ -60,7 +60,7 @@ def run(context: Context) -> None:
     texts = {length: held_out.windows(length, settings.documents) for length in settings.lengths}
     for length, (windows, _) in texts.items():
         if fewer := lacking(len(windows), length, settings):
-            on_rank0(print, f"scaling: {fewer}", flush=True)
+            say(f"scaling: {fewer}")
     variants = VARIANTS if settings.needles else ()
     samples = sum(len(windows) + len(variants) * settings.needles for windows, _ in texts.values())
     folder = context.folder("scaling")

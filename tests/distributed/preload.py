@@ -6,7 +6,7 @@ import gc
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-import tests.distributed.jobs  # noqa: F401
+import tests.distributed.fault_jobs  # noqa: F401
 from halo.graph import STAGES
 from halo.pipeline import stage_module
 

@@ -15,7 +15,7 @@ from halo.data.shards import write_shards
 from halo.distributed import all_sum, on_rank0, rank, waits_of_at_most
 from halo.errors import UserError
 from halo.training.engine import read_ds_config
-from tests.distributed import jobs
+from tests.distributed import fault_jobs, jobs
 from tests.distributed.ranks import run_ranks
 
 ZEROS = ["zero1.json", "zero2.json", "zero3.json"]
@@ -25,10 +25,10 @@ SAMPLES = 120
 
 def bad_shards(folder: Path, *batches: int) -> Path:
     """Shards where rank 1 of two meets a bad sample in these batches of 8, and no other rank does."""
-    tokens = np.random.default_rng(0).integers(0, jobs.BAD, (SAMPLES, 16)).astype(np.uint16)
+    tokens = np.random.default_rng(0).integers(0, fault_jobs.BAD, (SAMPLES, 16)).astype(np.uint16)
     order = np.random.default_rng([SETTINGS.seed, 0]).permutation(SAMPLES)
     for batch in batches:
-        tokens[order[batch * 8 + 3], 0] = jobs.BAD  # of four micro-batches of 2, the second is rank 1's
+        tokens[order[batch * 8 + 3], 0] = fault_jobs.BAD  # of four micro-batches of 2, the second is rank 1's
     write_shards(folder, tokens, {"tokenizer": "none"})
     return folder
 
@@ -42,7 +42,7 @@ def skipped(folder: Path) -> list[int]:
 def test_a_step_without_a_finite_loss_changes_nothing(tmp_path, zero, bf16):
     """An infinite loss whose gradients are finite, on one rank, in the first of its two micro-batches."""
     shards = bad_shards(tmp_path / "shards", 2)
-    ranks = run_ranks(2, jobs.fragile, shards, tmp_path / "run", zero, SETTINGS, bf16)
+    ranks = run_ranks(2, fault_jobs.fragile, shards, tmp_path / "run", zero, SETTINGS, bf16)
     for digests in ranks:
         assert digests[2] == digests[1]
         assert len(set(digests)) == 5
@@ -63,7 +63,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(tmp_path, zero, bf16):
 def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, zero, bf16, fused):
     """A finite loss whose gradients are infinite, in the same place."""
     shards = bad_shards(tmp_path / "shards", 2)
-    job = [jobs.with_fused_step, jobs.fragile] if fused else [jobs.fragile]
+    job = [jobs.with_fused_step, fault_jobs.fragile] if fused else [fault_jobs.fragile]
     ranks = run_ranks(2, *job, shards, tmp_path / "run", zero, SETTINGS, bf16, 0, True)
     for digests in ranks:
         assert digests[2] == digests[1]
@@ -80,8 +80,8 @@ def test_after_too_many_skipped_steps_the_run_returns_to_a_checkpoint_and_skips_
     """
     settings = replace(SETTINGS, steps=7, max_skipped=2)
     shards = bad_shards(tmp_path / "shards", 4, 5, 6)
-    ranks = run_ranks(2, jobs.written_late, jobs.fragile, shards, tmp_path / "run", zero, settings)
-    expected = run_ranks(2, jobs.fragile, shards, tmp_path / "without", zero, settings, False, 4)
+    ranks = run_ranks(2, fault_jobs.written_late, fault_jobs.fragile, shards, tmp_path / "run", zero, settings)
+    expected = run_ranks(2, fault_jobs.fragile, shards, tmp_path / "without", zero, settings, False, 4)
     for digests, without in zip(ranks, expected, strict=True):
         assert digests[4] == digests[5] == digests[6] == digests[3]
         assert digests[:3] + digests[7:] == without
@@ -92,7 +92,7 @@ def test_after_too_many_skipped_steps_the_run_returns_to_a_checkpoint_and_skips_
 def test_a_run_that_does_not_recover_ends(tmp_path):
     shards = bad_shards(tmp_path / "shards", *range(3, 15))
     with pytest.raises(UserError) as error:
-        run_ranks(2, jobs.fragile, shards, tmp_path / "run", "zero1.json", replace(SETTINGS, max_skipped=1))
+        run_ranks(2, fault_jobs.fragile, shards, tmp_path / "run", "zero1.json", replace(SETTINGS, max_skipped=1))
     assert str(error.value) == (
         "run: 2 steps in a row had no finite loss and gradient, as after every return to step 3: "
         "lower the learning rate"
@@ -102,16 +102,16 @@ def test_a_run_that_does_not_recover_ends(tmp_path):
 def test_a_run_that_never_went_well_ends(tmp_path):
     shards = bad_shards(tmp_path / "shards", *range(15))
     with pytest.raises(UserError, match=r"6 steps in a row had no finite .* the last of them step 5: lower the"):
-        run_ranks(2, jobs.fragile, shards, tmp_path / "run", "zero1.json", replace(SETTINGS, max_skipped=5))
+        run_ranks(2, fault_jobs.fragile, shards, tmp_path / "run", "zero1.json", replace(SETTINGS, max_skipped=5))
     with pytest.raises(UserError, match=r"6 steps in a row had no finite .* the last of them step 5: lower the"):
-        run_ranks(2, jobs.fragile, shards, tmp_path / "short", "zero1.json", replace(SETTINGS, max_skipped=100))
+        run_ranks(2, fault_jobs.fragile, shards, tmp_path / "short", "zero1.json", replace(SETTINGS, max_skipped=100))
 
 
 def test_a_run_does_not_end_with_a_step_that_was_skipped(tmp_path):
     """It returns to the checkpoint of step 3, as after too many in a row, and goes on with the data that follow."""
     shards = bad_shards(tmp_path / "shards", 5)
-    run_ranks(2, jobs.fragile, shards, tmp_path / "run", "zero1.json", SETTINGS)
-    expected = run_ranks(2, jobs.fragile, shards, tmp_path / "without", "zero1.json", SETTINGS, False, 3)
+    run_ranks(2, fault_jobs.fragile, shards, tmp_path / "run", "zero1.json", SETTINGS)
+    expected = run_ranks(2, fault_jobs.fragile, shards, tmp_path / "without", "zero1.json", SETTINGS, False, 3)
     assert expected
     assert skipped(tmp_path / "run") == [0, 0, 0, 1, 1, 1]
     assert jobs.losses(tmp_path / "run") == jobs.losses(tmp_path / "without")
@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite_complete_no_stage(tmp_path, zero):
 def test_metrics_that_cannot_be_written_end_all_ranks(tmp_path, shards, pattern, capfd):
     run = tmp_path / "run"
     job = (jobs.distill, shards, run, "zero1.json", SETTINGS)
-    told = run_ranks(2, jobs.with_no_room_for, pattern, 4, *job)
+    told = run_ranks(2, fault_jobs.with_no_room_for, pattern, 4, *job)
     assert told == [
         f"the metrics cannot be written to {run} (File too large): "
         "mend that, and the same command resumes from the latest checkpoint"
@@ -142,7 +142,7 @@ def test_metrics_that_cannot_be_written_end_all_ranks(tmp_path, shards, pattern,
 def test_a_rank_that_hangs_in_training_ends_the_others(tmp_path, shards):
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="Timed out waiting 3000ms"):
-        run_ranks(2, jobs.frozen_in_time, 3, 3.0, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
+        run_ranks(2, fault_jobs.frozen_in_time, 3, 3.0, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
     assert time.monotonic() - began < 60
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.distributed import jobs
+from tests.distributed import fault_jobs, jobs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_resuming import assert_equal
 from tests.distributed.test_training import assert_same
@@ -110,7 +110,7 @@ def test_ranks_that_share_sequences(one, tmp_path, shards):
 def test_an_interrupted_run_has_the_same_figures(two, tmp_path, shards):
     folder, losses, weights = two
     with pytest.raises(RuntimeError, match="stopped"):
-        run_ranks(2, jobs.interrupted, 3, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
+        run_ranks(2, fault_jobs.interrupted, 3, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
     again = run_ranks(2, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)[0].weights
     assert (jobs.losses(tmp_path), probes(tmp_path)) == (losses, probes(folder))
     assert_equal(weights, again)

@@ -18,7 +18,7 @@ from halo.training.background import write_tensors
 from halo.training.checkpoint import ENGINE
 from halo.training.engine import CHECKPOINT_TYPES, Engine
 from halo.training.pickles import without_code
-from tests.distributed import jobs
+from tests.distributed import fault_jobs, jobs
 from tests.distributed.ranks import run_ranks
 
 SETTINGS = jobs.training(save_every=2)
@@ -26,7 +26,7 @@ SETTINGS = jobs.training(save_every=2)
 
 def interrupt(step: int, ranks: int, job, shards: Path, folder: Path, zero: str = "zero3.json", settings=SETTINGS):
     with pytest.raises(RuntimeError, match="stopped"):
-        run_ranks(ranks, jobs.interrupted, step, job, shards, folder, zero, settings)
+        run_ranks(ranks, fault_jobs.interrupted, step, job, shards, folder, zero, settings)
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -71,11 +71,11 @@ def test_an_interrupted_run_resumes_exactly(stopped, shards, whole):
 def test_training_continues_while_a_checkpoint_is_written(tmp_path, shards, whole):
     """The checkpoint of step 2 is written until step 4 is saved; that one is not whole when the process ends."""
     with pytest.raises(RuntimeError, match="stopped"):
-        run_ranks(2, jobs.interrupted_amid_writing, 5, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
+        run_ranks(2, fault_jobs.interrupted_amid_writing, 5, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
     assert len(jobs.losses(tmp_path)) >= 4  # rank 0 may be ended before it has recorded the last
     assert checkpoints(tmp_path) == ["latest", "step-000000002", "step-000000004.partial"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000000002\n"
-    weights = run_ranks(2, jobs.written_late, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)[0].weights
+    weights = run_ranks(2, fault_jobs.written_late, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)[0].weights
     assert jobs.losses(tmp_path) == whole[0]
     assert_equal(whole[1], weights)
     assert checkpoints(tmp_path) == ["latest", "step-000000004", "step-000000006"]
@@ -136,8 +136,8 @@ def test_what_is_frozen_is_not_saved(tmp_path, shards, zero):
 def test_a_signal_to_one_rank_stops_all_after_the_step_and_saves(tmp_path, shards, whole, number, save_every):
     """Also while another checkpoint is being written."""
     settings = jobs.training(save_every=save_every)
-    job = (jobs.asked_to_stop, 3, number, jobs.distill, shards, tmp_path, "zero3.json", settings)
-    told = run_ranks(2, jobs.written_late, *job)
+    job = (fault_jobs.asked_to_stop, 3, number, jobs.distill, shards, tmp_path, "zero3.json", settings)
+    told = run_ranks(2, fault_jobs.written_late, *job)
     assert told == [f"{tmp_path.name}: stopped after 4 of 6 steps, and saved"] * 2
     assert checkpoints(tmp_path) == ["latest", *["step-000000003"][: save_every < 4], "step-000000004"]
     weights = run_ranks(2, jobs.distill, shards, tmp_path, "zero3.json", settings)[0].weights
@@ -263,7 +263,7 @@ def test_what_a_killed_run_leaves_behind_is_no_checkpoint(stopped, shards, whole
     ("full_from", "lost", "kept"), [(3, 4, 2), (5, 6, 4)], ids=["while training continues", "at the end"]
 )
 def test_a_full_disk_ends_all_ranks_and_spoils_nothing(tmp_path, shards, whole, full_from, lost, kept):
-    told = run_ranks(2, jobs.on_a_full_disk, full_from, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
+    told = run_ranks(2, fault_jobs.on_a_full_disk, full_from, jobs.distill, shards, tmp_path, "zero3.json", SETTINGS)
     folder = tmp_path / "checkpoints"
     assert (
         told

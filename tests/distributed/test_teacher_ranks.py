@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halo.errors import UserError
-from tests.distributed import jobs
+from tests.distributed import fault_jobs, jobs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_resuming import assert_equal
 from tests.distributed.test_training import assert_same
@@ -84,7 +84,7 @@ def test_a_run_with_a_dedicated_teacher_resumes_exactly(tmp_path, shards, teache
     whole = run(tmp_path / "whole", shards, teacher, 2, settings)
     with pytest.raises(RuntimeError, match="stopped"):
         run_ranks(
-            *(3, jobs.interrupted, 5, jobs.dedicated, shards, tmp_path / "parts", ZERO, settings, teacher),
+            *(3, fault_jobs.interrupted, 5, jobs.dedicated, shards, tmp_path / "parts", ZERO, settings, teacher),
             split=settings,
         )
     losses, weights = run(tmp_path / "parts", shards, teacher, 2, settings)

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from halo.preset import load_config
 from tests.distributed.ranks import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+TEACHER = Path(load_config("tiny").teacher)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 """Of commands that tests start. DeepSpeed's optimizers would import torch's compiler, which takes seconds a rank."""
 
@@ -52,6 +55,12 @@ def _run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
     )
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A copy of the embedded teacher."""
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
 
 
 @pytest.fixture

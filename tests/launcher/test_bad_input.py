@@ -6,50 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-from halo.errors import EXIT_USER_ERROR, UserError
-from halo.graph import stages_to
-from halo.job import Job
-from halo.pipeline import run_stages
+from halo.errors import EXIT_USER_ERROR
 from halo.preset import load_config
 from halo.run import claim
-from tests.launcher.conftest import ROOT, SMALL, deepspeed, python
-
-TEACHER = Path(load_config("tiny").teacher)
-
-
-def refusal(stage: str, run: Path, *overrides: str, ds_config: str = "zero3.json", prepare: bool = False) -> str:
-    """The one line that `stage` is refused with. Nothing in the run's folder changes."""
-    before = snapshot(run)
-    with pytest.raises(UserError) as error:
-        config = load_config("tiny", [*SMALL, *overrides])
-        stages = tuple(stages_to(stage, prepare))
-        run_stages(Job(config=config, run=run, ds_config=ROOT / "ds_configs" / ds_config, stages=stages))
-    after = snapshot(run)
-    assert {path: after.get(path) for path in before} == before
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def snapshot(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from tests.launcher.conftest import SMALL, TEACHER, deepspeed, python
+from tests.launcher.refusals import edit, refusal
 
 
 @pytest.fixture
 def finished(demo, tmp_path: Path) -> Path:
     """A copy of a finished run."""
     return shutil.copytree(demo[0], tmp_path / "run")
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> Path:
-    """A copy of the embedded teacher."""
-    return shutil.copytree(TEACHER, tmp_path / "teacher")
-
-
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # The attention
@@ -61,78 +29,6 @@ def test_an_attention_implementation_that_cannot_run(tmp_path):
     said = refusal("align", tmp_path / "run", *overrides)
     assert said == "attention = cudnn: it needs a CUDA GPU, and there is none: set attention to auto or sdpa"
     assert not (tmp_path / "run").exists()
-
-
-# The teacher
-
-
-def test_a_missing_teacher(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "no teacher at '/no/such/folder'" in refusal("align", tmp_path / "run", "--teacher", "/no/such/folder")
-    (tmp_path / "empty").mkdir()
-    assert "has no config.json" in refusal("align", tmp_path / "run", "--teacher", str(tmp_path / "empty"))
-
-
-def test_a_teacher_that_is_no_causal_language_model(tmp_path, teacher):
-    edit(teacher / "config.json", architectures=["Qwen3ForSequenceClassification"])
-    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
-    assert "no causal language model" in message
-    assert "Qwen3ForSequenceClassification" in message
-
-
-def test_a_teacher_whose_weights_are_cut_short(tmp_path, teacher):
-    weights = teacher / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert f"{weights} cannot be read" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
-
-
-def test_a_teacher_of_another_family(tmp_path, teacher):
-    edit(teacher / "config.json", model_type="gemma3")
-    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
-    assert "is a 'gemma3'; supported: llama, mistral, qwen2, qwen3" in message
-
-
-def test_a_teacher_that_hypenet_cannot_represent(tmp_path, teacher):
-    edit(teacher / "config.json", model_type="llama", mlp_bias=True)
-    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
-    assert f"no hybrid of this architecture from {teacher}: The teacher's MLPs have biases" in message
-
-
-def test_a_quantized_teacher(tmp_path, teacher):
-    edit(teacher / "config.json", quantization_config={"quant_method": "awq"})
-    assert f"the teacher at {teacher} is quantized" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
-
-
-def test_a_teacher_without_all_its_weights(tmp_path, teacher):
-    weights = load_file(teacher / "model.safetensors")
-    del weights["model.layers.3.self_attn.q_proj.weight"]
-    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
-    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
-    assert f"the teacher at {teacher} lacks weights, model.layers.3.self_attn.q_proj.weight among them" in message
-
-
-def test_a_teacher_with_weights_of_another_kind(tmp_path, teacher):
-    (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
-    assert "lacks .safetensors weights" in refusal("align", tmp_path / "run", "--teacher", str(teacher))
-
-
-def test_a_teacher_whose_generation_configuration_is_not_valid(tmp_path, teacher):
-    """Before the first stage, not after the last step."""
-    edit(teacher / "generation_config.json", max_new_tokens=0)
-    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
-    assert message.startswith(f"{teacher / 'generation_config.json'}: `max_new_tokens` must be greater than 0")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_gguf_file_that_is_not_there(tmp_path):
-    message = refusal("align", tmp_path / "run", "--teacher", "/no/such/model.gguf")
-    assert message == "no teacher at '/no/such/model.gguf': there is no such file"
-
-
-def test_a_tokenizer_larger_than_the_embedding(tmp_path, teacher):
-    edit(teacher / "config.json", vocab_size=1000)
-    message = refusal("align", tmp_path / "run", "--teacher", str(teacher))
-    assert "has 1024 tokens, more than the teacher's embedding (1000)" in message
 
 
 # The data
