@@ -3,6 +3,7 @@
 Works under `deepspeed`, torchrun, srun with torchrun, and as a plain `python launcher/x.py`.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -22,18 +23,22 @@ from halo.stop import watch_launcher
 from halo.teacher.dedicated import serve
 from halo.training.tuning import report_tuning, tune_once
 
+EXIT_FAILED = 1
+"""The status after any other exception, as Python has it."""
 EXIT_SAVED = 75
 """The status after a signal asked the run to stop and it saved its state. The same command resumes."""
 RENDEZVOUS = timedelta(minutes=30)
 """How long a rank waits for all others to start."""
 
 
-def run_job(work: Callable[[Job], object], job: Job | UserError) -> None:
+def run_job(work: Callable[[Job], object], job: Job | UserError) -> NoReturn:
     """Join the ranks, call `work(job)`, leave. Ranks of a dedicated teacher serve it instead.
 
     A UserError, or what the system refuses, ends every rank: the first rank to meet it prints one line, and each exits
     with status 2. Stopped ends every rank too, with status 75: all raise it, at one step. GPUs that torch cannot use
-    are a user's mistake (`check_gpu`).
+    are a user's mistake (`check_gpu`). Any other exception ends this rank with its traceback and status 1. It never
+    returns, and leaves the interpreter's own end out: threads may still be at work, of gloo, of NCCL, or one that
+    writes a checkpoint, and if Python takes one down amid C++, the process aborts after all work is done.
 
     Args:
         job: the command line; or what was wrong with it, for all ranks to end together.
@@ -71,13 +76,16 @@ def run_job(work: Callable[[Job], object], job: Job | UserError) -> None:
         status = EXIT_SAVED
         if rank == 0:
             print(f"{stopped}: the same command resumes", flush=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        _end(EXIT_FAILED)
     dist.destroy_process_group()
     if split.is_teacher:
         split.leave()
     else:
         split.dismiss(status)
-    if status:
-        sys.exit(status)
+    atexit._run_exitfuncs()
+    _end(status)
 
 
 def _fill_environment() -> None:
@@ -100,5 +108,11 @@ def _leave(store: dist.Store, rank: int, world_size: int) -> NoReturn:
     elif world_size > 1:
         with contextlib.suppress(dist.DistError):
             store.wait([f"{LEFT}/{r}" for r in range(1, world_size)], timedelta(seconds=5))
-    # Not sys.exit: a rank must not wait in an exit handler for a collective that will never come.
-    os._exit(EXIT_USER_ERROR)
+    _end(EXIT_USER_ERROR)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process at once. After an error not even exit handlers run: one might wait for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -48,7 +48,7 @@ def _state_tensors(value: Any) -> Iterator[torch.Tensor]:
 class Writing:
     """A thread that writes one rank's files of a checkpoint. It starts at once.
 
-    A rank that ends with an error does not wait for it: its files are of no use then.
+    A rank that ends with an error does not wait for it: its files are of no use then (halo/launch.py says how it ends).
 
     Args:
         folder: the checkpoint's folder. The folders of all files exist.
