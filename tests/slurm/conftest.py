@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -56,6 +57,12 @@ class Jobs:
         path = self.folder / f"job-{job}.out"
         return path.read_text() if path.is_file() else ""
 
+    def ranks_said(self, job: str) -> str:
+        """The ends of its ranks' logs."""
+        folders = re.findall(r"each with a log in (\S+)", self.said(job))
+        logs = [path for folder in dict.fromkeys(folders) for path in sorted(Path(folder).glob("*.log"))]
+        return "".join(f"\n{path}:\n{path.read_text()[-2000:]}" for path in logs)
+
     def wait_for_steps(self, job: str, run: Path, steps: int) -> None:
         """Until stage 2 has done that many."""
         self.cluster.wait(lambda: len(metrics(run)) >= steps or self.ended(job), STARTED, f"{steps} steps")
@@ -63,7 +70,7 @@ class Jobs:
 
     def wait_for(self, job: str, state: str, seconds: float = 180) -> None:
         self.cluster.wait(lambda: self.ended(job), seconds, f"end of job {job}: {self.said(job)}")
-        assert self.cluster.state(job) == state, self.said(job)
+        assert self.cluster.state(job) == state, self.said(job) + self.ranks_said(job)
 
     def ended(self, job: str) -> bool:
         """Seen twice: a job that queues itself again is at an end for a moment."""
