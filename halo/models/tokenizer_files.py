@@ -5,7 +5,7 @@ another kind (Llama's for a byte-level tokenizer.json) builds a tokenizer with o
 a text are compared with those of the files. Code that is in the folder is never run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -46,10 +46,9 @@ _SAMPLES = (
 class _Stored:
     """A tokenizer as its files have it, read without transformers."""
 
-    encode: Callable[[str], list[int]]
     vocabulary: set[str]
-    texts: tuple[str, ...]
-    """Those whose ids must not change. SentencePiece's do where a text begins with a space, which is no harm."""
+    ids: dict[str, list[int]]
+    """Texts -> their ids, which must not change. SentencePiece's do where a text begins with a space: not here then."""
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -130,13 +129,14 @@ def _stored(folder: Path) -> _Stored | None:
     if (file := folder / FAST).is_file():
         try:
             read = Tokenizer.from_file(str(file))
+            read.no_truncation()
+            read.no_padding()
+            texts = (*_SAMPLES, *(f" {text}" for text in _SAMPLES))
+            ids = {text: read.encode(text, add_special_tokens=False).ids for text in texts}
         except Exception as error:
             keys_of(file)  # raises if it is no JSON
             raise UserError(f"{file} cannot be read by the installed tokenizers: {_one_line(error)}") from error
-        read.no_truncation()
-        read.no_padding()
-        texts = (*_SAMPLES, *(f" {text}" for text in _SAMPLES))
-        return _Stored(lambda text: read.encode(text, add_special_tokens=False).ids, set(read.get_vocab()), texts)
+        return _Stored(set(read.get_vocab()), ids)
     if _only_sentencepiece(folder):
         return _stored_sentencepiece(folder / SENTENCEPIECE)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -165,7 +165,8 @@ def _stored_sentencepiece(file: Path) -> _Stored:
         read = SentencePieceProcessor(model_file=str(file))
     except Exception as error:
         raise UserError(f"{file} is no whole model of SentencePiece: {_one_line(error)}") from error
-    return _Stored(read.encode, {read.id_to_piece(piece) for piece in range(read.get_piece_size())}, _SAMPLES)
+    pieces = {read.id_to_piece(piece) for piece in range(read.get_piece_size())}
+    return _Stored(pieces, {text: read.encode(text) for text in _SAMPLES})
 
 
 def _is_there(module: str) -> bool:
@@ -199,7 +200,7 @@ def _agree(tokenizer: PreTrainedTokenizerFast, stored: _Stored, named: set[str])
     """Whether ids are those of the files, and no token is new that the files do not name: a class may add its own."""
     new = set(tokenizer.get_added_vocab()) - stored.vocabulary - named
     return not new and all(
-        tokenizer(text, add_special_tokens=False)["input_ids"] == stored.encode(text) for text in stored.texts
+        tokenizer(text, add_special_tokens=False)["input_ids"] == ids for text, ids in stored.ids.items()
     )
 
 

@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 
 from halo.data.shards import verify_shards, write_shards
 from halo.data.stream import TokenStream
@@ -91,6 +96,24 @@ def test_a_teacher(tmp_path):
     (teacher / "model.safetensors").rename(teacher / "one.safetensors")
     (teacher / WEIGHTS_INDEX).write_text('{"metadata": {}, "weight_map": {"a": "one.safetensors"}}')
     check(teacher / WEIGHTS_INDEX, lambda: weight_files(teacher))
+
+
+def test_a_tokenizer(tmp_path):
+    """A small one with a part of each kind: each place of it is damaged."""
+    teacher = shutil.copytree(TINY.teacher, tmp_path / "teacher")
+    small = Tokenizer(BPE(vocab={"a": 0, "b": 1, "ab": 2, "<s>": 3}, merges=[("a", "b")], unk_token="<s>"))
+    small.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace("x", "b")])
+    small.pre_tokenizer = Split(Regex("a+"), "isolated")
+    small.decoder = ByteLevel()
+    small.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    small.add_special_tokens(["<s>"])
+    small.save(str(teacher / "tokenizer.json"))
+    (teacher / "tokenizer_config.json").unlink()
+    token = {"content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    (teacher / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": token}))
+    (teacher / "added_tokens.json").write_text('{"<s>": 3}')
+    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+        check(teacher / name, lambda: load_tokenizer(teacher))
 
 
 @pytest.fixture
