@@ -36,9 +36,10 @@ def run_job(work: Callable[[Job], object], job: Job | UserError) -> NoReturn:
 
     A UserError, or what the system refuses, ends every rank: the first rank to meet it prints one line, and each exits
     with status 2. Stopped ends every rank too, with status 75: all raise it, at one step. GPUs that torch cannot use
-    are a user's mistake (`check_gpu`). Any other exception ends this rank with its traceback and status 1. It never
-    returns, and leaves the interpreter's own end out: threads may still be at work, of gloo, of NCCL, or one that
-    writes a checkpoint, and if Python takes one down amid C++, the process aborts after all work is done.
+    are a user's mistake (`check_gpu`). Any other exception ends this rank with its traceback and status 1.
+
+    It never returns, and leaves the interpreter's own end out: a thread may still write a checkpoint, and if Python
+    takes it down amid C++, the process aborts (SIGABRT) after its work is done.
 
     Args:
         job: the command line; or what was wrong with it, for all ranks to end together.

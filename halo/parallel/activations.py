@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from halo.accelerator import on_gpu
-from halo.distributed import device, rank, world_size
+from halo.distributed import device, say, world_size
 
 MARGIN = 0.06
 """The share of a GPU's memory that kept layers leave free: torch's allocator cannot use every gap."""
@@ -98,12 +98,10 @@ class KeptLayers:
             dist.all_reduce(fitting, op=dist.ReduceOp.MIN)
         torch.cuda.empty_cache()  # what is cached has other sizes than what layers will keep
         self._keep(int(fitting))
-        if rank() == 0:
-            print(
-                f"{self.count} of {len(self._layers)} layers keep their activations, {self.meter.most / 2**30:.1f} GiB "
-                "each; the others compute them again",
-                flush=True,
-            )
+        say(
+            f"{self.count} of {len(self._layers)} layers keep their activations, {self.meter.most / 2**30:.1f} GiB "
+            "each; the others compute them again"
+        )
 
 
 class SavedBytes:

@@ -21,7 +21,7 @@ import torch
 
 from halo.accelerator import on_gpu
 from halo.data.locks import exclusive
-from halo.distributed import all_sum, rank
+from halo.distributed import all_sum, say
 from halo.errors import UserError
 from hypenet.kernels import has_triton
 
@@ -117,6 +117,6 @@ def report_tuning() -> None:
     mine = [sum(_seconds), float(os.environ.get("LOCAL_RANK", "0") == "0")]
     _seconds.clear()
     seconds, machines = all_sum(torch.tensor(mine)).tolist()
-    if rank() == 0 and seconds:
+    if seconds:
         kept = importlib.import_module("triton").knobs.cache.dir
-        print(f"fla's kernels were tuned, once on each machine: {seconds / machines:.0f} s; kept in {kept}", flush=True)
+        say(f"fla's kernels were tuned, once on each machine: {seconds / machines:.0f} s; kept in {kept}")

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import halo
 from halo.data.corpus import cut, read_documents
 from halo.errors import UserError
 from halo.models.loading import find_teacher
 from halo.pointers import check_no_pointer
+from tests.launcher.conftest import TEACHER
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234567\n"
-TEACHER = Path(halo.__file__).parent / "presets" / "tiny" / "teacher"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])

@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ from halo.launch import EXIT_SAVED
 from halo.preset import load_config
 from halo.run import sha256
 from tests.distributed.test_stopping import start
-from tests.launcher.conftest import SMALL, ZERO3, free_port
-
-TEACHER = Path(load_config("tiny").teacher)
+from tests.launcher.conftest import SMALL, TEACHER, ZERO3, free_port
 
 
 def test_every_stage_leaves_its_record(demo):

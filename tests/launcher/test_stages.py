@@ -23,9 +23,8 @@ from halo.run import sha256
 from halo.status import status_text
 from tests.distributed.ranks import run_ranks
 from tests.halo.data.test_locks import HOLD
-from tests.launcher.conftest import ROOT, SMALL
+from tests.launcher.conftest import ROOT, SMALL, TEACHER
 
-TEACHER = Path(load_config("tiny").teacher)
 ROPE = ("--architecture.attn_use_rope", "true")
 
 

@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-import halo
 from halo.errors import UserError
 from halo.models.folders import fetch_small_files, fetch_weights, weight_files
 from halo.models.loading import find_teacher
 from halo.models.tokenizer import load_tokenizer
 from halo.pipeline import _fingerprint
 from tests.halo.hub import COMMIT, hub
+from tests.launcher.conftest import TEACHER
 
-TEACHER = Path(halo.__file__).parent / "presets" / "tiny" / "teacher"
 ELSE = (
     *("consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "original/model.safetensors"),
     *("original/params.json", "original/tokenizer.model", "onnx/model.onnx", "metal/model.bin", "onnx/vocab.json"),

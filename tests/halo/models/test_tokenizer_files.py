@@ -9,15 +9,14 @@ import pytest
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-import halo
 from halo.data.corpus import read_documents
 from halo.errors import UserError
 from halo.models.loading import find_teacher
 from halo.models.tokenizer import load_tokenizer
 from halo.models.tokenizer_files import SETTINGS
 from tests.halo.tokenizer_kinds import KINDS
+from tests.launcher.conftest import TEACHER
 
-TEACHER = Path(halo.__file__).parent / "presets" / "tiny" / "teacher"
 TEXT = "It is a truth.  x 12\n\nnaïve 漢字"
 CONFIG = SETTINGS[0]
 RAN = "raise SystemExit('code of the folder was run')"
